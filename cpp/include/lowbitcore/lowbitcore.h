@@ -1,0 +1,10 @@
+// Everything: #include <lowbitcore/lowbitcore.h>, link lowbitcore::lowbitcore.
+#pragma once
+
+#include <lowbitcore/format.h>
+#include <lowbitcore/gptq.h>
+#include <lowbitcore/pack.h>
+#include <lowbitcore/qgemm.h>
+#include <lowbitcore/quantize.h>
+#include <lowbitcore/runtime.h>
+#include <lowbitcore/types.h>

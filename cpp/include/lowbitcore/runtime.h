@@ -1,0 +1,28 @@
+// What the library runs on: instruction set, threads, devices.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace lowbitcore {
+
+// Levels from slowest to fastest that this build holds and this CPU can run.
+std::vector<std::string> available_isas();
+
+// The level in use. The first call chooses the fastest, or what LOWBITCORE_ISA names; Error if the
+// CPU or the build lacks that.
+std::string isa();
+
+// Forces a level (tests, comparisons). Throws Error if it is not available.
+void set_isa(const std::string& name);
+
+// Threads of the operations; the default follows OpenMP (OMP_NUM_THREADS). 0 restores the default.
+void set_num_threads(int num_threads);
+int get_num_threads();
+
+// One line on CUDA: the devices, or why there are none.
+std::string cuda_status();
+
+std::string version();
+
+}  // namespace lowbitcore

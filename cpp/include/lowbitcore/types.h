@@ -1,0 +1,57 @@
+// Plain views and enums shared by every operation.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+namespace lowbitcore {
+
+// Anything that is not the caller's mistake: a matrix that is not positive definite, an instruction
+// set the CPU lacks, a device this build has no kernels for. Mistakes of the caller throw
+// std::invalid_argument with a message that names operation, argument, what was wanted and what came.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+enum class DType { f32, bf16, f16 };
+
+// A row-major matrix of a type known at compile time. `stride` is the distance between rows, in
+// elements; columns are contiguous.
+template <typename T>
+struct View {
+  T* data = nullptr;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t stride = 0;
+};
+
+// A row-major floating-point matrix whose type is known at run time.
+struct ConstMatrix {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t stride = 0;
+};
+
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t stride = 0;
+
+  operator ConstMatrix() const { return {data, dtype, rows, cols, stride}; }
+};
+
+// What a host brings to a call. Zero threads means get_num_threads(); no workspace means that the
+// library keeps one per calling thread and reuses it.
+struct Execution {
+  int num_threads = 0;
+  void* workspace = nullptr;
+  std::size_t workspace_bytes = 0;
+};
+
+}  // namespace lowbitcore

@@ -1,0 +1,141 @@
+#include "check.h"
+
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "backend.h"
+#include "half.h"
+
+namespace lowbitcore::check {
+
+namespace {
+
+std::string dims(std::int64_t rows, std::int64_t cols) {
+  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+}
+
+float element(const ConstMatrix& m, std::int64_t row, std::int64_t col) {
+  const std::int64_t at = row * m.stride + col;
+  switch (m.dtype) {
+    case DType::f32:
+      return static_cast<const float*>(m.data)[at];
+    case DType::bf16:
+      return bf16_to_float(static_cast<const std::uint16_t*>(m.data)[at]);
+    default:
+      return f16_to_float(static_cast<const std::uint16_t*>(m.data)[at]);
+  }
+}
+
+}  // namespace
+
+void fail(const char* op, const char* argument, const std::string& expected,
+          const std::string& got) {
+  throw std::invalid_argument(std::string(op) + ": " + argument + ": expected " + expected +
+                              ", got " + got);
+}
+
+void bits(const char* op, int bits) {
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
+    fail(op, "bits", "2, 3, 4 or 8", std::to_string(bits));
+  }
+}
+
+void format(const char* op, const QuantFormat& f) {
+  bits(op, f.bits);
+  if (f.group_size != -1 && (f.group_size <= 0 || f.group_size % 32 != 0)) {
+    fail(op, "group_size", "-1 or a positive multiple of 32", std::to_string(f.group_size));
+  }
+  // 2^30 keeps every product of a dimension with 32 or with the element size far from overflow.
+  constexpr std::int64_t kMaxFeatures = std::int64_t{1} << 30;
+  if (f.in_features <= 0 || f.in_features % 32 != 0 || f.in_features > kMaxFeatures) {
+    fail(op, "in_features", "a positive multiple of 32", std::to_string(f.in_features));
+  }
+  if (f.out_features <= 0 || f.out_features % 32 != 0 || f.out_features > kMaxFeatures) {
+    fail(op, "out_features", "a positive multiple of 32", std::to_string(f.out_features));
+  }
+}
+
+void shape(const char* op, const char* argument, const void* data, std::int64_t rows,
+           std::int64_t cols, std::int64_t stride, std::int64_t expected_rows,
+           std::int64_t expected_cols) {
+  if (rows != expected_rows || cols != expected_cols) {
+    fail(op, argument, "shape " + dims(expected_rows, expected_cols), dims(rows, cols));
+  }
+  if (rows > 1 && stride < cols) {
+    fail(op, argument, "a row stride of at least " + std::to_string(cols), std::to_string(stride));
+  }
+  if (rows > 0 && cols > 0 && data == nullptr) fail(op, argument, "data", "a null pointer");
+}
+
+void same_dtype(const char* op, const char* argument, DType got, const char* other,
+                DType expected) {
+  if (got != expected) {
+    fail(op, argument, std::string("the type of ") + other + " (" + name(expected) + ")",
+         name(got));
+  }
+}
+
+void finite(const char* op, const char* argument, const ConstMatrix& m) {
+  for (std::int64_t i = 0; i < m.rows; ++i) {
+    for (std::int64_t j = 0; j < m.cols; ++j) {
+      const float value = element(m, i, j);
+      if (!std::isfinite(value)) {
+        fail(op, argument, "finite values", std::to_string(value) + " at " + dims(i, j));
+      }
+    }
+  }
+}
+
+void finite(const char* op, const char* argument, const View<const float>& v) {
+  finite(op, argument, ConstMatrix{v.data, DType::f32, v.rows, v.cols, v.stride});
+}
+
+void g_idx(const char* op, const std::int32_t* g_idx, const QuantFormat& f) {
+  const std::int64_t groups = f.groups();
+  for (std::int64_t k = 0; k < f.in_features; ++k) {
+    if (g_idx[k] < 0 || g_idx[k] >= groups) {
+      fail(op, "g_idx", "entries from 0 to " + std::to_string(groups - 1),
+           std::to_string(g_idx[k]) + " at " + std::to_string(k));
+    }
+  }
+}
+
+void weight(const char* op, const QuantWeight& w, bool with_scales) {
+  format(op, w.format);
+  if (w.packed == nullptr) fail(op, "packed", "data", "a null pointer");
+  if (with_scales) shape(op, "scales", w.scales, w.format.groups(), w.format.out_features);
+  if (w.g_idx != nullptr) g_idx(op, w.g_idx, w.format);
+}
+
+void permutation(const char* op, const char* argument, const std::int32_t* order,
+                 std::int64_t count) {
+  std::vector<bool> seen(static_cast<std::size_t>(count), false);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (order[i] < 0 || order[i] >= count || seen[static_cast<std::size_t>(order[i])]) {
+      fail(op, argument, "a permutation of 0 to " + std::to_string(count - 1),
+           std::to_string(order[i]) + " at " + std::to_string(i));
+    }
+    seen[static_cast<std::size_t>(order[i])] = true;
+  }
+}
+
+const char* name(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return "float32";
+    case DType::bf16:
+      return "bfloat16";
+    case DType::f16:
+      return "float16";
+  }
+  return "an unknown type";
+}
+
+}  // namespace lowbitcore::check
+
+namespace lowbitcore {
+
+void unsupported_bits(int bits) { check::fail("kernel", "bits", "2, 3, 4 or 8", std::to_string(bits)); }
+
+}  // namespace lowbitcore

@@ -1,0 +1,51 @@
+// Argument rules, written once for C++ and Python. Each throws std::invalid_argument with
+// "op: argument: expected ..., got ...".
+#pragma once
+
+#include <lowbitcore/format.h>
+#include <lowbitcore/types.h>
+
+#include <string>
+
+namespace lowbitcore::check {
+
+[[noreturn]] void fail(const char* op, const char* argument, const std::string& expected,
+                       const std::string& got);
+
+void bits(const char* op, int bits);
+void format(const char* op, const QuantFormat& format);
+
+void shape(const char* op, const char* argument, const void* data, std::int64_t rows,
+           std::int64_t cols, std::int64_t stride, std::int64_t expected_rows,
+           std::int64_t expected_cols);
+
+template <typename T>
+void shape(const char* op, const char* argument, const View<T>& view, std::int64_t rows,
+           std::int64_t cols) {
+  shape(op, argument, view.data, view.rows, view.cols, view.stride, rows, cols);
+}
+
+inline void shape(const char* op, const char* argument, const ConstMatrix& matrix,
+                  std::int64_t rows, std::int64_t cols) {
+  shape(op, argument, matrix.data, matrix.rows, matrix.cols, matrix.stride, rows, cols);
+}
+
+void same_dtype(const char* op, const char* argument, DType got, const char* other, DType expected);
+
+// Every entry finite. Reads the matrix once.
+void finite(const char* op, const char* argument, const ConstMatrix& matrix);
+void finite(const char* op, const char* argument, const View<const float>& view);
+
+// Entries of g_idx in [0, groups).
+void g_idx(const char* op, const std::int32_t* g_idx, const QuantFormat& format);
+
+// A format, its packed integers, and optionally its scales and g_idx.
+void weight(const char* op, const QuantWeight& weight, bool with_scales);
+
+// A permutation of 0 .. count - 1.
+void permutation(const char* op, const char* argument, const std::int32_t* order,
+                 std::int64_t count);
+
+const char* name(DType dtype);
+
+}  // namespace lowbitcore::check

@@ -1,0 +1,107 @@
+#include "isa.h"
+
+#include <lowbitcore/runtime.h>
+
+#include <atomic>
+#include <cstdlib>
+
+#include "../parallel.h"
+
+namespace lowbitcore {
+
+namespace {
+
+struct Level {
+  const Backend& (*backend)();
+  bool (*supported)();
+};
+
+// __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
+const Level kLevels[] = {
+    {scalar_backend, [] { return true; }},
+#ifdef LOWBITCORE_X86
+    {avx2_backend,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+    {avx512_backend,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+#endif
+};
+
+const Backend& find(const std::string& name, const char* who) {
+  std::string known;
+  for (const Level& level : kLevels) {
+    if (!level.supported()) continue;
+    if (name == level.backend().name) return level.backend();
+    known += (known.empty() ? "" : ", ") + std::string(level.backend().name);
+  }
+  throw Error(std::string(who) + ": expected a level this build and CPU have (" + known +
+              "), got " + name);
+}
+
+const Backend& choose() {
+  if (const char* forced = std::getenv("LOWBITCORE_ISA"); forced != nullptr && *forced != '\0') {
+    return find(forced, "LOWBITCORE_ISA");
+  }
+  const Backend* best = nullptr;
+  for (const Level& level : kLevels) {
+    if (level.supported()) best = &level.backend();
+  }
+  return *best;
+}
+
+std::atomic<const Backend*> current{nullptr};
+std::atomic<int> threads_setting{0};
+
+}  // namespace
+
+const Backend& cpu_backend() {
+  const Backend* backend = current.load(std::memory_order_acquire);
+  if (backend == nullptr) {
+    backend = &choose();
+    current.store(backend, std::memory_order_release);
+  }
+  return *backend;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Level& level : kLevels) {
+    if (level.supported()) names.emplace_back(level.backend().name);
+  }
+  return names;
+}
+
+std::string isa() { return cpu_backend().name; }
+
+void set_isa(const std::string& name) { current.store(&find(name, "set_isa")); }
+
+void set_num_threads(int num_threads) {
+  if (num_threads < 0) {
+    throw std::invalid_argument("set_num_threads: num_threads: expected 0 or more, got " +
+                                std::to_string(num_threads));
+  }
+  threads_setting.store(num_threads);
+}
+
+int get_num_threads() {
+  const int setting = threads_setting.load();
+  if (setting > 0) return setting;
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+int resolve_threads(int requested) { return requested > 0 ? requested : get_num_threads(); }
+
+std::string version() { return LOWBITCORE_VERSION; }
+
+}  // namespace lowbitcore

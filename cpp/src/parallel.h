@@ -1,0 +1,30 @@
+// The one seam to the threading library.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace lowbitcore {
+
+// Threads of a call: what the host asked for in Execution, else the library's setting.
+int resolve_threads(int requested);
+
+// Calls body(i, thread) for every i in [0, count), each exactly once. Bodies write disjoint outputs,
+// so results do not depend on the schedule; they must not throw.
+template <typename Body>
+inline void parallel_for(std::int64_t count, int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && count > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (std::int64_t i = 0; i < count; ++i) body(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  (void)threads;
+  for (std::int64_t i = 0; i < count; ++i) body(i, 0);
+}
+
+}  // namespace lowbitcore

@@ -1,0 +1,21 @@
+// What CUDA devices are there. This build has no CUDA kernels yet: operations run on the CPU.
+#include <cuda_runtime.h>
+#include <lowbitcore/runtime.h>
+
+namespace lowbitcore {
+
+std::string cuda_status() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return std::string("built, but ") + cudaGetErrorString(error);
+  std::string status = "built, without kernels yet; devices:";
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    status += std::string(i == 0 ? " " : ", ") + properties.name + " (sm_" +
+              std::to_string(properties.major) + std::to_string(properties.minor) + ")";
+  }
+  return count == 0 ? status + " none" : status;
+}
+
+}  // namespace lowbitcore

@@ -1,0 +1,216 @@
+// Operations on DLPack arrays; outputs are given by the caller. The interpreter lock is released
+// while the core computes.
+#include <lowbitcore/lowbitcore.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+
+#include "views.h"
+
+namespace lowbitcore::python {
+
+namespace {
+
+using i64 = std::int64_t;
+using OptionalArray = std::optional<Array>;
+
+template <typename T>
+View<const T> readonly(const View<T>& v) {
+  return {v.data, v.rows, v.cols, v.stride};
+}
+
+template <typename T>
+View<const T> input(const char* op, const char* argument, const Array& a) {
+  return readonly(view<T>(op, argument, a));
+}
+
+// A packed weight of `format`; `scales` is left out where an operation does not read them.
+QuantWeight weight(const char* op, const QuantFormat& format, const Array& packed,
+                   const Array* scales, const OptionalArray& g_idx) {
+  QuantWeight w;
+  w.format = format;
+  w.packed = vector<std::uint8_t>(op, "packed", packed, static_cast<i64>(packed_size(format)));
+  if (scales != nullptr) w.scales = input<float>(op, "scales", *scales);
+  if (g_idx) w.g_idx = vector<std::int32_t>(op, "g_idx", *g_idx, format.in_features);
+  return w;
+}
+
+void py_pack_qweight(const Array& codes, int bits, const Array& qweight) {
+  const char* op = "pack_qweight";
+  const auto in = input<std::uint8_t>(op, "codes", codes);
+  const auto out = view<std::int32_t>(op, "qweight", qweight);
+  nb::gil_scoped_release release;
+  pack_qweight(in, bits, out);
+}
+
+void py_unpack_qweight(const Array& qweight, int bits, const Array& codes) {
+  const char* op = "unpack_qweight";
+  const auto in = input<std::int32_t>(op, "qweight", qweight);
+  const auto out = view<std::uint8_t>(op, "codes", codes);
+  nb::gil_scoped_release release;
+  unpack_qweight(in, bits, out);
+}
+
+void py_pack_qzeros(const Array& zeros, int bits, const Array& qzeros) {
+  const char* op = "pack_qzeros";
+  const auto in = input<std::uint8_t>(op, "zeros", zeros);
+  const auto out = view<std::int32_t>(op, "qzeros", qzeros);
+  nb::gil_scoped_release release;
+  pack_qzeros(in, bits, out);
+}
+
+void py_unpack_qzeros(const Array& qzeros, int bits, const Array& zeros) {
+  const char* op = "unpack_qzeros";
+  const auto in = input<std::int32_t>(op, "qzeros", qzeros);
+  const auto out = view<std::uint8_t>(op, "zeros", zeros);
+  nb::gil_scoped_release release;
+  unpack_qzeros(in, bits, out);
+}
+
+i64 py_packed_size(int bits, i64 group_size, i64 in_features, i64 out_features) {
+  return static_cast<i64>(packed_size({bits, group_size, in_features, out_features}));
+}
+
+void py_prepack(const Array& qweight, const Array& qzeros, int bits, i64 group_size,
+                i64 in_features, i64 out_features, const Array& packed) {
+  const char* op = "prepack";
+  const QuantFormat format{bits, group_size, in_features, out_features};
+  const auto words = input<std::int32_t>(op, "qweight", qweight);
+  const auto zeros = input<std::int32_t>(op, "qzeros", qzeros);
+  auto* out = vector<std::uint8_t>(op, "packed", packed, static_cast<i64>(packed_size(format)));
+  nb::gil_scoped_release release;
+  prepack(format, words, zeros, out);
+}
+
+void py_unpack(const Array& packed, int bits, i64 group_size, i64 in_features, i64 out_features,
+               const Array& qweight, const Array& qzeros) {
+  const char* op = "unpack";
+  const QuantFormat format{bits, group_size, in_features, out_features};
+  const auto* in =
+      vector<std::uint8_t>(op, "packed", packed, static_cast<i64>(packed_size(format)));
+  const auto words = view<std::int32_t>(op, "qweight", qweight);
+  const auto zeros = view<std::int32_t>(op, "qzeros", qzeros);
+  nb::gil_scoped_release release;
+  unpack(format, in, words, zeros);
+}
+
+void py_dequantize(const Array& packed, const Array& scales, const OptionalArray& g_idx, int bits,
+                   i64 group_size, i64 in_features, i64 out_features, const Array& out) {
+  const char* op = "dequantize";
+  const QuantWeight w =
+      weight(op, {bits, group_size, in_features, out_features}, packed, &scales, g_idx);
+  const Matrix dense = matrix(op, "out", out);
+  nb::gil_scoped_release release;
+  dequantize(w, dense);
+}
+
+void py_qgemm_nt(const Array& x, const Array& packed, const Array& scales,
+                 const OptionalArray& g_idx, const OptionalArray& bias, int bits, i64 group_size,
+                 i64 in_features, i64 out_features, const Array& y) {
+  const char* op = "qgemm_nt";
+  const QuantWeight w =
+      weight(op, {bits, group_size, in_features, out_features}, packed, &scales, g_idx);
+  const float* b = bias ? vector<float>(op, "bias", *bias, out_features) : nullptr;
+  const ConstMatrix in = const_matrix(op, "x", x);
+  const Matrix out = matrix(op, "y", y);
+  nb::gil_scoped_release release;
+  qgemm_nt(in, w, b, out);
+}
+
+void py_qgemm_nn(const Array& dy, const Array& packed, const Array& scales,
+                 const OptionalArray& g_idx, int bits, i64 group_size, i64 in_features,
+                 i64 out_features, const Array& dx) {
+  const char* op = "qgemm_nn";
+  const QuantWeight w =
+      weight(op, {bits, group_size, in_features, out_features}, packed, &scales, g_idx);
+  const ConstMatrix in = const_matrix(op, "dy", dy);
+  const Matrix out = matrix(op, "dx", dx);
+  nb::gil_scoped_release release;
+  qgemm_nn(in, w, out);
+}
+
+void py_qgemm_grad_scales(const Array& dy, const Array& x, const Array& packed,
+                          const OptionalArray& g_idx, int bits, i64 group_size, i64 in_features,
+                          i64 out_features, const Array& ds) {
+  const char* op = "qgemm_grad_scales";
+  const QuantWeight w =
+      weight(op, {bits, group_size, in_features, out_features}, packed, nullptr, g_idx);
+  const ConstMatrix dy_in = const_matrix(op, "dy", dy), x_in = const_matrix(op, "x", x);
+  const auto out = view<float>(op, "ds", ds);
+  nb::gil_scoped_release release;
+  qgemm_grad_scales(dy_in, x_in, w, out);
+}
+
+void py_quantize_rtn(const Array& weight, int bits, i64 group_size, bool sym, bool mse,
+                     const Array& codes, const Array& scales, const Array& zeros) {
+  const char* op = "quantize_rtn";
+  const ConstMatrix w = const_matrix(op, "weight", weight);
+  const QuantFormat format{bits, group_size, w.cols, w.rows};
+  const auto q = view<std::uint8_t>(op, "codes", codes);
+  const auto s = view<float>(op, "scales", scales);
+  const auto z = view<std::uint8_t>(op, "zeros", zeros);
+  nb::gil_scoped_release release;
+  quantize_rtn(w, format, {sym, mse}, q, s, z);
+}
+
+void py_accumulate_hessian(const Array& hessian, const Array& x) {
+  const char* op = "accumulate_hessian";
+  const auto h = view<float>(op, "hessian", hessian);
+  const ConstMatrix in = const_matrix(op, "x", x);
+  nb::gil_scoped_release release;
+  accumulate_hessian(in, h);
+}
+
+double py_gptq_factorize(const Array& hessian, double percdamp, bool act_order, const Array& order,
+                         const Array& dead, const Array& u) {
+  const char* op = "gptq_factorize";
+  const auto h = input<float>(op, "hessian", hessian);
+  auto* permutation = vector<std::int32_t>(op, "order", order, h.rows);
+  auto* is_dead = vector<std::uint8_t>(op, "dead", dead, h.rows);
+  const auto factor = view<float>(op, "u", u);
+  nb::gil_scoped_release release;
+  return gptq_factorize(h, {percdamp, act_order}, permutation, is_dead, factor);
+}
+
+double py_gptq_quantize(const Array& weight, const Array& order, const Array& dead, const Array& u,
+                        int bits, i64 group_size, bool sym, bool mse, bool static_groups,
+                        const Array& codes, const Array& scales, const Array& zeros,
+                        const Array& g_idx) {
+  const char* op = "gptq_quantize";
+  const ConstMatrix w = const_matrix(op, "weight", weight);
+  const QuantFormat format{bits, group_size, w.cols, w.rows};
+  const auto* permutation = vector<std::int32_t>(op, "order", order, w.cols);
+  const auto* is_dead = vector<std::uint8_t>(op, "dead", dead, w.cols);
+  const auto factor = input<float>(op, "u", u);
+  const auto q = view<std::uint8_t>(op, "codes", codes);
+  const auto s = view<float>(op, "scales", scales);
+  const auto z = view<std::uint8_t>(op, "zeros", zeros);
+  auto* groups = vector<std::int32_t>(op, "g_idx", g_idx, w.cols);
+  nb::gil_scoped_release release;
+  return gptq_quantize(w, permutation, is_dead, factor, format, {{sym, mse}, static_groups}, q, s,
+                       z, groups);
+}
+
+}  // namespace
+
+void init_ops(nb::module_& m) {
+  m.def("pack_qweight", &py_pack_qweight);
+  m.def("unpack_qweight", &py_unpack_qweight);
+  m.def("pack_qzeros", &py_pack_qzeros);
+  m.def("unpack_qzeros", &py_unpack_qzeros);
+  m.def("packed_size", &py_packed_size);
+  m.def("prepack", &py_prepack);
+  m.def("unpack", &py_unpack);
+  m.def("dequantize", &py_dequantize);
+  m.def("qgemm_nt", &py_qgemm_nt);
+  m.def("qgemm_nn", &py_qgemm_nn);
+  m.def("qgemm_grad_scales", &py_qgemm_grad_scales);
+  m.def("quantize_rtn", &py_quantize_rtn);
+  m.def("accumulate_hessian", &py_accumulate_hessian);
+  m.def("gptq_factorize", &py_gptq_factorize);
+  m.def("gptq_quantize", &py_gptq_quantize);
+}
+
+}  // namespace lowbitcore::python

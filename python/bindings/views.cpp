@@ -1,0 +1,110 @@
+#include "views.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace lowbitcore::python {
+
+namespace {
+
+[[noreturn]] void fail(const char* op, const char* argument, const std::string& expected,
+                       const std::string& got) {
+  throw std::invalid_argument(std::string(op) + ": " + argument + ": expected " + expected +
+                              ", got " + got);
+}
+
+std::string dtype_name(nb::dlpack::dtype type) {
+  const auto code = static_cast<nb::dlpack::dtype_code>(type.code);
+  const std::string bits = std::to_string(type.bits);
+  switch (code) {
+    case nb::dlpack::dtype_code::Float:
+      return "float" + bits;
+    case nb::dlpack::dtype_code::Bfloat:
+      return "bfloat" + bits;
+    case nb::dlpack::dtype_code::Int:
+      return "int" + bits;
+    case nb::dlpack::dtype_code::UInt:
+      return "uint" + bits;
+    case nb::dlpack::dtype_code::Bool:
+      return "bool";
+    default:
+      return "an unsupported type";
+  }
+}
+
+void check_layout(const char* op, const char* argument, const Array& a) {
+  if (a.device_type() != nb::device::cpu::value) {
+    fail(op, argument, "a tensor on the CPU", "one on another device");
+  }
+  if (a.ndim() != 1 && a.ndim() != 2) {
+    fail(op, argument, "1 or 2 dimensions", std::to_string(a.ndim()));
+  }
+  const std::size_t last = a.ndim() - 1;
+  if (a.shape(last) > 1 && a.size() > 0 && a.stride(last) != 1) {
+    fail(op, argument, "contiguous columns (stride 1)", "stride " + std::to_string(a.stride(last)));
+  }
+}
+
+DType float_dtype(const char* op, const char* argument, const Array& a) {
+  if (a.dtype() == nb::dtype<float>()) return DType::f32;
+  const auto code = static_cast<nb::dlpack::dtype_code>(a.dtype().code);
+  if (a.dtype().bits == 16 && a.dtype().lanes == 1) {
+    if (code == nb::dlpack::dtype_code::Bfloat) return DType::bf16;
+    if (code == nb::dlpack::dtype_code::Float) return DType::f16;
+  }
+  fail(op, argument, "float32, bfloat16 or float16", dtype_name(a.dtype()));
+}
+
+template <typename V>
+V shaped(const Array& a) {
+  V v;
+  const bool is_matrix = a.ndim() == 2;
+  v.rows = is_matrix ? static_cast<std::int64_t>(a.shape(0)) : 1;
+  v.cols = static_cast<std::int64_t>(a.shape(a.ndim() - 1));
+  v.stride = is_matrix ? a.stride(0) : v.cols;
+  return v;
+}
+
+}  // namespace
+
+ConstMatrix const_matrix(const char* op, const char* argument, const Array& a) {
+  return matrix(op, argument, a);
+}
+
+Matrix matrix(const char* op, const char* argument, const Array& a) {
+  check_layout(op, argument, a);
+  Matrix m = shaped<Matrix>(a);
+  m.dtype = float_dtype(op, argument, a);
+  m.data = a.data();
+  return m;
+}
+
+template <typename T>
+View<T> view(const char* op, const char* argument, const Array& a) {
+  check_layout(op, argument, a);
+  if (a.dtype() != nb::dtype<T>()) {
+    fail(op, argument, dtype_name(nb::dtype<T>()), dtype_name(a.dtype()));
+  }
+  View<T> v = shaped<View<T>>(a);
+  v.data = static_cast<T*>(a.data());
+  return v;
+}
+
+template <typename T>
+T* vector(const char* op, const char* argument, const Array& a, std::int64_t count) {
+  const View<T> v = view<T>(op, argument, a);
+  if (a.ndim() != 1 || v.cols != count) {
+    fail(op, argument, std::to_string(count) + " elements in one dimension",
+         std::to_string(a.size()) + " in " + std::to_string(a.ndim()));
+  }
+  return v.data;
+}
+
+template View<float> view(const char*, const char*, const Array&);
+template View<std::int32_t> view(const char*, const char*, const Array&);
+template View<std::uint8_t> view(const char*, const char*, const Array&);
+template float* vector(const char*, const char*, const Array&, std::int64_t);
+template std::int32_t* vector(const char*, const char*, const Array&, std::int64_t);
+template std::uint8_t* vector(const char*, const char*, const Array&, std::int64_t);
+
+}  // namespace lowbitcore::python

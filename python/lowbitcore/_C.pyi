@@ -1,0 +1,108 @@
+
+from torch import Tensor
+
+class Error(RuntimeError): ...
+
+def available_isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def set_num_threads(count: int) -> None: ...
+def get_num_threads() -> int: ...
+def cuda_status() -> str: ...
+def version() -> str: ...
+def packed_size(bits: int, group_size: int, in_features: int, out_features: int) -> int: ...
+def pack_qweight(codes: Tensor, bits: int, qweight: Tensor) -> None: ...
+def unpack_qweight(qweight: Tensor, bits: int, codes: Tensor) -> None: ...
+def pack_qzeros(zeros: Tensor, bits: int, qzeros: Tensor) -> None: ...
+def unpack_qzeros(qzeros: Tensor, bits: int, zeros: Tensor) -> None: ...
+def prepack(
+    qweight: Tensor,
+    qzeros: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    packed: Tensor,
+) -> None: ...
+def unpack(
+    packed: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    qweight: Tensor,
+    qzeros: Tensor,
+) -> None: ...
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    out: Tensor,
+) -> None: ...
+def qgemm_nt(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    y: Tensor,
+) -> None: ...
+def qgemm_nn(
+    dy: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dx: Tensor,
+) -> None: ...
+def qgemm_grad_scales(
+    dy: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    ds: Tensor,
+) -> None: ...
+def quantize_rtn(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    mse: bool,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+) -> None: ...
+def accumulate_hessian(hessian: Tensor, x: Tensor) -> None: ...
+def gptq_factorize(
+    hessian: Tensor, percdamp: float, act_order: bool, order: Tensor, dead: Tensor, u: Tensor
+) -> float: ...
+def gptq_quantize(
+    weight: Tensor,
+    order: Tensor,
+    dead: Tensor,
+    u: Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    mse: bool,
+    static_groups: bool,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor,
+) -> float: ...

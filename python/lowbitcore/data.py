@@ -1,0 +1,202 @@
+"""Text: reading files, cutting calibration windows, sampling text from a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+# A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
+# special tokens apart, are its bytes and most frequent pieces.
+_COMMON_TOKENS = 2000
+
+
+class Example(NamedTuple):
+    """An instruction and its answer, in Alpaca's wording."""
+
+    prompt: str
+    response: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.response
+
+
+def alpaca_example(instruction: str, context: str, output: str) -> Example:
+    """Alpaca's prompt template; `context` may be empty."""
+    if context:
+        prompt = (
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+        )
+    else:
+        prompt = (
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            f"completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+        )
+    return Example(prompt, output)
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
+    """The documents of a text file.
+
+    `.jsonl` (an object a line) and `.json` (a list of objects) hold `text`, or Alpaca's
+    `instruction`, `input`, `output` (or `instances` of the last two); any other file is one
+    document. Raises ValueError for what holds no text.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if path.suffix not in (".json", ".jsonl"):
+        if not content.strip():
+            raise ValueError(f"{path}: holds no text")
+        return [content]
+    texts = []
+    for where, record in _records(path, content):
+        texts += _record_texts(where, record)
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{path}: holds no text")
+    return texts
+
+
+def _records(path: Path, content: str) -> list[tuple[str, Any]]:
+    if path.suffix == ".json":
+        value = _parse_json(str(path), content)
+        if not isinstance(value, list):
+            raise ValueError(f"{path}: expected a list of objects, got {type(value).__name__}")
+        return [(f"{path}: record {number}", record) for number, record in enumerate(value)]
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    lines = enumerate(content.split("\n"), start=1)
+    return [
+        (f"{path}:{number}", _parse_json(f"{path}:{number}", line))
+        for number, line in lines
+        if line.strip()
+    ]
+
+
+def _parse_json(where: str, content: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+
+
+def _record_texts(where: str, record: Any) -> list[str]:
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return [record["text"]]
+        instruction = record.get("instruction")
+        instances = record.get("instances", [record])
+        if isinstance(instruction, str) and isinstance(instances, list):
+            pairs = [
+                (item.get("input", ""), item.get("output"))
+                for item in instances
+                if isinstance(item, dict)
+            ]
+            if pairs and all(isinstance(text, str) for pair in pairs for text in pair):
+                return [alpaca_example(instruction, given, output).text for given, output in pairs]
+    raise ValueError(f"{where}: expected an object with text, or with instruction and output")
+
+
+def calibration_windows(
+    texts: list[str], tokenizer: Any, *, samples: int, length: int, seed: int
+) -> torch.Tensor:
+    """int64 [samples, length]: windows of text, without special tokens, fixed by the seed.
+
+    Documents are taken in an order drawn from the seed, joined by an empty line, and cut into
+    windows without overlap; where there is more text than needed, the windows are drawn too.
+    Raises ValueError where the texts are too short.
+    """
+    _check_sizes("calibration_windows", samples, length)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    needed = samples * length
+    tokens: list[int] = []
+    # In batches: a fast tokenizer then works in parallel, and reading stops when there is enough.
+    for start in range(0, len(order), 64):
+        if len(tokens) >= needed:
+            break
+        batch = [texts[i] + "\n\n" for i in order[start : start + 64] if texts[i].strip()]
+        if batch:
+            encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens += [token for ids in encoded for token in ids]
+    available = len(tokens) // length
+    if available < samples:
+        raise ValueError(
+            f"calibration_windows: texts: expected at least {needed} tokens ({samples} windows of "
+            f"{length}), got {len(tokens)}"
+        )
+    windows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(-1, length)
+    return windows[torch.randperm(available, generator=generator)[:samples]]
+
+
+def _check_sizes(name: str, samples: int, length: int) -> None:
+    if samples < 1:
+        raise ValueError(f"{name}: samples: expected at least 1, got {samples}")
+    if length < 2:
+        raise ValueError(f"{name}: length: expected at least 2, got {length}")
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: bool = True,
+) -> torch.Tensor:
+    """int64 [samples, length]: text the model itself writes at temperature 1, fixed by the seed.
+
+    For users without calibration text (the idea of LLM-QAT, 2305.17888): a window starts with bos,
+    or with a random common token where the tokenizer has none, and goes on past any end of text.
+    """
+    _check_sizes("sample_from_model", samples, length)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"sample_from_model: length: expected at most {limit}, got {length}")
+    generator = torch.Generator().manual_seed(seed)
+    if tokenizer.bos_token_id is not None:
+        first = torch.full((samples, 1), tokenizer.bos_token_id, dtype=torch.int64)
+    else:
+        special = set(tokenizer.all_special_ids)
+        common = torch.tensor([i for i in range(min(len(tokenizer), _COMMON_TOKENS)) if i not in special])
+        first = common[torch.randint(len(common), (samples, 1), generator=generator)]
+    # Key-value caches are what memory goes to here; 32 windows at a time keep the matrices busy.
+    batches = first.split(32)
+    with tqdm(
+        total=len(batches) * (length - 1), desc="sampling text", unit="token", disable=not progress
+    ) as bar:
+        return torch.cat([_sample_batch(model, batch, length, generator, bar) for batch in batches])
+
+
+def _sample_batch(
+    model: PreTrainedModel,
+    first: torch.Tensor,
+    length: int,
+    generator: torch.Generator,
+    bar: tqdm[Any],
+) -> torch.Tensor:
+    tokens, cache = [first], None
+    for _ in range(length - 1):
+        output = model(
+            input_ids=tokens[-1].to(model.device), past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+        if not torch.isfinite(probabilities).all():
+            raise ValueError("sample_from_model: model: its logits hold NaN or Inf")
+        tokens.append(torch.multinomial(probabilities, 1, generator=generator))
+        bar.update()
+    return torch.cat(tokens, dim=1)

@@ -1,0 +1,119 @@
+"""Perplexity, in the way of Hugging Face's guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+# Logits are made for this many tokens at a time: [tokens, vocabulary] in float32 is the largest
+# tensor of an evaluation otherwise.
+_CHUNK_TOKENS = 512
+
+
+class Perplexity(NamedTuple):
+    """exp of the mean negative log-likelihood over `tokens` scored tokens in `windows` windows."""
+
+    ppl: float
+    tokens: int
+    windows: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str,
+    *,
+    context: int = 1024,
+    windows: int | None = None,
+    stride: int | None = None,
+    progress: bool = True,
+) -> Perplexity:
+    """Perplexity of `text` (https://huggingface.co/docs/transformers/perplexity).
+
+    The text is tokenized as one string without special tokens and cut into full windows of
+    `context` tokens, `stride` apart (default: `context`, no overlap). Each token is scored once,
+    in the first window that holds it with something before it: a window without overlap on its
+    last context - 1 tokens, one with overlap on its last `stride`. `windows` limits their number.
+    Raises ValueError where the text is shorter than one window.
+    """
+    stride = context if stride is None else stride
+    if context < 2:
+        raise ValueError(f"perplexity: context: expected at least 2, got {context}")
+    if not 1 <= stride <= context:
+        raise ValueError(f"perplexity: stride: expected 1..{context}, got {stride}")
+    if windows is not None and windows < 1:
+        raise ValueError(f"perplexity: windows: expected at least 1, got {windows}")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise ValueError(f"perplexity: context: expected at most {limit} by config, got {context}")
+    ids = torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+    )
+    if len(ids) < context:
+        raise ValueError(
+            f"perplexity: text: expected at least one window of {context} tokens, got {len(ids)}"
+        )
+    starts = list(range(0, len(ids) - context + 1, stride))[:windows]
+    total, tokens = 0.0, 0
+    for number, start in enumerate(
+        tqdm(starts, desc="perplexity", unit="window", disable=not progress)
+    ):
+        scored = context - 1 if number == 0 else min(stride, context - 1)
+        window = ids[start : start + context].to(model.device)
+        total += _window_loss(model, window, scored)
+        tokens += scored
+    mean = total / tokens
+    # A collapsed model may exceed what exp can hold; NaN stays NaN for the caller to see.
+    ppl = math.exp(mean) if not mean > 700 else math.inf
+    return Perplexity(ppl, tokens, len(starts))
+
+
+def _window_loss(model: PreTrainedModel, window: torch.Tensor, scored: int) -> float:
+    """Summed cross-entropy of the last `scored` tokens of one window [context]."""
+    loss = 0.0
+    first = len(window) - scored
+    for begin, logits in _logit_chunks(model, window, first - 1):
+        targets = window[begin + 1 : begin + 1 + logits.shape[0]]
+        loss += torch.nn.functional.cross_entropy(
+            logits[: len(targets)].float(), targets, reduction="sum"
+        ).item()
+    return loss
+
+
+def _logit_chunks(
+    model: PreTrainedModel, window: torch.Tensor, begin: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(position, logits [chunk, vocabulary]) from position `begin` to the one before the last.
+
+    The body runs once. Then the model's own forward runs with the body replaced by a stub that
+    returns a slice of its output, so that whatever a model does to its logits is done here too.
+    """
+    body = getattr(model, model.base_model_prefix)
+    seen: list[Any] = []
+    handle = body.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        # One row of logits from this call: enough to make the body run.
+        model(input_ids=window[None], use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    output = seen[0]
+    hidden = output.last_hidden_state
+    own_forward = body.__dict__.get("forward")
+    for start in range(begin, len(window) - 1, _CHUNK_TOKENS):
+        stop = min(start + _CHUNK_TOKENS, len(window) - 1)
+        part = type(output)(last_hidden_state=hidden[:, start:stop])
+        body.forward = lambda *args, part=part, **kwargs: part
+        try:
+            logits = model(input_ids=window[None, start:stop], use_cache=False).logits[0]
+        finally:
+            if own_forward is None:
+                del body.forward
+            else:
+                body.forward = own_forward
+        yield start, logits

@@ -1,0 +1,1 @@
+"""File formats: safe checkpoints (safetensors), GPTQ tensors and configs, GGUF sources."""

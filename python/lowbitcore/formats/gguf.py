@@ -1,0 +1,100 @@
+"""A `.gguf` file as a lazy source of Hugging Face tensors, dequantized one at a time.
+
+Config, tensor names and head permutations come from transformers' own GGUF support, the block
+formats from the `gguf` package, so that a tensor equals what `from_pretrained(gguf_file=...)`
+gives; but the model is never in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf.gguf_reader import ReaderTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
+
+from lowbitcore.formats.checkpoint import TensorInfo, file_fingerprint
+
+_DTYPES = {
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+class GgufFile:
+    """Names, shapes and tensors of a `.gguf`, under their Hugging Face names.
+
+    `config` is the model's; `dtype` the float type of its matrices (float32 where they are
+    quantized, since that is what dequantizing gives).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: no such file")
+        try:
+            self._reader = GGUFReader(self.path)
+            parsed = load_gguf_checkpoint(str(self.path), return_tensors=False)
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.path.parent, gguf_file=self.path.name
+            )
+            with init_empty_weights(include_buffers=False):
+                skeleton = AutoModelForCausalLM.from_config(self.config)
+            architecture = bytes(self._reader.fields["general.architecture"].parts[-1]).decode()
+            processor_class = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+            self._processor = processor_class(config=parsed["config"])
+            names = get_gguf_hf_weights_map(skeleton, self._processor)
+        # The readers raise whatever a broken file trips them into (IndexError, KeyError, ...).
+        except Exception as error:
+            detail = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{self.path}: not a readable GGUF model: {detail}") from error
+        self._tensors: dict[str, ReaderTensor] = {}
+        for tensor in self._reader.tensors:
+            # GPT-2's processor would store this one aside instead of returning it.
+            name = "lm_head.weight" if tensor.name == "output.weight" else names.get(tensor.name)
+            if name is not None:
+                self._tensors[name] = tensor
+        self.dtype = self._matrix_dtype()
+
+    def _matrix_dtype(self) -> torch.dtype:
+        types = {tensor.tensor_type for tensor in self._tensors.values() if len(tensor.shape) > 1}
+        if len(types) == 1:
+            return _DTYPES.get(types.pop(), torch.float32)
+        return torch.float32
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self._find(name)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        return TensorInfo(name, self.path, torch.float32, shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Dequantizes one tensor to float32 in memory of its own."""
+        tensor = self._find(name)
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        if tensor.name != "output.weight":
+            weights = self._processor.process(weights=weights, name=tensor.name).weights
+        return torch.from_numpy(np.copy(weights))
+
+    def _find(self, name: str) -> ReaderTensor:
+        if name not in self._tensors:
+            raise ValueError(f"{self.path}: tensor {name!r} is missing")
+        return self._tensors[name]
+
+    def fingerprint(self) -> str:
+        return file_fingerprint(self.path)

@@ -1,0 +1,296 @@
+"""GPTQ files: packed zeros and their two conventions, configurations, and who can load them.
+
+`gptq_v2` stores the zero point z; `gptq` (v1) stores z - 1. GPTQModel subtracts and adds the ones
+of 2, 4 and 8 bits as one whole 32-bit word, so that a field with z = 0 borrows from its neighbour;
+AutoGPTQ and others go field by field, and so does everybody at 3 bits. Where no z is 0 all agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+
+from lowbitcore import ops
+
+V1: Literal["gptq"] = "gptq"
+V2: Literal["gptq_v2"] = "gptq_v2"
+BITS = (2, 3, 4, 8)
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """What `quantization_config` of a GPTQ checkpoint says.
+
+    `checkpoint_format` is how zeros are stored; `quantizers` are the programs named in
+    `meta.quantizer`, lower case, without versions; `excluded` are GPTQModel's `-:` patterns.
+    """
+
+    bits: int
+    group_size: int
+    desc_act: bool
+    sym: bool
+    checkpoint_format: Literal["gptq", "gptq_v2"] = V2
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        value = self.meta.get("quantizer", [])
+        values = value if isinstance(value, list) else [value]
+        return tuple(str(item).split(":")[0].strip().lower() for item in values)
+
+    @property
+    def whole_word_zeros(self) -> bool:
+        """Whether v1 zeros were made by GPTQModel's arithmetic on whole words."""
+        return "gptqmodel" in self.quantizers and self.bits in _ONES
+
+    def groups(self, in_features: int) -> int:
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object for `config.json:quantization_config` and `quantize_config.json`."""
+        out: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "desc_act": self.desc_act,
+            "sym": self.sym,
+            "checkpoint_format": self.checkpoint_format,
+            "pack_dtype": "int32",
+            "lm_head": False,
+            "meta": dict(self.meta),
+        }
+        if self.excluded:
+            out["dynamic"] = {f"-:{pattern}": {} for pattern in self.excluded}
+        return out
+
+    @staticmethod
+    def from_dict(value: Any, *, where: str = "quantization_config") -> GptqConfig:
+        """Parses and checks; ValueError names the field, what was expected and what came."""
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected an object, got {type(value).__name__}")
+
+        def bad(name: str, expected: str) -> ValueError:
+            return ValueError(f"{where}: {name}: expected {expected}, got {value.get(name)!r}")
+
+        if value.get("quant_method", value.get("method", "gptq")) != "gptq":
+            raise bad("quant_method", "'gptq'")
+        if type(value.get("bits")) is not int or value["bits"] not in BITS:
+            raise bad("bits", "2, 3, 4 or 8")
+        group_size = value.get("group_size")
+        if type(group_size) is not int or not (
+            group_size == -1 or (group_size > 0 and group_size % 32 == 0)
+        ):
+            raise bad("group_size", "-1 or a multiple of 32")
+        for name in ("desc_act", "sym", "lm_head"):
+            if not isinstance(value.get(name, False), bool):
+                raise bad(name, "true or false")
+        if value.get("lm_head", False):
+            raise bad("lm_head", "false (a quantized lm_head is not supported)")
+        # GPTQModel and transformers write `format` too; `checkpoint_format` wins, as it does there.
+        format_name = "checkpoint_format" if "checkpoint_format" in value else "format"
+        checkpoint_format = value.get(format_name, V1)
+        if checkpoint_format not in (V1, V2):
+            raise bad(format_name, "'gptq' or 'gptq_v2'")
+        if value.get("is_marlin_format"):
+            raise bad("is_marlin_format", "false")
+        if str(value.get("pack_dtype", "int32")).removeprefix("torch.") != "int32":
+            raise bad("pack_dtype", "'int32'")
+        meta = value.get("meta") or {}
+        if not isinstance(meta, dict):
+            raise bad("meta", "an object")
+        return GptqConfig(
+            bits=value["bits"],
+            group_size=group_size,
+            desc_act=value.get("desc_act", False),
+            sym=value.get("sym", True),
+            checkpoint_format=checkpoint_format,
+            meta=meta,
+            excluded=_parse_dynamic(value, where),
+        )
+
+
+def _parse_dynamic(value: dict[str, Any], where: str) -> tuple[str, ...]:
+    """GPTQModel's per-module rules: exclusions are kept, overrides must change nothing."""
+    dynamic = value.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise ValueError(f"{where}: dynamic: expected an object, got {type(dynamic).__name__}")
+    excluded = []
+    for pattern, override in dynamic.items():
+        if pattern.startswith("-:"):
+            excluded.append(pattern[2:])
+            continue
+        for name in ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "format"):
+            wanted = value.get(name)
+            if isinstance(override, dict) and override.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"{where}: dynamic: {pattern!r} sets {name} to {override[name]!r} instead of "
+                    f"{wanted!r}; per-module widths are not supported"
+                )
+    return tuple(excluded)
+
+
+def v1_to_v2(qzeros: torch.Tensor, *, bits: int, whole_word: bool) -> torch.Tensor:
+    """v1 zeros (z - 1) [G, N*bits/32] int32 to v2 (z); `whole_word` is GPTQModel's arithmetic."""
+    return _shift_zeros(qzeros, 1, bits=bits, whole_word=whole_word)
+
+
+def v2_to_v1(qzeros: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """v2 zeros (z) [G, N*bits/32] int32 to v1 (z - 1), which has to be free of z = 0.
+
+    Raises ValueError where a z is 0: such a file means different weights to different readers.
+    """
+    if has_zero(qzeros, bits=bits):
+        raise ValueError("v2_to_v1: qzeros: expected every zero point to be at least 1, got a 0")
+    return _shift_zeros(qzeros, -1, bits=bits, whole_word=False)
+
+
+def has_zero(qzeros: torch.Tensor, *, bits: int) -> bool:
+    """Whether any zero point of v2 zeros [G, N*bits/32] is 0."""
+    return bool((ops.unpack_qzeros(qzeros, bits=bits) == 0).any())
+
+
+def _shift_zeros(
+    qzeros: torch.Tensor, amount: int, *, bits: int, whole_word: bool
+) -> torch.Tensor:
+    if whole_word and bits in _ONES:
+        # The cast back to int32 wraps as GPTQModel's int32 addition does.
+        return (qzeros.to(torch.int64) + amount * _ONES[bits]).to(torch.int32)
+    fields = ops.unpack_qzeros(qzeros, bits=bits).to(torch.int16)
+    shifted = (fields + amount).bitwise_and(2**bits - 1).to(torch.uint8)
+    return ops.pack_qzeros(shifted, bits=bits)
+
+
+def trivial_g_idx(in_features: int, group_size: int) -> torch.Tensor:
+    """int32 [K] with k // group_size."""
+    columns = torch.arange(in_features, dtype=torch.int32)
+    return columns // (in_features if group_size == -1 else group_size)
+
+
+def decode_linear(
+    tensors: Mapping[str, torch.Tensor],
+    config: GptqConfig,
+    *,
+    in_features: int,
+    out_features: int,
+    where: str,
+) -> dict[str, torch.Tensor | None]:
+    """Checks one linear's tensors and brings them to canonical form.
+
+    `tensors`: qweight int32 [K*b/32, N], qzeros int32 [G, N*b/32], scales float [G,N] and, if any,
+    g_idx int32 [K], bias [N]. Returns qweight, qzeros (v2), scales (fp32), g_idx and bias.
+    ValueError starts with `where`.
+    """
+    bits, groups = config.bits, config.groups(in_features)
+    if in_features % 32 or out_features % 32:
+        raise ValueError(
+            f"{where}: expected multiples of 32, got in_features {in_features}, "
+            f"out_features {out_features}"
+        )
+    wanted: dict[str, tuple[int, ...]] = {
+        "qweight": (in_features * bits // 32, out_features),
+        "qzeros": (groups, out_features * bits // 32),
+        "scales": (groups, out_features),
+        "g_idx": (in_features,),
+        "bias": (out_features,),
+    }
+    for name, shape in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            if name in ("g_idx", "bias"):
+                continue
+            raise ValueError(f"{where}.{name}: missing")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{where}.{name}: expected shape {list(shape)} ({bits} bits, group_size "
+                f"{config.group_size}), got {list(tensor.shape)}"
+            )
+        if name in ("scales", "bias"):
+            if not tensor.is_floating_point():
+                raise ValueError(f"{where}.{name}: expected a float dtype, got {tensor.dtype}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{where}.{name}: holds NaN or Inf")
+        elif tensor.dtype != torch.int32:
+            raise ValueError(f"{where}.{name}: expected torch.int32, got {tensor.dtype}")
+    g_idx = tensors.get("g_idx")
+    if g_idx is not None:
+        low, high = int(g_idx.min()), int(g_idx.max())
+        if low < 0 or high >= groups:
+            raise ValueError(f"{where}.g_idx: expected 0..{groups - 1}, got {low}..{high}")
+        if torch.equal(g_idx, trivial_g_idx(in_features, config.group_size)):
+            g_idx = None
+    qzeros = tensors["qzeros"]
+    if config.checkpoint_format == V1:
+        qzeros = v1_to_v2(qzeros, bits=bits, whole_word=config.whole_word_zeros)
+    return {
+        "qweight": tensors["qweight"],
+        "qzeros": qzeros,
+        "scales": tensors["scales"].float(),
+        "g_idx": g_idx,
+        "bias": tensors.get("bias"),
+    }
+
+
+def half_scales(scales: torch.Tensor, *, where: str) -> torch.Tensor:
+    """fp32 scales [G,N] as fp16; ValueError where fp16 cannot hold one."""
+    half = scales.to(torch.float16)
+    if not torch.isfinite(half).all():
+        worst = float(scales.abs().max())
+        raise ValueError(f"{where}.scales: expected values within fp16 (65504), got {worst:g}")
+    return half
+
+
+def choose_format(*, sym: bool, any_zero: bool) -> Literal["gptq", "gptq_v2"]:
+    """v1 only where every reader agrees on it.
+
+    A z of 0 means different things to different readers of v1, and GPTQModel refuses asymmetric
+    v1 files that it did not write itself (7.7: `models/loader.py`), so both go out as v2.
+    """
+    return V1 if sym and not any_zero else V2
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Whether a program can load a checkpoint, and if not, why."""
+
+    name: str
+    loads: bool
+    reason: str = ""
+
+
+def compatible_loaders(config: GptqConfig) -> list[Loader]:
+    """Who can load a file with this configuration (rules of GPTQModel 7.7, vLLM 0.33)."""
+    gptqmodel: list[str] = []
+    if config.checkpoint_format == V1 and not config.sym and "gptqmodel" not in config.quantizers:
+        gptqmodel.append("asymmetric in format gptq (v1) and not written by gptqmodel")
+    vllm: list[str] = []
+    if config.bits not in (4, 8):
+        vllm.append(f"{config.bits} bits (only 4 and 8)")
+    if not config.sym:
+        vllm.append("asymmetric (only symmetric)")
+    if config.desc_act and config.group_size != -1:
+        vllm.append("desc_act with groups (only without, or group_size -1)")
+    if config.group_size not in (-1, 32, 64, 128):
+        vllm.append(f"group_size {config.group_size} (only -1, 32, 64, 128)")
+    return [
+        Loader("lowbitcore", True),
+        _loader("GPTQModel", gptqmodel),
+        _loader("transformers (optimum + gptqmodel)", gptqmodel),
+        _loader("vLLM", vllm),
+    ]
+
+
+def _loader(name: str, obstacles: Iterable[str]) -> Loader:
+    reason = "; ".join(obstacles)
+    return Loader(name, not reason, reason)
+
+
+def is_gptq(value: Any) -> bool:
+    """Whether a `quantization_config` claims to be GPTQ at all."""
+    return isinstance(value, dict) and cast(dict[str, Any], value).get("quant_method") == "gptq"

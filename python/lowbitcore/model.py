@@ -1,0 +1,562 @@
+"""Models: opening sources, building and filling skeletons, finding blocks, loading and saving."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from lowbitcore.formats import checkpoint, gptq
+from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
+from lowbitcore.formats.gguf import GgufFile
+from lowbitcore.formats.gptq import GptqConfig
+from lowbitcore.nn import QuantLinear
+
+
+class Weights(Protocol):
+    """Tensors by Hugging Face name, read one at a time."""
+
+    def __contains__(self, name: object) -> bool: ...
+    def names(self) -> list[str]: ...
+    def info(self, name: str) -> TensorInfo: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+    def fingerprint(self) -> str: ...
+
+
+class Source(NamedTuple):
+    """A model on disk: its configuration and its tensors, nothing of them in memory yet."""
+
+    path: Path
+    config: PretrainedConfig
+    dtype: torch.dtype  # of the weights that are not quantized
+    gptq: GptqConfig | None
+    weights: Weights
+
+
+class BlockLayout(NamedTuple):
+    """The transformer blocks of a model: `prefix` is the path of the list, e.g. `model.layers`."""
+
+    prefix: str
+    modules: nn.ModuleList
+
+
+# --- Opening ---------------------------------------------------------------------------------
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Opens a Hugging Face directory, a `.gguf` file or a hub id; reads headers and config only.
+
+    Raises ValueError (one line) for what is no causal language model.
+    """
+    local = Path(path)
+    if local.suffix == ".gguf":
+        gguf_file = GgufFile(local)
+        config = _causal_config(gguf_file.config, local)
+        return Source(local, config, gguf_file.dtype, None, gguf_file)
+    if not local.exists():
+        local = _download(str(path))
+    if not local.is_dir():
+        raise ValueError(f"{path}: expected a model directory, a .gguf file or a hub id")
+    raw = _read_config(local)
+    try:
+        config = AutoConfig.from_pretrained(local)
+    except Exception as error:  # transformers raises many kinds, with messages of many lines
+        raise ValueError(f"{local}: config.json is not usable: {_one_line(error)}") from error
+    config = _causal_config(config, local)
+    weights = Checkpoint(local)
+    return Source(local, config, _main_dtype(config, weights), _gptq_config(raw, local), weights)
+
+
+def _download(hub_id: str) -> Path:
+    # A path that does not exist is a typo more often than a hub id.
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
+        raise ValueError(f"{hub_id}: no such model directory or file")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # network, unknown id, gated: all end here
+        raise ValueError(
+            f"{hub_id}: no such directory, and not available from the hub: {_one_line(error)}"
+        ) from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        partial = directory / ".partial"
+        hint = " (an unfinished quantization: resume it)" if partial.is_dir() else ""
+        raise ValueError(f"{directory}: not a model directory: no config.json{hint}")
+    return checkpoint.read_json(path)
+
+
+def _gptq_config(raw: dict[str, Any], directory: Path) -> GptqConfig | None:
+    where = directory / "config.json"
+    value = raw.get("quantization_config")
+    if value is None:
+        # AutoGPTQ's older files keep it only here.
+        where = directory / "quantize_config.json"
+        if not where.is_file():
+            return None
+        value = checkpoint.read_json(where)
+    return GptqConfig.from_dict(value, where=f"{where}: quantization_config")
+
+
+def _causal_config(config: PretrainedConfig, path: Path) -> PretrainedConfig:
+    """A copy without quantization_config, checked to be of a causal language model."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    architectures = config.architectures or [name]
+    if name is None or name not in architectures or config.is_encoder_decoder:
+        raise ValueError(
+            f"{path}: not a causal language model: model_type {config.model_type!r}, "
+            f"architectures {config.architectures}"
+        )
+    config = deepcopy(config)
+    config.architectures = [name]
+    # transformers must not start its own GPTQ loader on our skeleton.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _main_dtype(config: PretrainedConfig, weights: Weights) -> torch.dtype:
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    for name in weights.names():
+        info = weights.info(name)
+        if info.dtype.is_floating_point and not name.endswith(".scales"):
+            return info.dtype
+    return torch.float32
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a model directory, `.gguf` file or hub id; ValueError where it has none."""
+    local = Path(path)
+    try:
+        if local.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(local.parent, gguf_file=local.name)
+        return AutoTokenizer.from_pretrained(local if local.exists() else str(path))
+    except Exception as error:  # transformers raises many kinds, with messages of many lines
+        raise ValueError(f"{path}: no usable tokenizer: {_one_line(error)}") from error
+
+
+# --- Skeletons -------------------------------------------------------------------------------
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `config` with parameters on the meta device and real buffers, in eval mode.
+
+    Buffers that are not saved (rotary tables) are therefore computed as transformers means them.
+    """
+    config = deepcopy(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # inconsistent sizes in config.json
+        raise ValueError(f"build_skeleton: config: {_one_line(error)}") from error
+    return cast(PreTrainedModel, model.eval())
+
+
+def resolve_name(model: nn.Module, weights: Weights, name: str) -> str | None:
+    """The name under which the weights hold a model's tensor, or None.
+
+    Some checkpoints lack the base model's prefix (`h.0...` for `transformer.h.0...`).
+    """
+    if name in weights:
+        return name
+    bare = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+    return bare if bare in weights else None
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Copies that tying makes: name of the copy -> name of the parameter it shares."""
+    return dict(getattr(model, "all_tied_weights_keys", {}))
+
+
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    names: Iterable[str],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Gives the named parameters and persistent buffers of a skeleton their values.
+
+    Floating-point ones become `dtype`. ValueError where one is missing or of another shape.
+    """
+    ties = tied_names(model)
+    wanted = dict(model.state_dict(keep_vars=True))
+    for name in names:
+        found = resolve_name(model, weights, name)
+        if found is None and name in ties:
+            continue
+        if found is None:
+            # A file that keeps only the copy of a tied pair.
+            copies = [copy for copy, origin in ties.items() if origin == name]
+            found = next((n for c in copies if (n := resolve_name(model, weights, c))), None)
+        if found is None:
+            raise ValueError(f"{_where(weights)}: tensor {name!r} of the model is missing")
+        shape = weights.info(found).shape
+        if shape != tuple(wanted[name].shape):
+            raise ValueError(
+                f"{_where(weights)}: tensor {found!r}: expected shape "
+                f"{list(wanted[name].shape)} by config.json, got {list(shape)}"
+            )
+        value = weights.tensor(found)
+        if value.is_floating_point():
+            value = value.to(dtype)
+        set_module_tensor_to_device(model, name, device, value=value, dtype=value.dtype)
+
+
+def _where(weights: Weights) -> str:
+    return str(getattr(weights, "directory", None) or getattr(weights, "path", "weights"))
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replaces the submodule at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+# --- Blocks ----------------------------------------------------------------------------------
+
+
+def find_blocks(model: nn.Module) -> BlockLayout:
+    """The list of same-class blocks that holds most of the linears' parameters.
+
+    Raises ValueError where there is none.
+    """
+    best: tuple[int, BlockLayout] | None = None
+    for prefix, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(item) for item in module}) != 1:
+            continue
+        size = sum(_linear_size(item) for item in module.modules())
+        # Outer lists come first, so a list of experts in a block never wins over the blocks.
+        if size > (best[0] if best else 0):
+            best = (size, BlockLayout(prefix, module))
+    if best is None:
+        raise ValueError(f"find_blocks: {type(model).__name__} has no list of blocks with linears")
+    return best[1]
+
+
+def _linear_size(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear | Conv1D):
+        return module.weight.numel()
+    return module.in_features * module.out_features if isinstance(module, QuantLinear) else 0
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an nn.Linear or Conv1D, whose weight is [in, out]."""
+    rows, columns = cast(torch.Tensor, module.weight).shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def quantizable(block: nn.Module) -> dict[str, nn.Module]:
+    """Linears of a block with both dimensions multiples of 32, by path inside the block."""
+    return {
+        path: module
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and all(size % 32 == 0 for size in linear_shape(module))
+    }
+
+
+def not_quantizable(block: nn.Module) -> dict[str, str]:
+    """What holds matrices in a block but stays in 16 bits: path inside the block -> reason."""
+    reasons = {}
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            in_features, out_features = linear_shape(module)
+            if in_features % 32 or out_features % 32:
+                reasons[path] = f"{out_features} x {in_features}: not multiples of 32"
+        else:
+            for name, parameter in module.named_parameters(prefix=path, recurse=False):
+                if parameter.dim() > 2:
+                    reasons[name] = f"a parameter of {parameter.dim()} dimensions, not a linear"
+    return reasons
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """All QuantLinear of a model by path."""
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)
+    }
+
+
+# --- Loading ---------------------------------------------------------------------------------
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Loads a GPTQ or plain 16-bit directory, a hub id or a `.gguf`, ready for inference.
+
+    `dtype` is that of activations and of all weights that are not quantized; "auto" is the
+    checkpoint's own. Raises ValueError (one line) for whatever does not fit together.
+    """
+    source = open_source(path)
+    chosen = _parse_dtype(dtype, source.dtype)
+    model = build_skeleton(source.config, chosen)
+    if source.gptq is not None:
+        _place_quantized(model, source, chosen)
+    done = {
+        f"{path}.{name}"
+        for path, module in quantized_linears(model).items()
+        for name in module.state_dict()
+    }
+    fill(model, source.weights, [n for n in model.state_dict() if n not in done], dtype=chosen)
+    model.tie_weights()
+    if source.gptq is not None:
+        # Its presence must not make transformers look for a quantizer: a plain dict does not.
+        model.config.quantization_config = source.gptq.to_dict()
+    model.generation_config = load_generation_config(source)
+    model.config.name_or_path = str(source.path)
+    return cast(PreTrainedModel, model.to(device))
+
+
+def _parse_dtype(dtype: torch.dtype | str, default: torch.dtype) -> torch.dtype:
+    if dtype == "auto":
+        return default
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if parsed not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"load: dtype: expected auto, float32, bfloat16 or float16, got {dtype}")
+    return parsed
+
+
+def load_generation_config(source: Source) -> GenerationConfig:
+    """The directory's generation_config.json, or what the model's config implies."""
+    if (source.path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(source.path)
+    return GenerationConfig.from_model_config(source.config)
+
+
+def _place_quantized(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
+    """Replaces every linear that the file holds as qweight by a filled QuantLinear."""
+    config, weights = cast(GptqConfig, source.gptq), source.weights
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    stems = sorted(n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight"))
+    if not stems:
+        raise ValueError(f"{source.path}: quantization_config says gptq, but no tensor is a qweight")
+    for stem in stems:
+        path = stem if stem in modules else prefix + stem
+        module = modules.get(path)
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise ValueError(
+                f"{source.path}: {stem}.qweight: {type(source.config).__name__} has no such linear"
+            )
+        in_features, out_features = linear_shape(module)
+        set_module(
+            model,
+            path,
+            read_quant_linear(
+                weights,
+                stem,
+                config,
+                in_features=in_features,
+                out_features=out_features,
+                bias=module.bias is not None,
+                dtype=dtype,
+            ),
+        )
+
+
+def read_quant_linear(
+    weights: Weights,
+    stem: str,
+    config: GptqConfig,
+    *,
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    dtype: torch.dtype,
+) -> QuantLinear:
+    """One linear from GPTQ tensors `stem.qweight`, ...; its bias becomes `dtype`."""
+    names = [*gptq.SUFFIXES, "bias"] if bias else list(gptq.SUFFIXES)
+    if bias and f"{stem}.bias" not in weights:
+        raise ValueError(f"{_where(weights)}: {stem}.bias: missing")
+    where = f"{_where(weights)}: {stem}"
+    wanted_bytes = in_features * out_features * config.bits // 8
+    if f"{stem}.qweight" in weights and weights.info(f"{stem}.qweight").nbytes != wanted_bytes:
+        shape = list(weights.info(f"{stem}.qweight").shape)
+        raise ValueError(
+            f"{where}.qweight: expected {config.bits}-bit weights of {out_features} x "
+            f"{in_features} by config.json, got shape {shape}"
+        )
+    tensors = {
+        name: weights.tensor(f"{stem}.{name}") for name in names if f"{stem}.{name}" in weights
+    }
+    parts = gptq.decode_linear(
+        tensors, config, in_features=in_features, out_features=out_features, where=where
+    )
+    bias_value = parts["bias"]
+    return QuantLinear.from_canonical(
+        cast(torch.Tensor, parts["qweight"]),
+        cast(torch.Tensor, parts["qzeros"]),
+        cast(torch.Tensor, parts["scales"]),
+        bits=config.bits,
+        group_size=config.group_size,
+        g_idx=parts["g_idx"],
+        bias=None if bias_value is None else bias_value.to(dtype),
+    )
+
+
+# --- Saving ----------------------------------------------------------------------------------
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes a quantized model as a GPTQ directory that others can load too.
+
+    Without `tokenizer`, that of the directory the model was loaded from is copied, if it has one.
+    Every file is written atomically and config.json last. Raises ValueError where the model is not
+    quantized or fp16 cannot hold a scale, OSError where the disk is full.
+    """
+    linears = quantized_linears(model)
+    value = getattr(model.config, "quantization_config", None)
+    if not linears or value is None:
+        raise ValueError("save: model: expected a quantized one, got none of its linears quantized")
+    config = GptqConfig.from_dict(value, where="save: model.config.quantization_config")
+    any_zero = any(
+        gptq.has_zero(linear.canonical()["qzeros"], bits=config.bits) for linear in linears.values()
+    )
+    config = replace(
+        config, checkpoint_format=gptq.choose_format(sym=config.sym, any_zero=any_zero)
+    )
+    # Ranges are checked before the first byte is written.
+    for path, linear in linears.items():
+        gptq.half_scales(linear.scales.detach(), where=f"save: {path}")
+    entries: list[Entry] = []
+    done = set(tied_names(model))
+    for path, linear in linears.items():
+        entries += quantized_entries(path, linear.canonical, config)
+        done |= {f"{path}.{name}" for name in linear.state_dict()}
+    entries += [
+        Entry.of(name, tensor) for name, tensor in model.state_dict().items() if name not in done
+    ]
+    write_model(
+        out,
+        entries,
+        model_config=model.config,
+        gptq_config=_with_hash(config, {path: lin.canonical for path, lin in linears.items()}),
+        generation_config=model.generation_config,
+        tokenizer=_origin_tokenizer(model) if tokenizer is None else tokenizer,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def _origin_tokenizer(model: PreTrainedModel) -> Any:
+    origin = getattr(model.config, "name_or_path", "")
+    if not origin or not Path(origin).exists():
+        return None
+    try:
+        return load_tokenizer(origin)
+    except ValueError:
+        return None  # a model without a tokenizer is a model all the same
+
+
+def quantized_entries(
+    path: str, canonical: Callable[[], Mapping[str, torch.Tensor]], config: GptqConfig
+) -> list[Entry]:
+    """What to write for one linear; `canonical` (v2 zeros) is called once for each tensor."""
+
+    def loader(name: str) -> Callable[[], torch.Tensor]:
+        def load_one() -> torch.Tensor:
+            tensor = canonical()[name]
+            if name == "scales":
+                return gptq.half_scales(tensor.detach().float(), where=path)
+            if name == "qzeros" and config.checkpoint_format == gptq.V1:
+                return gptq.v2_to_v1(tensor, bits=config.bits)
+            return tensor
+
+        return load_one
+
+    return [
+        Entry(
+            f"{path}.{name}",
+            torch.float16 if name == "scales" else tensor.dtype,
+            tuple(tensor.shape),
+            loader(name),
+        )
+        for name, tensor in canonical().items()
+    ]
+
+
+def base_hash(canonical: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]]) -> str:
+    """SHA-256 over qweight, qzeros (v2) and g_idx of all linears in sorted order of path."""
+    digest = hashlib.sha256()
+    for path in sorted(canonical):
+        tensors = canonical[path]()
+        for name in ("qweight", "qzeros", "g_idx"):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _with_hash(
+    config: GptqConfig, canonical: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]]
+) -> GptqConfig:
+    return replace(config, meta={**config.meta, "base_sha256": base_hash(canonical)})
+
+
+def write_model(
+    out: str | os.PathLike[str],
+    entries: list[Entry],
+    *,
+    model_config: PretrainedConfig,
+    gptq_config: GptqConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: Any,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes a model directory; config.json comes last, so nothing half-written loads."""
+    directory = Path(out)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: expected a directory, got a file")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").unlink(missing_ok=True)
+    checkpoint.write_shards(directory, entries, max_shard_bytes=max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if generation_config is not None:
+        checkpoint.write_json(directory / "generation_config.json", generation_config.to_diff_dict())
+    quantization = gptq_config.to_dict()
+    checkpoint.write_json(directory / "quantize_config.json", quantization)
+    config = deepcopy(model_config)
+    config.quantization_config = quantization
+    config.architectures = config.architectures or [
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    ]
+    checkpoint.write_json(directory / "config.json", _config_dict(config))
+
+
+def _config_dict(config: PretrainedConfig) -> dict[str, Any]:
+    value = config.to_diff_dict()
+    value.pop("_name_or_path", None)
+    return cast(dict[str, Any], value)

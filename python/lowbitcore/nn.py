@@ -1,0 +1,247 @@
+"""The layer that computes with packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+__all__ = ["QuantLinear"]
+
+
+class QuantLinear(nn.Module):
+    """``y = x W^T + bias`` with ``W[n, k] = scales[g, n] * (q[n, k] - z[g, n])`` kept packed.
+
+    Holds one copy of the integers, in the layout the kernels read. ``state_dict`` is canonical all the
+    same: ``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [G, N*bits/32] (holding z itself),
+    ``scales`` float32 [G, N], ``g_idx`` int32 [K], ``bias`` [N]. Scales stay float32 whatever ``.to()``
+    or ``.half()`` is asked for: they are the masters that PEQA trains (arXiv 2305.14152). They are a
+    parameter, frozen until somebody thaws it.
+
+    The result has the type of the input; under autocast, autocast's type.
+
+    Raises:
+        ValueError: bits, group_size or a dimension that the format does not have.
+    """
+
+    packed: Tensor
+    g_idx: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        size = ops.packed_size(
+            bits=bits, group_size=group_size, in_features=in_features, out_features=out_features
+        )
+        groups = ops.group_count(in_features, group_size)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        self.group_size = group_size
+        self.register_buffer("packed", torch.zeros(size, dtype=torch.uint8, device=device))
+        self.register_buffer("g_idx", None)
+        self.scales = nn.Parameter(
+            torch.zeros(groups, out_features, dtype=torch.float32, device=device),
+            requires_grad=False,
+        )
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False)
+            if bias
+            else None
+        )
+
+    @classmethod
+    def from_canonical(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        g_idx: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> QuantLinear:
+        """A layer from GPTQ's tensors, zeros in the "gptq_v2" convention; see the class for shapes."""
+        if bits not in (2, 3, 4, 8) or qweight.dim() != 2 or qweight.shape[0] % bits != 0:
+            raise ValueError(
+                "QuantLinear.from_canonical: qweight: expected [in_features*bits/32, out_features] "
+                f"with bits 2, 3, 4 or 8, got {tuple(qweight.shape)} with bits {bits}"
+            )
+        layer = cls(
+            qweight.shape[0] * 32 // bits,
+            qweight.shape[1],
+            bits=bits,
+            group_size=group_size,
+            bias=bias is not None,
+            device="meta",
+        )
+        layer.set_canonical(qweight, qzeros, scales, g_idx, bias)
+        return layer
+
+    def set_canonical(
+        self,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Replace everything the layer holds. A trivial ``g_idx`` is dropped."""
+        where = "QuantLinear.set_canonical"
+        shape = (ops.group_count(self.in_features, self.group_size), self.out_features)
+        if tuple(scales.shape) != shape:
+            raise ValueError(
+                f"{where}: scales: expected shape {shape}, got {tuple(scales.shape)}"
+            )
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ValueError(
+                f"{where}: bias: expected shape {(self.out_features,)}, got {tuple(bias.shape)}"
+            )
+        if g_idx is not None:
+            g_idx = self._nontrivial(g_idx)
+        self.packed = ops.prepack(qweight, qzeros, bits=self.bits, group_size=self.group_size)
+        if self.packed.numel() != ops.packed_size(
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        ):
+            raise ValueError(
+                f"{where}: qweight: expected a weight [{self.out_features}, {self.in_features}] of "
+                f"{self.bits} bits, got {tuple(qweight.shape)}"
+            )
+        self.g_idx = g_idx
+        trains = self.scales.requires_grad
+        self.scales = nn.Parameter(scales.detach().float().clone(), requires_grad=trains)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def _nontrivial(self, g_idx: Tensor) -> Tensor | None:
+        groups = ops.group_count(self.in_features, self.group_size)
+        if tuple(g_idx.shape) != (self.in_features,):
+            raise ValueError(
+                f"QuantLinear: g_idx: expected shape {(self.in_features,)}, got {tuple(g_idx.shape)}"
+            )
+        g_idx = g_idx.to(torch.int32).contiguous()
+        if g_idx.is_meta:
+            return g_idx
+        low, high = int(g_idx.min()), int(g_idx.max())
+        if low < 0 or high >= groups:
+            raise ValueError(
+                f"QuantLinear: g_idx: expected entries from 0 to {groups - 1}, got {low} to {high}"
+            )
+        return None if torch.equal(g_idx, self._trivial_g_idx()) else g_idx.clone()
+
+    def _trivial_g_idx(self) -> Tensor:
+        group = self.in_features if self.group_size == -1 else self.group_size
+        columns = torch.arange(self.in_features, dtype=torch.int32, device=self.packed.device)
+        return columns // group
+
+    def canonical(self) -> dict[str, Tensor]:
+        """``qweight``, ``qzeros``, ``scales``, ``g_idx`` (also where trivial) and ``bias`` if any."""
+        qweight, qzeros = ops.unpack(
+            self.packed,
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+        tensors = {
+            "qweight": qweight,
+            "qzeros": qzeros,
+            "scales": self.scales.detach(),
+            "g_idx": self._trivial_g_idx() if self.g_idx is None else self.g_idx,
+        }
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach()
+        return tensors
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [N, K]."""
+        return ops.dequantize(
+            self.packed,
+            self.scales,
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            g_idx=self.g_idx,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return ops.qgemm_nt(
+            x,
+            self.packed,
+            self.scales,
+            bits=self.bits,
+            group_size=self.group_size,
+            g_idx=self.g_idx,
+            bias=self.bias,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}, "
+            f"act_order={self.g_idx is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        # .to(dtype) and .half() go through here. Moving is fine, casting the masters is not.
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != torch.float32:
+            self.scales = nn.Parameter(
+                scales.detach().to(self.scales.device), requires_grad=scales.requires_grad
+            )
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, tensor in self.canonical().items():
+            own = getattr(self, name, None)
+            keep = keep_vars and isinstance(own, nn.Parameter)
+            destination[prefix + name] = own if keep else tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wanted = ["qweight", "qzeros", "scales", "g_idx"] + ["bias"] * (self.bias is not None)
+        found = {name: state_dict.get(prefix + name) for name in wanted}
+        absent = [prefix + name for name in wanted if found[name] is None]
+        missing_keys.extend(absent)
+        unexpected_keys.extend(
+            key
+            for key in state_dict
+            if key.startswith(prefix) and key.removeprefix(prefix) not in wanted
+        )
+        if absent:
+            return
+        try:
+            # No in-place copy: the packed layout is rebuilt, scales keep being a parameter.
+            self.set_canonical(**found)  # type: ignore[arg-type]
+        except ValueError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")

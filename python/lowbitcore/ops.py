@@ -1,0 +1,819 @@
+"""The core's operations as torch operators, with autograd, fake kernels and ``torch.compile``.
+
+Shapes: ``N`` out_features, ``K`` in_features, both multiples of 32; ``b`` bits (2, 3, 4 or 8);
+``group_size`` a multiple of 32 along K, or -1 for the whole row; ``G`` the number of groups, of which
+the last may be shorter. ``g_idx`` int32 [K] maps a column to its group; ``None`` stands for
+``k // group_size``. A weight is ``W[n, k] = scales[g, n] * (q[n, k] - zeros[g, n])``, ``g = g_idx[k]``.
+
+Every function raises ``ValueError`` for a mistake of the caller, naming the operation, the argument,
+what was expected and what came, and ``lowbitcore.Error`` for what is not one. The operators
+themselves are ``torch.ops.lowbitcore.*``; this module is the only caller of the extension's
+operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+__all__ = [
+    "GptqFactor",
+    "GptqResult",
+    "Quantized",
+    "accumulate_hessian_",
+    "dequantize",
+    "gptq_factorize",
+    "gptq_quantize",
+    "group_count",
+    "pack_qweight",
+    "pack_qzeros",
+    "packed_size",
+    "prepack",
+    "qgemm_grad_scales",
+    "qgemm_nn",
+    "qgemm_nt",
+    "quantize_rtn",
+    "unpack",
+    "unpack_qweight",
+    "unpack_qzeros",
+]
+
+_library = torch.library.Library("lowbitcore", "DEF")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _operator(schema: str) -> Callable[[_F], _F]:
+    """Define ``lowbitcore::schema`` with the decorated function as its CPU kernel."""
+
+    def register(kernel: _F) -> _F:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(schema[: schema.index("(")], kernel, "CPU")
+        return kernel
+
+    return register
+
+
+def _fake(name: str) -> Callable[[_F], _F]:
+    def register(function: _F) -> _F:
+        torch.library.register_fake(f"lowbitcore::{name}", function, lib=_library)
+        return function
+
+    return register
+
+
+def _fail(op: str, argument: str, expected: str, got: object) -> None:
+    raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def _check(op: str, bits: int | None = None, **tensors: Tensor | None) -> None:
+    """What must hold before torch picks a kernel: tensors, all on one device that has kernels."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            _fail(op, name, "a tensor", type(tensor).__name__)
+        if tensor.device.type not in ("cpu", "meta"):
+            _fail(op, name, "a tensor on the CPU (there are no CUDA kernels yet)", tensor.device)
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            _fail(op, name, f"a tensor on {device}, as the other arguments", tensor.device)
+    if bits is not None and bits not in (2, 3, 4, 8):
+        _fail(op, "bits", "2, 3, 4 or 8", bits)
+
+
+def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
+    if tensor.dim() != dims:
+        _fail(op, name, f"{dims} dimensions", tuple(tensor.shape))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., C] as the core takes it: [rows, C] with contiguous columns and rows that do not overlap."""
+    flat = tensor.resolve_neg().reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(
+        tensor.shape[:-1].numel(), tensor.shape[-1]
+    )
+    if flat.stride(1) != 1 or flat.stride(0) < flat.shape[1]:
+        flat = flat.contiguous()
+    return flat
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.resolve_neg().contiguous()
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """G: the groups of a row, the last of which may be shorter."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def packed_size(*, bits: int, group_size: int, in_features: int, out_features: int) -> int:
+    """P, the bytes of the execution layout: K*N*bits/8 of integers and G*N of zeros."""
+    return _C.packed_size(bits, group_size, in_features, out_features)
+
+
+# ---- packing -------------------------------------------------------------------------------------
+
+
+def pack_qweight(codes: Tensor, *, bits: int) -> Tensor:
+    """Codes uint8 [N, K] -> GPTQ's ``qweight`` int32 [K*bits/32, N], an LSB-first stream along K."""
+    _check("pack_qweight", bits, codes=codes)
+    _check_dims("pack_qweight", "codes", codes, 2)
+    result: Tensor = torch.ops.lowbitcore.pack_qweight(codes, bits)
+    return result
+
+
+@_operator("pack_qweight(Tensor codes, int bits) -> Tensor")
+def _(codes: Tensor, bits: int) -> Tensor:
+    qweight = _pack_qweight_fake(codes, bits)
+    _C.pack_qweight(_rows(codes), bits, qweight)
+    return qweight
+
+
+@_fake("pack_qweight")
+def _pack_qweight_fake(codes: Tensor, bits: int) -> Tensor:
+    n, k = codes.shape
+    return codes.new_empty((k * bits // 32, n), dtype=torch.int32)
+
+
+def unpack_qweight(qweight: Tensor, *, bits: int) -> Tensor:
+    """The inverse of :func:`pack_qweight`."""
+    _check("unpack_qweight", bits, qweight=qweight)
+    _check_dims("unpack_qweight", "qweight", qweight, 2)
+    if qweight.shape[0] % bits != 0:
+        _fail("unpack_qweight", "qweight", f"a multiple of {bits} rows", tuple(qweight.shape))
+    result: Tensor = torch.ops.lowbitcore.unpack_qweight(qweight, bits)
+    return result
+
+
+@_operator("unpack_qweight(Tensor qweight, int bits) -> Tensor")
+def _(qweight: Tensor, bits: int) -> Tensor:
+    codes = _unpack_qweight_fake(qweight, bits)
+    _C.unpack_qweight(_rows(qweight), bits, codes)
+    return codes
+
+
+@_fake("unpack_qweight")
+def _unpack_qweight_fake(qweight: Tensor, bits: int) -> Tensor:
+    words, n = qweight.shape
+    return qweight.new_empty((n, words * 32 // bits), dtype=torch.uint8)
+
+
+def pack_qzeros(zeros: Tensor, *, bits: int) -> Tensor:
+    """Zeros uint8 [G, N] -> ``qzeros`` int32 [G, N*bits/32] that hold z itself ("gptq_v2")."""
+    _check("pack_qzeros", bits, zeros=zeros)
+    _check_dims("pack_qzeros", "zeros", zeros, 2)
+    result: Tensor = torch.ops.lowbitcore.pack_qzeros(zeros, bits)
+    return result
+
+
+@_operator("pack_qzeros(Tensor zeros, int bits) -> Tensor")
+def _(zeros: Tensor, bits: int) -> Tensor:
+    qzeros = _pack_qzeros_fake(zeros, bits)
+    _C.pack_qzeros(_rows(zeros), bits, qzeros)
+    return qzeros
+
+
+@_fake("pack_qzeros")
+def _pack_qzeros_fake(zeros: Tensor, bits: int) -> Tensor:
+    g, n = zeros.shape
+    return zeros.new_empty((g, n * bits // 32), dtype=torch.int32)
+
+
+def unpack_qzeros(qzeros: Tensor, *, bits: int) -> Tensor:
+    """The inverse of :func:`pack_qzeros`."""
+    _check("unpack_qzeros", bits, qzeros=qzeros)
+    _check_dims("unpack_qzeros", "qzeros", qzeros, 2)
+    if qzeros.shape[1] % bits != 0:
+        _fail("unpack_qzeros", "qzeros", f"a multiple of {bits} columns", tuple(qzeros.shape))
+    result: Tensor = torch.ops.lowbitcore.unpack_qzeros(qzeros, bits)
+    return result
+
+
+@_operator("unpack_qzeros(Tensor qzeros, int bits) -> Tensor")
+def _(qzeros: Tensor, bits: int) -> Tensor:
+    zeros = _unpack_qzeros_fake(qzeros, bits)
+    _C.unpack_qzeros(_rows(qzeros), bits, zeros)
+    return zeros
+
+
+@_fake("unpack_qzeros")
+def _unpack_qzeros_fake(qzeros: Tensor, bits: int) -> Tensor:
+    g, words = qzeros.shape
+    return qzeros.new_empty((g, words * 32 // bits), dtype=torch.uint8)
+
+
+def prepack(qweight: Tensor, qzeros: Tensor, *, bits: int, group_size: int) -> Tensor:
+    """Canonical tensors -> the execution layout, uint8 [P]: opaque, holds integers and zeros."""
+    _check("prepack", bits, qweight=qweight, qzeros=qzeros)
+    _check_dims("prepack", "qweight", qweight, 2)
+    _check_dims("prepack", "qzeros", qzeros, 2)
+    if qweight.shape[0] % bits != 0:
+        _fail("prepack", "qweight", f"a multiple of {bits} rows", tuple(qweight.shape))
+    result: Tensor = torch.ops.lowbitcore.prepack(qweight, qzeros, bits, group_size)
+    return result
+
+
+@_operator("prepack(Tensor qweight, Tensor qzeros, int bits, int group_size) -> Tensor")
+def _(qweight: Tensor, qzeros: Tensor, bits: int, group_size: int) -> Tensor:
+    words, n = qweight.shape
+    k = words * 32 // bits
+    packed = qweight.new_empty(_C.packed_size(bits, group_size, k, n), dtype=torch.uint8)
+    _C.prepack(_rows(qweight), _rows(qzeros), bits, group_size, k, n, packed)
+    return packed
+
+
+@_fake("prepack")
+def _prepack_fake(qweight: Tensor, qzeros: Tensor, bits: int, group_size: int) -> Tensor:
+    words, n = qweight.shape
+    groups = group_count(words * 32 // bits, group_size)
+    return qweight.new_empty(words * n * 4 + groups * n, dtype=torch.uint8)
+
+
+def unpack(
+    packed: Tensor, *, bits: int, group_size: int, in_features: int, out_features: int
+) -> tuple[Tensor, Tensor]:
+    """The bit-exact inverse of :func:`prepack`: ``(qweight, qzeros)``."""
+    _check("unpack", bits, packed=packed)
+    result: tuple[Tensor, Tensor] = torch.ops.lowbitcore.unpack(
+        packed, bits, group_size, in_features, out_features
+    )
+    return result
+
+
+@_operator(
+    "unpack(Tensor packed, int bits, int group_size, int in_features, int out_features)"
+    " -> (Tensor, Tensor)"
+)
+def _(
+    packed: Tensor, bits: int, group_size: int, in_features: int, out_features: int
+) -> tuple[Tensor, Tensor]:
+    _C.packed_size(bits, group_size, in_features, out_features)  # rejects an impossible format
+    qweight, qzeros = _unpack_fake(packed, bits, group_size, in_features, out_features)
+    _C.unpack(_dense(packed), bits, group_size, in_features, out_features, qweight, qzeros)
+    return qweight, qzeros
+
+
+@_fake("unpack")
+def _unpack_fake(
+    packed: Tensor, bits: int, group_size: int, in_features: int, out_features: int
+) -> tuple[Tensor, Tensor]:
+    groups = group_count(in_features, group_size)
+    return (
+        packed.new_empty((in_features * bits // 32, out_features), dtype=torch.int32),
+        packed.new_empty((groups, out_features * bits // 32), dtype=torch.int32),
+    )
+
+
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    g_idx: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The dense weight [N, K] in ``dtype`` (float32, bfloat16 or float16), rounded once."""
+    _check("dequantize", bits, packed=packed, scales=scales, g_idx=g_idx)
+    _check_dims("dequantize", "scales", scales, 2)
+    result: Tensor = torch.ops.lowbitcore.dequantize(
+        packed, scales, g_idx, bits, group_size, in_features, dtype
+    )
+    return result
+
+
+@_operator(
+    "dequantize(Tensor packed, Tensor scales, Tensor? g_idx, int bits, int group_size,"
+    " int in_features, ScalarType dtype) -> Tensor"
+)
+def _(
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = _dequantize_fake(packed, scales, g_idx, bits, group_size, in_features, dtype)
+    _C.dequantize(
+        packed, _rows(scales), g_idx, bits, group_size, in_features, scales.shape[1], out
+    )
+    return out
+
+
+@_fake("dequantize")
+def _dequantize_fake(
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((scales.shape[1], in_features), dtype=dtype)
+
+
+# ---- multiplication ------------------------------------------------------------------------------
+
+
+def qgemm_nt(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    g_idx: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``x W^T + bias`` from packed weights.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], any strides.
+        packed: from :func:`prepack`.
+        scales: float32 [G, N].
+        bias: [N], added in float32 before the one rounding of the result.
+
+    Returns:
+        [..., N] in the type of ``x``; sums are float32. Differentiable in ``x``, ``scales`` (the
+        gradient of PEQA, arXiv 2305.14152, with no dense dW) and ``bias``, to any order.
+    """
+    _check("qgemm_nt", bits, x=x, packed=packed, scales=scales, g_idx=g_idx, bias=bias)
+    _check_dims("qgemm_nt", "scales", scales, 2)
+    if x.dim() == 0:
+        _fail("qgemm_nt", "x", "at least 1 dimension", tuple(x.shape))
+    result: Tensor = torch.ops.lowbitcore.qgemm_nt(x, packed, scales, g_idx, bias, bits, group_size)
+    return result
+
+
+@_operator(
+    "qgemm_nt(Tensor x, Tensor packed, Tensor scales, Tensor? g_idx, Tensor? bias, int bits,"
+    " int group_size) -> Tensor"
+)
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    y = _qgemm_nt_fake(x, packed, scales, g_idx, bias, bits, group_size)
+    n = scales.shape[1]
+    _C.qgemm_nt(
+        _rows(x),
+        packed,
+        _rows(scales),
+        g_idx,
+        None if bias is None else _dense(bias.float()),
+        bits,
+        group_size,
+        x.shape[-1],
+        n,
+        y.view(-1, n) if y.numel() else y.new_empty(0, n),
+    )
+    return y
+
+
+@_fake("qgemm_nt")
+def _qgemm_nt_fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
+def qgemm_nn(
+    dy: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    g_idx: Tensor | None = None,
+) -> Tensor:
+    """``dy W``, the transposed product of EMEF's backward (arXiv 2306.08162), from the same bytes.
+
+    Args:
+        dy: float32, bfloat16 or float16 [..., N], any strides.
+
+    Returns:
+        [..., K] in the type of ``dy``. Differentiable in ``dy`` and ``scales``.
+    """
+    _check("qgemm_nn", bits, dy=dy, packed=packed, scales=scales, g_idx=g_idx)
+    _check_dims("qgemm_nn", "scales", scales, 2)
+    if dy.dim() == 0:
+        _fail("qgemm_nn", "dy", "at least 1 dimension", tuple(dy.shape))
+    result: Tensor = torch.ops.lowbitcore.qgemm_nn(
+        dy, packed, scales, g_idx, bits, group_size, in_features
+    )
+    return result
+
+
+@_operator(
+    "qgemm_nn(Tensor dy, Tensor packed, Tensor scales, Tensor? g_idx, int bits, int group_size,"
+    " int in_features) -> Tensor"
+)
+def _(
+    dy: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    dx = _qgemm_nn_fake(dy, packed, scales, g_idx, bits, group_size, in_features)
+    _C.qgemm_nn(
+        _rows(dy),
+        packed,
+        _rows(scales),
+        g_idx,
+        bits,
+        group_size,
+        in_features,
+        scales.shape[1],
+        dx.view(-1, in_features) if dx.numel() else dx.new_empty(0, in_features),
+    )
+    return dx
+
+
+@_fake("qgemm_nn")
+def _qgemm_nn_fake(
+    dy: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+def qgemm_grad_scales(
+    dy: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    g_idx: Tensor | None = None,
+) -> Tensor:
+    """The gradient of the scales: ``dS[g, n] = sum_{k in g} (q - z) sum_m dy[m, n] x[m, k]``.
+
+    Args:
+        dy: [..., N] and x: [..., K], of one type.
+
+    Returns:
+        float32 [G, N]. Differentiable in ``dy`` and ``x``.
+    """
+    _check("qgemm_grad_scales", bits, dy=dy, x=x, packed=packed, g_idx=g_idx)
+    for name, tensor in (("dy", dy), ("x", x)):
+        if tensor.dim() == 0:
+            _fail("qgemm_grad_scales", name, "at least 1 dimension", tuple(tensor.shape))
+    result: Tensor = torch.ops.lowbitcore.qgemm_grad_scales(dy, x, packed, g_idx, bits, group_size)
+    return result
+
+
+@_operator(
+    "qgemm_grad_scales(Tensor dy, Tensor x, Tensor packed, Tensor? g_idx, int bits,"
+    " int group_size) -> Tensor"
+)
+def _(
+    dy: Tensor, x: Tensor, packed: Tensor, g_idx: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    k, n = x.shape[-1], dy.shape[-1]
+    _C.packed_size(bits, group_size, k, n)  # rejects an impossible format before it sizes the result
+    ds = _qgemm_grad_scales_fake(dy, x, packed, g_idx, bits, group_size)
+    _C.qgemm_grad_scales(_rows(dy), _rows(x), packed, g_idx, bits, group_size, k, n, ds)
+    return ds
+
+
+@_fake("qgemm_grad_scales")
+def _qgemm_grad_scales_fake(
+    dy: Tensor, x: Tensor, packed: Tensor, g_idx: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    groups = group_count(x.shape[-1], group_size)
+    return dy.new_empty((groups, dy.shape[-1]), dtype=torch.float32)
+
+
+# Each of the three products is linear in its two real arguments, and the derivatives of each are the
+# other two: the family is closed, so gradients exist to any order.
+
+
+def _nt_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scales, g_idx, bias, bits, group_size = inputs
+    ctx.format = {"bits": bits, "group_size": group_size}
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, packed, scales, g_idx)
+
+
+def _nt_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, packed, scales, g_idx = ctx.saved_tensors
+    dx = ds = db = None
+    if ctx.needs_input_grad[0]:
+        dx = qgemm_nn(
+            dy, packed, scales, g_idx=g_idx, in_features=ctx.in_features, **ctx.format
+        )
+    if ctx.needs_input_grad[2]:
+        ds = qgemm_grad_scales(dy, x, packed, g_idx=g_idx, **ctx.format)
+    if ctx.needs_input_grad[4]:
+        db = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return dx, None, ds, None, db, None, None
+
+
+def _nn_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, packed, scales, g_idx, bits, group_size, _ = inputs
+    ctx.format = {"bits": bits, "group_size": group_size}
+    ctx.save_for_backward(dy if ctx.needs_input_grad[2] else None, packed, scales, g_idx)
+
+
+def _nn_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    dy, packed, scales, g_idx = ctx.saved_tensors
+    ddy = ds = None
+    if ctx.needs_input_grad[0]:
+        ddy = qgemm_nt(ddx, packed, scales, g_idx=g_idx, **ctx.format)
+    if ctx.needs_input_grad[2]:
+        ds = qgemm_grad_scales(dy, ddx, packed, g_idx=g_idx, **ctx.format)
+    return ddy, None, ds, None, None, None, None
+
+
+def _grad_scales_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, packed, g_idx, bits, group_size = inputs
+    ctx.format = {"bits": bits, "group_size": group_size}
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(
+        dy if ctx.needs_input_grad[1] else None,
+        x if ctx.needs_input_grad[0] else None,
+        packed,
+        g_idx,
+    )
+
+
+def _grad_scales_backward(ctx: Any, dds: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x, packed, g_idx = ctx.saved_tensors
+    ddy = dx = None
+    if ctx.needs_input_grad[0]:
+        ddy = qgemm_nt(x, packed, dds, g_idx=g_idx, **ctx.format)
+    if ctx.needs_input_grad[1]:
+        dx = qgemm_nn(dy, packed, dds, g_idx=g_idx, in_features=ctx.in_features, **ctx.format)
+    return ddy, dx, None, None, None, None
+
+
+for _name, _setup, _backward in (
+    ("qgemm_nt", _nt_setup, _nt_backward),
+    ("qgemm_nn", _nn_setup, _nn_backward),
+    ("qgemm_grad_scales", _grad_scales_setup, _grad_scales_backward),
+):
+    torch.library.register_autograd(
+        f"lowbitcore::{_name}", _backward, setup_context=_setup, lib=_library
+    )
+
+
+# ---- quantization --------------------------------------------------------------------------------
+
+
+class Quantized(NamedTuple):
+    """Integers of a linear: codes uint8 [N, K], scales float32 [G, N], zeros uint8 [G, N]."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+class GptqFactor(NamedTuple):
+    """A factored Hessian, shared by all linears that see the same input.
+
+    ``order`` int32 [K] is the order of processing, ``u`` float32 [K, K] the upper triangular factor
+    with ``H^-1 = u^T u`` in that order, ``dead`` bool [K] marks columns that never saw an input,
+    ``percdamp`` is the damping that was used (more than was asked for, if the factorisation needed it).
+    """
+
+    order: Tensor
+    u: Tensor
+    dead: Tensor
+    percdamp: float
+
+
+class GptqResult(NamedTuple):
+    """Codes in the original order of columns; ``g_idx`` int32 [K], ``None`` where it is trivial;
+    ``loss`` is tr(E H E^T) of the quantization error E under the damped Hessian."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor | None
+    loss: float
+
+
+def _quantized_like(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    n, k = weight.shape
+    groups = group_count(k, group_size)
+    return (
+        weight.new_empty((n, k), dtype=torch.uint8),
+        weight.new_empty((groups, n), dtype=torch.float32),
+        weight.new_empty((groups, n), dtype=torch.uint8),
+    )
+
+
+def quantize_rtn(
+    weight: Tensor, *, bits: int, group_size: int, sym: bool = False, mse: bool = False
+) -> Quantized:
+    """Round-to-nearest quantization of a weight [N, K] (float32, bfloat16 or float16).
+
+    Scales are float32 holding fp16 values: they are rounded before the integers are chosen. ``sym``
+    puts every zero at ``2^(bits-1)``. ``mse`` searches the clipping range for the least squared error.
+    """
+    _check("quantize_rtn", bits, weight=weight)
+    _check_dims("quantize_rtn", "weight", weight, 2)
+    return Quantized(*torch.ops.lowbitcore.quantize_rtn(weight, bits, group_size, sym, mse))
+
+
+@_operator(
+    "quantize_rtn(Tensor weight, int bits, int group_size, bool sym, bool mse)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _(
+    weight: Tensor, bits: int, group_size: int, sym: bool, mse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, k = weight.shape
+    _C.packed_size(bits, group_size, k, n)  # rejects an impossible format before it sizes the results
+    codes, scales, zeros = _quantized_like(weight, group_size)
+    _C.quantize_rtn(_rows(weight), bits, group_size, sym, mse, codes, scales, zeros)
+    return codes, scales, zeros
+
+
+@_fake("quantize_rtn")
+def _(
+    weight: Tensor, bits: int, group_size: int, sym: bool, mse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantized_like(weight, group_size)
+
+
+def accumulate_hessian_(hessian: Tensor, x: Tensor) -> None:
+    """``hessian += x^T x`` in place: float32 [K, K] and x [..., K] (float32, bfloat16, float16)."""
+    _check("accumulate_hessian", hessian=hessian, x=x)
+    _check_dims("accumulate_hessian", "hessian", hessian, 2)
+    if x.dim() == 0:
+        _fail("accumulate_hessian", "x", "at least 1 dimension", tuple(x.shape))
+    torch.ops.lowbitcore.accumulate_hessian_(hessian, x)
+
+
+@_operator("accumulate_hessian_(Tensor(a!) hessian, Tensor x) -> ()")
+def _(hessian: Tensor, x: Tensor) -> None:
+    _C.accumulate_hessian(hessian, _rows(x))
+
+
+@_fake("accumulate_hessian_")
+def _(hessian: Tensor, x: Tensor) -> None:
+    return None
+
+
+def gptq_factorize(
+    hessian: Tensor, *, percdamp: float = 0.01, act_order: bool = True
+) -> GptqFactor:
+    """Factor a Hessian [K, K] for :func:`gptq_quantize`, once for all linears with the same input.
+
+    ``percdamp`` times the mean of the diagonal is added to it; where that is not enough it is raised
+    tenfold, at most three times. ``act_order`` processes columns by falling diagonal.
+
+    Raises:
+        lowbitcore.Error: the matrix is not positive definite even so.
+    """
+    _check("gptq_factorize", hessian=hessian)
+    _check_dims("gptq_factorize", "hessian", hessian, 2)
+    order, u, dead, used = torch.ops.lowbitcore.gptq_factorize(hessian, percdamp, act_order)
+    return GptqFactor(order, u, dead, float(used))
+
+
+@_operator(
+    "gptq_factorize(Tensor hessian, float percdamp, bool act_order)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _(hessian: Tensor, percdamp: float, act_order: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order, u, dead, used = _gptq_factorize_fake(hessian, percdamp, act_order)
+    used.fill_(
+        _C.gptq_factorize(
+            _rows(hessian), percdamp, act_order, order, dead.view(torch.uint8), u
+        )
+    )
+    return order, u, dead, used
+
+
+@_fake("gptq_factorize")
+def _gptq_factorize_fake(
+    hessian: Tensor, percdamp: float, act_order: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k = hessian.shape[0]
+    return (
+        hessian.new_empty(k, dtype=torch.int32),
+        hessian.new_empty((k, k), dtype=torch.float32),
+        hessian.new_empty(k, dtype=torch.bool),
+        hessian.new_empty((), dtype=torch.float64),
+    )
+
+
+def gptq_quantize(
+    weight: Tensor,
+    factor: GptqFactor,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool = False,
+    mse: bool = False,
+    static_groups: bool = True,
+) -> GptqResult:
+    """GPTQ (arXiv 2210.17323) of a weight [N, K] (float32, bfloat16 or float16).
+
+    With ``static_groups`` the groups follow the original columns and their grids come from the
+    original weights, so that ``g_idx`` is ``None`` whatever the order of processing; otherwise a group
+    is a run of columns in processing order, its grid found on the weights as updated so far.
+
+    The integers depend on nothing but the arguments: not on the instruction set, not on threads.
+    """
+    op = "gptq_quantize"
+    _check(op, bits, weight=weight, order=factor.order, u=factor.u, dead=factor.dead)
+    _check_dims(op, "weight", weight, 2)
+    codes, scales, zeros, g_idx, loss = torch.ops.lowbitcore.gptq_quantize(
+        weight, factor.order, factor.u, factor.dead, bits, group_size, sym, mse, static_groups
+    )
+    group = weight.shape[1] if group_size == -1 else group_size
+    trivial = bool((g_idx == torch.arange(len(g_idx)) // group).all())
+    return GptqResult(codes, scales, zeros, None if trivial else g_idx, float(loss))
+
+
+@_operator(
+    "gptq_quantize(Tensor weight, Tensor order, Tensor u, Tensor dead, int bits, int group_size,"
+    " bool sym, bool mse, bool static_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _(
+    weight: Tensor,
+    order: Tensor,
+    u: Tensor,
+    dead: Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    mse: bool,
+    static_groups: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, k = weight.shape
+    _C.packed_size(bits, group_size, k, n)  # rejects an impossible format before it sizes the results
+    codes, scales, zeros, g_idx, loss = _gptq_quantize_fake(
+        weight, order, u, dead, bits, group_size, sym, mse, static_groups
+    )
+    loss.fill_(
+        _C.gptq_quantize(
+            _rows(weight),
+            order,
+            dead.view(torch.uint8),
+            u,
+            bits,
+            group_size,
+            sym,
+            mse,
+            static_groups,
+            codes,
+            scales,
+            zeros,
+            g_idx,
+        )
+    )
+    return codes, scales, zeros, g_idx, loss
+
+
+@_fake("gptq_quantize")
+def _gptq_quantize_fake(
+    weight: Tensor,
+    order: Tensor,
+    u: Tensor,
+    dead: Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    mse: bool,
+    static_groups: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        *_quantized_like(weight, group_size),
+        weight.new_empty(weight.shape[1], dtype=torch.int32),
+        weight.new_empty((), dtype=torch.float64),
+    )

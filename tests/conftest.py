@@ -1,0 +1,70 @@
+"""Two tiers, the instruction sets, and the optional data.
+
+Default: everything not marked `full`, with few and always the same hypothesis examples; what CI
+and a newcomer run. `-m full` (or LOWBITCORE_TESTS=full): everything, with many and fresh examples.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from reference import forced_isa
+
+# The `isa` fixture is set once for all examples of a test, which is what is wanted of it.
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("default", max_examples=6, derandomize=True, database=None, **_COMMON)
+settings.register_profile("full", max_examples=150, print_blob=True, **_COMMON)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    full = config.option.markexpr == "full" or os.environ.get("LOWBITCORE_TESTS") == "full"
+    if full:
+        # `-m full` means everything, not only what carries the marker.
+        config.option.markexpr = ""
+    settings.load_profile("full" if full else "default")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        from lowbitcore import runtime
+
+        metafunc.parametrize("isa", list(runtime.available_isas()), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this machine in turn, forced for the length of the test."""
+    with forced_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_outputs() -> Iterator[None]:
+    """Fresh torch memory is filled with NaN, so that an element never written is seen."""
+    fill, deterministic = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real texts: LOWBITCORE_TEST_DATA, or shared/data beside the checkout; else skips."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    found = Path(os.environ.get("LOWBITCORE_TEST_DATA", beside))
+    if not found.is_dir():
+        pytest.skip(f"no test data at {found}")
+    return found

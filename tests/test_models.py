@@ -1,0 +1,520 @@
+"""Quantize, save and load tiny random models of several architectures."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.pytorch_utils import Conv1D
+
+import lowbitcore as lbc
+from lowbitcore import quantize as engine
+from lowbitcore.formats import gptq
+from lowbitcore.model import find_blocks, open_source, quantizable, quantized_linears
+
+VOCABULARY = 96
+LENGTH = 48
+
+LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**LLAMA_LIKE),
+    "llama-tied": LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**LLAMA_LIKE),
+    "qwen3-sliding": Qwen3Config(
+        **{**LLAMA_LIKE, "num_hidden_layers": 3},
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+    ),
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
+    "gpt-neox": GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+}
+
+LINEARS = {
+    "llama": 14,
+    "llama-tied": 14,
+    "qwen2": 14,
+    "qwen3-sliding": 21,
+    "opt": 12,
+    "gpt-neox": 8,
+    "gpt2": 8,
+}
+
+
+def make_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    for parameter in model.parameters():
+        # The tiny default initialisation would hide errors behind a residual stream.
+        parameter.data = (parameter.data + 0.1 * torch.randn_like(parameter)).to(dtype)
+    return model
+
+
+def windows(count: int = 6, *, seed: int = 1, length: int = LENGTH) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count, length), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=windows(2, seed=9), use_cache=False).logits
+
+
+def quantized(name: str, **settings: Any) -> PreTrainedModel:
+    config = lbc.QuantConfig(**{"bits": 4, "group_size": 32, **settings})
+    return lbc.quantize_model(make_model(name), None, windows(), config, progress=False)
+
+
+def dense_copy(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    """The original architecture with each quantized weight replaced by its dequantized one."""
+    dense = make_model(name)
+    for path, linear in quantized_linears(model).items():
+        module = dense.get_submodule(path)
+        weight = linear.dequantize(torch.float32)
+        module.weight.data = weight.T if isinstance(module, Conv1D) else weight
+    return dense
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    model = quantized(name)
+    assert len(quantized_linears(model)) == LINEARS[name]
+    expected = logits(model)
+    torch.testing.assert_close(expected, logits(dense_copy(name, model)), rtol=1e-4, atol=1e-4)
+    lbc.save(model, tmp_path / "out")
+    loaded = lbc.load(tmp_path / "out")
+    assert torch.equal(logits(loaded), expected)
+    assert loaded.dtype == torch.float32 and not loaded.training
+    for path, linear in quantized_linears(model).items():
+        for key, tensor in linear.canonical().items():
+            assert torch.equal(tensor, loaded.get_submodule(path).canonical()[key]), (path, key)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quantized_model_is_near_the_original(name: str) -> None:
+    model = quantized(name, bits=8)
+    original = logits(make_model(name))
+    error = (logits(model) - original).norm() / original.norm()
+    assert error < 0.02
+
+
+def test_every_block_gets_its_own_mask() -> None:
+    # Sliding layers differ from full ones: calibrating block 2 with block 0's mask would show.
+    model = make_model("qwen3-sliding")
+    layout = find_blocks(model)
+    with torch.no_grad():
+        calibration = engine._Calibration(model, layout, windows(), torch.float32)
+        hidden = calibration.hidden[0]
+        for index, block in enumerate(layout.modules):
+            hidden = engine._tensor(calibration.call(index, hidden.shape[0])(block, hidden))
+        expected = model.model(input_ids=windows(), use_cache=False).last_hidden_state
+    assert torch.equal(model.model.norm(hidden), expected)
+    masks = [calibration.call(i, hidden.shape[0]).kwargs["attention_mask"] for i in range(3)]
+    assert masks[1] is not None and masks[1] is masks[2] and masks[0] is not masks[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "gpt2"])
+def test_groups_share_inputs(name: str) -> None:
+    expected = {
+        "llama": [
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        ],
+        "gpt-neox": [
+            ["attention.query_key_value"],
+            ["attention.dense"],
+            ["mlp.dense_h_to_4h"],
+            ["mlp.dense_4h_to_h"],
+        ],
+        "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+    }
+    model = make_model(name)
+    layout = find_blocks(model)
+    with torch.no_grad():
+        calibration = engine._Calibration(model, layout, windows(), torch.float32)
+        run = engine._Engine(
+            lbc.QuantConfig(), calibration, layout, torch.float32, engine.Report()
+        )
+        assert run._groups(0, quantizable(layout.modules[0])) == expected[name]
+
+
+@pytest.mark.parametrize("settings", [{}, {"act_order": "dynamic"}, {"true_sequential": False}])
+def test_paused_and_repeated_forwards_agree(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MICRO_BATCH_TOKENS", 2 * LENGTH)
+    paused = quantized("llama", **settings)
+    monkeypatch.setattr(engine, "_PAUSED_MEMORY_SHARE", 0.0)
+    repeated = quantized("llama", **settings)
+    for path, linear in quantized_linears(paused).items():
+        for key, tensor in linear.canonical().items():
+            assert torch.equal(tensor, repeated.get_submodule(path).canonical()[key]), (path, key)
+
+
+def test_true_sequential_sees_quantized_predecessors() -> None:
+    models = [quantized("llama", bits=2, true_sequential=value) for value in (True, False)]
+    first, second = (model.get_submodule("model.layers.0") for model in models)
+    # The first group has no predecessors in its block; the last one has.
+    for path, same in (("self_attn.q_proj", True), ("mlp.down_proj", False)):
+        a, b = (block.get_submodule(path).canonical()["qweight"] for block in (first, second))
+        assert torch.equal(a, b) is same, path
+
+
+@pytest.mark.parametrize("bits", gptq.BITS)
+@pytest.mark.parametrize("sym", [False, True])
+def test_gptq_beats_rtn(bits: int, sym: bool) -> None:
+    original = logits(make_model("llama"))
+    errors = {}
+    for method in ("gptq", "rtn"):
+        model = quantized("llama", bits=bits, sym=sym, method=method)
+        errors[method] = float((logits(model) - original).norm())
+    assert errors["gptq"] < errors["rtn"]
+
+
+def test_rtn_needs_no_calibration() -> None:
+    config = lbc.QuantConfig(bits=4, group_size=-1, method="rtn")
+    model = lbc.quantize_model(make_model("llama"), None, None, config, progress=False)
+    assert len(quantized_linears(model)) == LINEARS["llama"]
+    assert all(item.loss is None for item in model.quantization_report.linears)
+
+
+def test_report() -> None:
+    report = quantized("llama").quantization_report
+    assert len(report.linears) == LINEARS["llama"]
+    assert all(0 < item.loss < 0.2 for item in report.linears)
+    assert report.tokens == 6 * LENGTH
+    assert {"forward", "hessian", "factorize", "quantize"} <= report.seconds.keys()
+    # 4 bits, and for 32 weights a scale of 16 and a zero of 4.
+    assert report.bytes["quantized"] * 16 == report.bytes["original"] * (4 + 20 / 32)
+
+
+def test_odd_linears_stay_in_16_bits(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**LLAMA_LIKE, "intermediate_size": 80})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    lbc.quantize_model(model, None, windows(), lbc.QuantConfig(group_size=32), progress=False)
+    assert len(quantized_linears(model)) == 8
+    reasons = model.quantization_report.skipped
+    assert reasons["model.layers.0.mlp.down_proj"] == "64 x 80: not multiples of 32"
+    assert len(reasons) == 6
+    lbc.save(model, tmp_path)
+    assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make_model("opt", dtype=dtype)
+    lbc.quantize_model(model, None, windows(), lbc.QuantConfig(group_size=32), progress=False)
+    assert model.get_submodule("model.decoder.layers.0.self_attn_layer_norm").weight.dtype == dtype
+    assert next(iter(quantized_linears(model).values())).bias.dtype == dtype
+    lbc.save(model, tmp_path)
+    loaded = lbc.load(tmp_path)
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+    assert lbc.load(tmp_path, dtype="float32").dtype == torch.float32
+
+
+def test_generate_after_load(tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path)
+    model = lbc.load(tmp_path)
+    output = model.generate(windows(1)[:, :5], max_new_tokens=4, do_sample=False)
+    assert 6 <= output.shape[1] <= 9
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    lbc.save(quantized("llama-tied"), tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = lbc.load(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_untied_embeddings_stay_apart(tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path)
+    loaded = lbc.load(tmp_path)
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+def test_sharded_save(tmp_path: Path) -> None:
+    model = quantized("llama")
+    lbc.save(model, tmp_path, max_shard_bytes=20_000)
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
+    # Saving again in one file leaves no shard behind.
+    lbc.save(model, tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
+
+
+def test_files_say_what_others_expect(tmp_path: Path) -> None:
+    lbc.save(quantized("gpt2", act_order="dynamic", sym=True), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert quantization == json.loads((tmp_path / "quantize_config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert quantization["quant_method"] == "gptq" and quantization["desc_act"] is True
+    assert quantization["checkpoint_format"] == "gptq" and quantization["pack_dtype"] == "int32"
+    assert len(quantization["meta"]["base_sha256"]) == 64
+    tensors = load_file(tmp_path / "model.safetensors")
+    stem = "transformer.h.0.attn.c_attn"
+    assert tensors[f"{stem}.qweight"].shape == (64 * 4 // 32, 192)
+    assert tensors[f"{stem}.qzeros"].shape == (2, 192 * 4 // 32)
+    assert tensors[f"{stem}.scales"].dtype == torch.float16
+    assert sorted(tensors[f"{stem}.g_idx"].tolist()) == [0] * 32 + [1] * 32
+    # Symmetric zeros are 8, stored as 7 in v1.
+    assert set(tensors[f"{stem}.qzeros"].flatten().tolist()) == {0x77777777}
+
+
+def test_asymmetric_files_are_v2(tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path)
+    assert open_source(tmp_path).gptq.checkpoint_format == "gptq_v2"
+
+
+def test_scale_that_fp16_cannot_hold(tmp_path: Path) -> None:
+    model = quantized("llama")
+    model.model.layers[1].mlp.up_proj.scales.data[0, 3] = 1e6
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.scales: .*fp16.*1e\+06"):
+        lbc.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_plain_directory_and_missing_prefix(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors")
+    assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
+
+
+def test_save_needs_a_quantized_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save: model: expected a quantized one"):
+        lbc.save(make_model("llama"), tmp_path)
+
+
+def test_quantizing_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="got a quantized one"):
+        lbc.quantize_model(
+            quantized("llama"), None, windows(), lbc.QuantConfig(), progress=False
+        )
+
+
+# --- Bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "empty list"),
+        (torch.zeros(0, 16, dtype=torch.int64), "at least 1 window"),
+        (torch.zeros(4, 1, dtype=torch.int64), "at least 1 window of 2 tokens"),
+        (torch.zeros(4, 16), "expected torch.int64"),
+        (torch.zeros(16, dtype=torch.int64), r"expected an int64 tensor \[n, length\]"),
+        ([torch.zeros(8, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)], "of one length"),
+        (torch.full((2, 16), VOCABULARY), f"tokens 0..{VOCABULARY - 1}, got {VOCABULARY}"),
+        (torch.full((2, 16), -1), "got -1"),
+        (torch.ones(1, 129, dtype=torch.int64), "at most 128 tokens"),
+        (None, "got NoneType"),
+    ],
+)
+def test_bad_calibration(calibration: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        lbc.quantize_model(
+            make_model("llama"), None, calibration, lbc.QuantConfig(), progress=False
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_weight() -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds NaN"):
+        lbc.quantize_model(model, None, windows(), lbc.QuantConfig(), progress=False)
+
+
+def test_nan_hidden_states() -> None:
+    model = make_model("llama")
+    model.model.layers[1].input_layernorm.weight.data[7] = float("inf")
+    with pytest.raises(ValueError, match=r"model\.layers\.1: .* NaN or Inf"):
+        lbc.quantize_model(model, None, windows(), lbc.QuantConfig(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, "bits: expected 2, 3, 4 or 8, got 5"),
+        ({"bits": 4.0}, "bits"),
+        ({"group_size": 48}, "group_size: expected -1 or a multiple of 32, got 48"),
+        ({"group_size": 0}, "group_size"),
+        ({"method": "awq"}, "method"),
+        ({"act_order": "yes"}, "act_order"),
+        ({"percdamp": 0.0}, "percdamp"),
+        ({"percdamp": float("nan")}, "percdamp"),
+        ({"sym": 1}, "sym: expected True or False, got 1"),
+    ],
+)
+def test_bad_quant_config(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"QuantConfig: .*{message}"):
+        lbc.QuantConfig(**settings)
+
+
+def test_quant_config_dict() -> None:
+    config = lbc.QuantConfig(bits=3, group_size=-1, act_order="dynamic")
+    assert engine.QuantConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="'wbits'"):
+        engine.QuantConfig.from_dict({"wbits": 4})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "expected a JSON object"),
+        (lambda d: (d / "config.json").write_text("{}"), "config.json is not usable"),
+        (lambda d: _edit(d, hidden_size=128), "expected shape .* by config.json"),
+        (lambda d: _edit(d, num_hidden_layers=3), "'model.layers.2.* is missing"),
+        (lambda d: _edit(d, num_hidden_layers=1), r"layers\.1\..*has no such linear"),
+        (lambda d: _edit(d, architectures=["LlamaModel"]), "not a causal language model"),
+        (lambda d: _edit(d, model_type="t5"), "not a causal language model"),
+        (lambda d: _edit_quantization(d, bits=2), "qweight: expected 2-bit weights"),
+        (lambda d: _edit_quantization(d, bits=7), "bits: expected 2, 3, 4 or 8, got 7"),
+        (lambda d: _edit_quantization(d, group_size=64), r"qzeros: expected shape \[1, 8\]"),
+        (lambda d: _edit_quantization(d, quant_method="awq"), "quant_method: expected 'gptq'"),
+        (lambda d: (d / "model.safetensors").unlink(), "no safetensors weights"),
+    ],
+)
+def test_directories_that_do_not_fit(edit: Any, message: str, tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path)
+    edit(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        lbc.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def _edit(directory: Path, **values: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def _edit_quantization(directory: Path, **values: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    _edit(directory, quantization_config={**config["quantization_config"], **values})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("g_idx", 2, r"g_idx: expected 0\.\.1, got 0\.\.2"),
+        ("g_idx", -1, r"g_idx: expected 0\.\.1, got -1\.\.1"),
+        ("scales", float("inf"), "scales: holds NaN or Inf"),
+        ("scales", float("nan"), "scales: holds NaN or Inf"),
+    ],
+)
+def test_bad_quantized_tensors(name: str, value: float, message: str, tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"model.layers.1.mlp.gate_proj.{name}"].view(-1)[5] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.gate_proj\.{message}"):
+        lbc.load(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["no/such/dir/here", "nowhere", "./nowhere", "nothing.gguf"])
+def test_paths_that_are_no_model(path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such") as caught:
+        lbc.load(tmp_path / path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_file_is_no_model(tmp_path: Path) -> None:
+    for name in ("notes.txt", "broken.gguf"):
+        (tmp_path / name).write_text("GGUF is not here")
+        with pytest.raises(ValueError, match="expected a model directory|not a readable GGUF"):
+            lbc.load(tmp_path / name)
+
+
+# --- GGUF ------------------------------------------------------------------------------------
+
+
+def _smollm2() -> Path | None:
+    directory = os.environ.get("LOWBITCORE_TEST_GGUF")
+    return Path(directory) if directory else None
+
+
+@pytest.mark.skipif(_smollm2() is None, reason="LOWBITCORE_TEST_GGUF names no .gguf file")
+def test_gguf_equals_transformers() -> None:
+    path = _smollm2()
+    assert path is not None
+    expected = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    loaded = lbc.load(path)
+    got = loaded.state_dict()
+    assert got.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, got[name]), name
+    tokens = windows(1)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, expected(tokens).logits)
