@@ -10,6 +10,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Small problems go in turn through numpy, torch and the core: threads of one that spin while another
+# works make the tests ten times slower on few cores. Libraries read this when they are loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,7 +25,7 @@ _COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
-settings.register_profile("default", max_examples=6, derandomize=True, database=None, **_COMMON)
+settings.register_profile("default", max_examples=10, derandomize=True, database=None, **_COMMON)
 settings.register_profile("full", max_examples=150, print_blob=True, **_COMMON)
 
 

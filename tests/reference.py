@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -110,12 +111,12 @@ def dequantize(
 
 def qgemm_nt(x: F64, w_hat: F64, bias: F64 | None = None) -> F64:
     """Y[m, n] = sum_k X[m, k] w_hat[n, k] (+ bias[n]); [M, K], [N, K] -> [M, N]."""
-    return np.einsum("mk,nk->mn", x, w_hat, optimize=True) + (0.0 if bias is None else bias)
+    return x @ w_hat.T + (0.0 if bias is None else bias)
 
 
 def qgemm_nn(dy: F64, w_hat: F64) -> F64:
     """dX[m, k] = sum_n dY[m, n] w_hat[n, k]; [M, N], [N, K] -> [M, K]."""
-    return np.einsum("mn,nk->mk", dy, w_hat, optimize=True)
+    return dy @ w_hat
 
 
 def qgemm_grad_scales(
@@ -133,7 +134,7 @@ def qgemm_grad_scales(
 
 
 def _dense_grad(dy: F64, x: F64) -> F64:
-    return np.einsum("mn,mk->nk", dy, x, optimize=True)
+    return dy.T @ x
 
 
 def _sum_groups(per_weight: F64, groups: int, group_size: int, g_idx: NDArray[Any] | None) -> F64:
@@ -199,7 +200,7 @@ def quantize_rtn(
 
 @dataclass(frozen=True)
 class GptqReference:
-    """What `gptq` found; codes in original column order, `g_idx` None where groups follow it."""
+    """What `gptq` found; codes in original column order, `g_idx` None where it is trivial."""
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
@@ -240,21 +241,17 @@ def gptq(
     blocks, no lazy updates. Grids come from `minmax_grid` in fp32: of the original weights
     (`static_groups`), or of the weights as updated when the first column of a group is reached.
     """
-    work = np.array(weight, dtype=np.float64)
-    rows, columns = work.shape
-    full = damped(np.asarray(hessian, dtype=np.float64), percdamp)
-    work[:, np.diag(hessian) == 0] = 0
-    order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(columns)
-    factor = np.linalg.cholesky(np.linalg.inv(full[np.ix_(order, order)])).T
+    rows, columns = np.shape(weight)
+    diagonal = np.diag(hessian)
+    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(columns)
+    full = damped(np.asarray(hessian, dtype=np.float64), percdamp)[np.ix_(order, order)]
+    factor = np.linalg.cholesky(np.linalg.inv(full)).T
 
+    # From here to the return everything is in processing order.
+    work = np.where(diagonal == 0, 0.0, np.asarray(weight, dtype=np.float64))[:, order]
     size = columns if group_size == -1 else group_size
     groups = group_count(columns, group_size)
-    position_group = np.arange(columns) // size
-    group = np.empty(columns, dtype=np.int32)
-    if static_groups:
-        group[:] = position_group
-    else:
-        group[order] = position_group
+    group = (order if static_groups else np.arange(columns)) // size
     scales = np.zeros((groups, rows), dtype=np.float32)
     zeros = np.zeros((groups, rows), dtype=np.uint8)
     if static_groups:
@@ -263,29 +260,25 @@ def gptq(
 
     codes = np.zeros((rows, columns), dtype=np.uint8)
     objective = 0.0
-    for position, column in enumerate(order):
-        index = group[column]
-        if not static_groups and position % size == 0:
+    for j, index in enumerate(group):
+        if not static_groups and j % size == 0:
             scales[index], zeros[index] = minmax_grid(work[:, group == index], bits, sym)
-        current = work[:, column]
-        codes[:, column] = nearest_codes(current[:, None], scales[index], zeros[index], bits)[:, 0]
-        kept = scales[index].astype(np.float64) * (
-            codes[:, column].astype(np.float64) - zeros[index]
-        )
-        error = (current - kept) / factor[position, position]
+        codes[:, j] = nearest_codes(work[:, j : j + 1], scales[index], zeros[index], bits)[:, 0]
+        kept = scales[index].astype(np.float64) * (codes[:, j].astype(np.float64) - zeros[index])
+        error = (work[:, j] - kept) / factor[j, j]
         objective += float(error @ error)
-        work[:, order[position + 1 :]] -= np.outer(error, factor[position, position + 1 :])
+        work[:, j + 1 :] -= np.outer(error, factor[j, j + 1 :])
 
-    permuted = not static_groups and act_order
-    return GptqReference(codes, scales, zeros, group if permuted else None, objective)
+    original = np.argsort(order)
+    permuted = (not static_groups) and act_order and groups > 1
+    g_idx = group[original].astype(np.int32) if permuted else None
+    return GptqReference(codes[:, original], scales, zeros, g_idx, objective)
 
 
 def hessian_error(weight: NDArray[Any], w_hat: F64, hessian: NDArray[Any]) -> float:
     """tr(E H E^T) with E = weight - w_hat: what quantization costs in the layer's output."""
     error = np.asarray(weight, dtype=np.float64) - w_hat
-    return float(
-        np.einsum("nk,kl,nl->", error, np.asarray(hessian, dtype=np.float64), error, optimize=True)
-    )
+    return float(((error @ np.asarray(hessian, dtype=np.float64)) * error).sum())
 
 
 # --------------------------------------------------------------------------------------- comparator
@@ -394,7 +387,7 @@ class Problem:
     def in_features(self) -> int:
         return self.codes.shape[1]
 
-    @property
+    @cached_property
     def w_hat(self) -> F64:
         """[N, K] in float64."""
         return dequantize(
@@ -512,6 +505,7 @@ def problems(draw: st.DrawFn, bits: int | None = None) -> Problem:
     )
 
 
+@lru_cache
 def correlated_hessian(seed: int, columns: int, *, samples: int | None = None) -> F64:
     """X^T X, exact in fp32, of inputs whose columns differ in size and are correlated.
 
@@ -526,7 +520,9 @@ def correlated_hessian(seed: int, columns: int, *, samples: int | None = None) -
         * np.exp(0.5 * rng.standard_normal(columns))
     )
     product = (x.T @ x).astype(np.float32).astype(np.float64)
-    return (product + product.T) / 2
+    product = (product + product.T) / 2
+    product.flags.writeable = False  # it is shared
+    return product
 
 
 # ------------------------------------------------------------------------------------- core's state

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import lowbitcore as lbc
 import pytest
 import torch
+from lowbitcore import quantize as engine
+from lowbitcore.formats import gptq
+from lowbitcore.model import find_blocks, open_source, quantizable, quantized_linears
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -22,11 +27,6 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.pytorch_utils import Conv1D
-
-import lowbitcore as lbc
-from lowbitcore import quantize as engine
-from lowbitcore.formats import gptq
-from lowbitcore.model import find_blocks, open_source, quantizable, quantized_linears
 
 VOCABULARY = 96
 LENGTH = 48
@@ -101,7 +101,7 @@ LINEARS = {
 
 def make_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name])).eval()
     for parameter in model.parameters():
         # The tiny default initialisation would hide errors behind a residual stream.
         parameter.data = (parameter.data + 0.1 * torch.randn_like(parameter)).to(dtype)
@@ -192,9 +192,7 @@ def test_groups_share_inputs(name: str) -> None:
     layout = find_blocks(model)
     with torch.no_grad():
         calibration = engine._Calibration(model, layout, windows(), torch.float32)
-        run = engine._Engine(
-            lbc.QuantConfig(), calibration, layout, torch.float32, engine.Report()
-        )
+        run = engine._Engine(lbc.QuantConfig(), calibration, layout, torch.float32, engine.Report())
         assert run._groups(0, quantizable(layout.modules[0])) == expected[name]
 
 
@@ -348,6 +346,13 @@ def test_plain_directory_and_missing_prefix(tmp_path: Path) -> None:
     assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
 
 
+def test_names_in_files(tmp_path: Path) -> None:
+    """transformers calls GPT-NeoX's head lm_head, and files call it embed_out."""
+    lbc.save(quantized("gpt-neox"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "embed_out.weight" in tensors and "lm_head.weight" not in tensors
+
+
 def test_save_needs_a_quantized_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="save: model: expected a quantized one"):
         lbc.save(make_model("llama"), tmp_path)
@@ -355,9 +360,7 @@ def test_save_needs_a_quantized_model(tmp_path: Path) -> None:
 
 def test_quantizing_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="got a quantized one"):
-        lbc.quantize_model(
-            quantized("llama"), None, windows(), lbc.QuantConfig(), progress=False
-        )
+        lbc.quantize_model(quantized("llama"), None, windows(), lbc.QuantConfig(), progress=False)
 
 
 # --- Bad input -------------------------------------------------------------------------------
@@ -433,14 +436,24 @@ def test_quant_config_dict() -> None:
         (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda d: (d / "config.json").write_text("[]"), "expected a JSON object"),
         (lambda d: (d / "config.json").write_text("{}"), "config.json is not usable"),
-        (lambda d: _edit(d, hidden_size=128), "expected shape .* by config.json"),
+        (
+            lambda d: _edit(d, hidden_size=128),
+            "expected 4-bit weights of 64 x 128",
+        ),
+        (
+            lambda d: _edit(d, vocab_size=97),
+            "embed_tokens.weight': expected shape",
+        ),
         (lambda d: _edit(d, num_hidden_layers=3), "'model.layers.2.* is missing"),
         (lambda d: _edit(d, num_hidden_layers=1), r"layers\.1\..*has no such linear"),
         (lambda d: _edit(d, architectures=["LlamaModel"]), "not a causal language model"),
         (lambda d: _edit(d, model_type="t5"), "not a causal language model"),
         (lambda d: _edit_quantization(d, bits=2), "qweight: expected 2-bit weights"),
         (lambda d: _edit_quantization(d, bits=7), "bits: expected 2, 3, 4 or 8, got 7"),
-        (lambda d: _edit_quantization(d, group_size=64), r"qzeros: expected shape \[1, 8\]"),
+        (
+            lambda d: _edit_quantization(d, group_size=64),
+            r"qzeros: .* \[1, 8\] .* got \[2, 8\]",
+        ),
         (lambda d: _edit_quantization(d, quant_method="awq"), "quant_method: expected 'gptq'"),
         (lambda d: (d / "model.safetensors").unlink(), "no safetensors weights"),
     ],

@@ -6,6 +6,8 @@ number of rows.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import reference as ref
@@ -425,6 +427,18 @@ def test_a_repeated_call_gives_the_same_bits(isa: str, dtype: torch.dtype) -> No
     again = small.nt(x), small.nn(dy), small.grad_scales(dy, x)
     for one, two in zip(first, again, strict=True):
         assert torch.equal(one, two)
+
+
+def test_calls_from_several_python_threads(isa: str) -> None:
+    """The interpreter lock is released while the core computes; scratch must not be shared."""
+    problem = ref.random_problem(30, bits=3, group_size=64, out_features=192, in_features=288)
+    core = Packed(problem)
+    inputs = [ref.random_activations(31 + i, 3 + 20 * i, 288, torch.float32) for i in range(6)]
+    alone = [core.nt(x) for x in inputs]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            together = list(pool.map(core.nt, inputs))
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_inputs_are_left_alone(isa: str) -> None:

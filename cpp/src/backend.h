@@ -1,4 +1,5 @@
-// What a backend has to do. Arguments were checked before (check.h), so implementations only compute.
+// What a backend has to do. Arguments were checked before (check.h), so implementations only
+// compute.
 #pragma once
 
 #include <lowbitcore/gptq.h>

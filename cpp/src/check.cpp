@@ -136,6 +136,8 @@ const char* name(DType dtype) {
 
 namespace lowbitcore {
 
-void unsupported_bits(int bits) { check::fail("kernel", "bits", "2, 3, 4 or 8", std::to_string(bits)); }
+void unsupported_bits(int bits) {
+  check::fail("kernel", "bits", "2, 3, 4 or 8", std::to_string(bits));
+}
 
 }  // namespace lowbitcore

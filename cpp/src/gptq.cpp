@@ -61,9 +61,8 @@ double gptq_factorize(View<const float> hessian, const FactorOptions& options, s
 
   std::iota(order, order + k, 0);
   if (options.act_order) {
-    std::stable_sort(order, order + k, [&](std::int32_t a, std::int32_t b) {
-      return diagonal(a) > diagonal(b);
-    });
+    std::stable_sort(order, order + k,
+                     [&](std::int32_t a, std::int32_t b) { return diagonal(a) > diagonal(b); });
   }
 
   constexpr int kRaises = 3;

@@ -1,5 +1,5 @@
-// Software conversions of the 16-bit types, round to nearest even. Static on purpose: this header is
-// compiled into translation units with different instruction sets, which must not share code.
+// Software conversions of the 16-bit types, round to nearest even. Static on purpose: this header
+// is compiled into translation units with different instruction sets, which must not share code.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,8 @@ static inline std::uint16_t float_to_f16(float value) {
   }
   if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // >= 65520
   if (magnitude < 0x38800000u) {
-    // Below fp16's normal range: adding 0.5 leaves the subnormal's integer, rounded, in the low bits.
+    // Below fp16's normal range: adding 0.5 leaves the subnormal's integer, rounded, in the low
+    // bits.
     const std::uint32_t rounded = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
     return static_cast<std::uint16_t>(sign | rounded);
   }

@@ -10,7 +10,8 @@ namespace {
 using Matrix64 = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic>;
 
 // Inverts a lower triangular matrix in place by halves:
-// [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1, C^-1]. A third of the work of solving against the identity.
+// [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1, C^-1]. A third of the work of solving against the
+// identity.
 void invert_lower(Eigen::Ref<Matrix64> l) {
   const Eigen::Index n = l.rows();
   constexpr Eigen::Index kLeaf = 48;

@@ -50,9 +50,9 @@ void check_multiple(const char* op, const char* argument, std::int64_t value) {
 void check_code(const char* op, const char* argument, std::uint8_t value, int bits,
                 std::int64_t row, std::int64_t col) {
   if (value >> bits != 0) {
-    check::fail(op, argument, "values below " + std::to_string(1 << bits),
-                std::to_string(value) + " at [" + std::to_string(row) + ", " +
-                    std::to_string(col) + "]");
+    check::fail(
+        op, argument, "values below " + std::to_string(1 << bits),
+        std::to_string(value) + " at [" + std::to_string(row) + ", " + std::to_string(col) + "]");
   }
 }
 
@@ -141,8 +141,8 @@ void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
   auto* zeros = static_cast<std::uint8_t*>(packed) + packed_zeros_offset(format);
   for (std::int64_t g = 0; g < groups; ++g) {
     for (std::int64_t i = 0; i < n; ++i) {
-      zeros[((i / kBlockN) * groups + g) * kBlockN + i % kBlockN] = static_cast<std::uint8_t>(
-          get_field(qzeros.data + g * qzeros.stride, 1, i, format.bits));
+      zeros[((i / kBlockN) * groups + g) * kBlockN + i % kBlockN] =
+          static_cast<std::uint8_t>(get_field(qzeros.data + g * qzeros.stride, 1, i, format.bits));
     }
   }
 }

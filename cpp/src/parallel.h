@@ -12,8 +12,8 @@ namespace lowbitcore {
 // Threads of a call: what the host asked for in Execution, else the library's setting.
 int resolve_threads(int requested);
 
-// Calls body(i, thread) for every i in [0, count), each exactly once. Bodies write disjoint outputs,
-// so results do not depend on the schedule; they must not throw.
+// Calls body(i, thread) for every i in [0, count), each exactly once. Bodies write disjoint
+// outputs, so results do not depend on the schedule; they must not throw.
 template <typename Body>
 inline void parallel_for(std::int64_t count, int threads, const Body& body) {
 #ifdef _OPENMP

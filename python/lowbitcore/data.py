@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -69,6 +70,24 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     return texts
 
 
+def hub_texts(name: str, *, documents: int = 10_000) -> list[str]:
+    """The first documents of a hub data set's `train` split (its `text` column), or of a directory.
+
+    `name` may end in `:CONFIGURATION`. Raises ValueError where there is no such thing.
+    """
+    from datasets import load_dataset
+
+    path, _, configuration = name.partition(":")
+    try:
+        stream = load_dataset(path, configuration or None, split="train", streaming=True)
+        texts = [record["text"] for record in itertools.islice(stream, documents)]
+    except Exception as error:  # network, unknown name, no such column: all end here
+        raise ValueError(f"hf:{name}: cannot be read: {' '.join(str(error).split())}") from error
+    if not any(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"hf:{name}: holds no text")
+    return texts
+
+
 def _records(path: Path, content: str) -> list[tuple[str, Any]]:
     if path.suffix == ".json":
         value = _parse_json(str(path), content)
@@ -98,7 +117,7 @@ def _record_texts(where: str, record: Any) -> list[str]:
         instruction = record.get("instruction")
         instances = record.get("instances", [record])
         if isinstance(instruction, str) and isinstance(instances, list):
-            pairs = [
+            pairs: list[tuple[Any, Any]] = [
                 (item.get("input", ""), item.get("output"))
                 for item in instances
                 if isinstance(item, dict)
@@ -171,7 +190,8 @@ def sample_from_model(
         first = torch.full((samples, 1), tokenizer.bos_token_id, dtype=torch.int64)
     else:
         special = set(tokenizer.all_special_ids)
-        common = torch.tensor([i for i in range(min(len(tokenizer), _COMMON_TOKENS)) if i not in special])
+        size = min(len(tokenizer), _COMMON_TOKENS)
+        common = torch.tensor([token for token in range(size) if token not in special])
         first = common[torch.randint(len(common), (samples, 1), generator=generator)]
     # Key-value caches are what memory goes to here; 32 windows at a time keep the matrices busy.
     batches = first.split(32)
@@ -190,9 +210,7 @@ def _sample_batch(
 ) -> torch.Tensor:
     tokens, cache = [first], None
     for _ in range(length - 1):
-        output = model(
-            input_ids=tokens[-1].to(model.device), past_key_values=cache, use_cache=True
-        )
+        output = model(input_ids=tokens[-1].to(model.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         probabilities = output.logits[:, -1].float().softmax(-1).cpu()
         if not torch.isfinite(probabilities).all():

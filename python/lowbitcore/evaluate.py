@@ -94,7 +94,7 @@ def _logit_chunks(
     The body runs once. Then the model's own forward runs with the body replaced by a stub that
     returns a slice of its output, so that whatever a model does to its logits is done here too.
     """
-    body = getattr(model, model.base_model_prefix)
+    body = model.get_decoder()
     seen: list[Any] = []
     handle = body.register_forward_hook(lambda module, args, output: seen.append(output))
     try:

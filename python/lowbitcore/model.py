@@ -9,14 +9,23 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -174,15 +183,45 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     return cast(PreTrainedModel, model.eval())
 
 
+_RENAMINGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def saved_name(model: nn.Module, name: str) -> str:
+    """The name that files use for a model's tensor: transformers renames some on loading.
+
+    (GPT-NeoX's `lm_head` is `embed_out` in every file.)
+    """
+    if model not in _RENAMINGS:
+        conversions = get_model_conversion_mapping(cast(PreTrainedModel, model), add_legacy=False)
+        _RENAMINGS[model] = [
+            conversion.reverse_transform()
+            for conversion in reversed(conversions)
+            if type(conversion) is WeightRenaming
+        ]
+    for renaming in _RENAMINGS[model]:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
 def resolve_name(model: nn.Module, weights: Weights, name: str) -> str | None:
     """The name under which the weights hold a model's tensor, or None.
 
     Some checkpoints lack the base model's prefix (`h.0...` for `transformer.h.0...`).
     """
-    if name in weights:
-        return name
     bare = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
-    return bare if bare in weights else None
+    for candidate in (name, saved_name(model, name), bare):
+        if candidate in weights:
+            return candidate
+    return None
+
+
+def find_name(model: nn.Module, weights: Weights, name: str) -> str:
+    """As `resolve_name`, also by a tied copy's name; ValueError where there is none."""
+    copies = [copy for copy, origin in tied_names(model).items() if origin == name]
+    for candidate in (name, *copies):
+        if found := resolve_name(model, weights, candidate):
+            return found
+    raise ValueError(f"{_where(weights)}: tensor {name!r} of the model is missing")
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -205,15 +244,9 @@ def fill(
     ties = tied_names(model)
     wanted = dict(model.state_dict(keep_vars=True))
     for name in names:
-        found = resolve_name(model, weights, name)
-        if found is None and name in ties:
+        if name in ties and resolve_name(model, weights, name) is None:
             continue
-        if found is None:
-            # A file that keeps only the copy of a tied pair.
-            copies = [copy for copy, origin in ties.items() if origin == name]
-            found = next((n for c in copies if (n := resolve_name(model, weights, c))), None)
-        if found is None:
-            raise ValueError(f"{_where(weights)}: tensor {name!r} of the model is missing")
+        found = find_name(model, weights, name)
         shape = weights.info(found).shape
         if shape != tuple(wanted[name].shape):
             raise ValueError(
@@ -354,18 +387,20 @@ def load_generation_config(source: Source) -> GenerationConfig:
 def _place_quantized(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
     """Replaces every linear that the file holds as qweight by a filled QuantLinear."""
     config, weights = cast(GptqConfig, source.gptq), source.weights
-    modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
-    stems = sorted(n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight"))
+    stems = {n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight")}
     if not stems:
-        raise ValueError(f"{source.path}: quantization_config says gptq, but no tensor is a qweight")
-    for stem in stems:
-        path = stem if stem in modules else prefix + stem
-        module = modules.get(path)
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise ValueError(
-                f"{source.path}: {stem}.qweight: {type(source.config).__name__} has no such linear"
-            )
+        raise ValueError(f"{source.path}: quantization_config says gptq, but there is no qweight")
+    linears = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    for path, module in linears:
+        found = resolve_name(model, weights, f"{path}.qweight")
+        if found is None:
+            continue
+        stem = found.removesuffix(".qweight")
+        stems.discard(stem)
         in_features, out_features = linear_shape(module)
         set_module(
             model,
@@ -379,6 +414,10 @@ def _place_quantized(model: PreTrainedModel, source: Source, dtype: torch.dtype)
                 bias=module.bias is not None,
                 dtype=dtype,
             ),
+        )
+    if stems:
+        raise ValueError(
+            f"{source.path}: {min(stems)}.qweight: {type(model).__name__} has no such linear"
         )
 
 
@@ -455,10 +494,12 @@ def save(
     entries: list[Entry] = []
     done = set(tied_names(model))
     for path, linear in linears.items():
-        entries += quantized_entries(path, linear.canonical, config)
+        entries += quantized_entries(saved_name(model, path), linear.canonical, config)
         done |= {f"{path}.{name}" for name in linear.state_dict()}
     entries += [
-        Entry.of(name, tensor) for name, tensor in model.state_dict().items() if name not in done
+        Entry.of(saved_name(model, name), tensor)
+        for name, tensor in model.state_dict().items()
+        if name not in done
     ]
     write_model(
         out,
@@ -515,7 +556,7 @@ def base_hash(canonical: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]])
         tensors = canonical[path]()
         for name in ("qweight", "qzeros", "g_idx"):
             tensor = tensors[name].detach().cpu().contiguous()
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -545,7 +586,8 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     if generation_config is not None:
-        checkpoint.write_json(directory / "generation_config.json", generation_config.to_diff_dict())
+        generation = generation_config.to_diff_dict()
+        checkpoint.write_json(directory / "generation_config.json", generation)
     quantization = gptq_config.to_dict()
     checkpoint.write_json(directory / "quantize_config.json", quantization)
     config = deepcopy(model_config)

@@ -16,11 +16,11 @@ __all__ = ["QuantLinear"]
 class QuantLinear(nn.Module):
     """``y = x W^T + bias`` with ``W[n, k] = scales[g, n] * (q[n, k] - z[g, n])`` kept packed.
 
-    Holds one copy of the integers, in the layout the kernels read. ``state_dict`` is canonical all the
-    same: ``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [G, N*bits/32] (holding z itself),
-    ``scales`` float32 [G, N], ``g_idx`` int32 [K], ``bias`` [N]. Scales stay float32 whatever ``.to()``
-    or ``.half()`` is asked for: they are the masters that PEQA trains (arXiv 2305.14152). They are a
-    parameter, frozen until somebody thaws it.
+    Holds one copy of the integers, in the layout the kernels read. ``state_dict`` is canonical all
+    the same: ``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [G, N*bits/32] (holding z itself),
+    ``scales`` float32 [G, N], ``g_idx`` int32 [K], ``bias`` [N]. Scales stay float32 whatever
+    ``.to()`` or ``.half()`` is asked for: they are the masters that PEQA trains (arXiv 2305.14152).
+    They are a parameter, frozen until somebody thaws it.
 
     The result has the type of the input; under autocast, autocast's type.
 
@@ -74,7 +74,7 @@ class QuantLinear(nn.Module):
         g_idx: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> QuantLinear:
-        """A layer from GPTQ's tensors, zeros in the "gptq_v2" convention; see the class for shapes."""
+        """A layer from GPTQ's tensors, with "gptq_v2" zeros; see the class for shapes."""
         if bits not in (2, 3, 4, 8) or qweight.dim() != 2 or qweight.shape[0] % bits != 0:
             raise ValueError(
                 "QuantLinear.from_canonical: qweight: expected [in_features*bits/32, out_features] "
@@ -103,9 +103,7 @@ class QuantLinear(nn.Module):
         where = "QuantLinear.set_canonical"
         shape = (ops.group_count(self.in_features, self.group_size), self.out_features)
         if tuple(scales.shape) != shape:
-            raise ValueError(
-                f"{where}: scales: expected shape {shape}, got {tuple(scales.shape)}"
-            )
+            raise ValueError(f"{where}: scales: expected shape {shape}, got {tuple(scales.shape)}")
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(
                 f"{where}: bias: expected shape {(self.out_features,)}, got {tuple(bias.shape)}"
@@ -133,7 +131,8 @@ class QuantLinear(nn.Module):
         groups = ops.group_count(self.in_features, self.group_size)
         if tuple(g_idx.shape) != (self.in_features,):
             raise ValueError(
-                f"QuantLinear: g_idx: expected shape {(self.in_features,)}, got {tuple(g_idx.shape)}"
+                f"QuantLinear: g_idx: expected shape {(self.in_features,)}, "
+                f"got {tuple(g_idx.shape)}"
             )
         g_idx = g_idx.to(torch.int32).contiguous()
         if g_idx.is_meta:
@@ -151,7 +150,7 @@ class QuantLinear(nn.Module):
         return columns // group
 
     def canonical(self) -> dict[str, Tensor]:
-        """``qweight``, ``qzeros``, ``scales``, ``g_idx`` (also where trivial) and ``bias`` if any."""
+        """``qweight``, ``qzeros``, ``scales``, ``g_idx`` (even if trivial) and any ``bias``."""
         qweight, qzeros = ops.unpack(
             self.packed,
             bits=self.bits,

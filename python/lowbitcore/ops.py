@@ -1,14 +1,15 @@
 """The core's operations as torch operators, with autograd, fake kernels and ``torch.compile``.
 
 Shapes: ``N`` out_features, ``K`` in_features, both multiples of 32; ``b`` bits (2, 3, 4 or 8);
-``group_size`` a multiple of 32 along K, or -1 for the whole row; ``G`` the number of groups, of which
-the last may be shorter. ``g_idx`` int32 [K] maps a column to its group; ``None`` stands for
-``k // group_size``. A weight is ``W[n, k] = scales[g, n] * (q[n, k] - zeros[g, n])``, ``g = g_idx[k]``.
+``group_size`` a multiple of 32 along K, or -1 for the whole row; ``G`` the number of groups, of
+which the last may be shorter. ``g_idx`` int32 [K] maps a column to its group; ``None`` stands for
+``k // group_size``. A weight is ``W[n, k] = scales[g, n] * (q[n, k] - zeros[g, n])``, ``g =
+g_idx[k]``.
 
-Every function raises ``ValueError`` for a mistake of the caller, naming the operation, the argument,
-what was expected and what came, and ``lowbitcore.Error`` for what is not one. The operators
-themselves are ``torch.ops.lowbitcore.*``; this module is the only caller of the extension's
-operations.
+Every function raises ``ValueError`` for a mistake of the caller, naming the operation, the
+argument, what was expected and what came, and ``lowbitcore.Error`` for what is not one. The
+operators themselves are ``torch.ops.lowbitcore.*``; this module is the only caller of the
+extension's operations.
 """
 
 from __future__ import annotations
@@ -94,9 +95,11 @@ def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[..., C] as the core takes it: [rows, C] with contiguous columns and rows that do not overlap."""
-    flat = tensor.resolve_neg().reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(
-        tensor.shape[:-1].numel(), tensor.shape[-1]
+    """[..., C] as the core takes it: [rows, C], columns contiguous and rows not overlapping."""
+    flat = (
+        tensor.resolve_neg().reshape(-1, tensor.shape[-1])
+        if tensor.numel()
+        else tensor.new_empty(tensor.shape[:-1].numel(), tensor.shape[-1])
     )
     if flat.stride(1) != 1 or flat.stride(0) < flat.shape[1]:
         flat = flat.contiguous()
@@ -121,7 +124,7 @@ def packed_size(*, bits: int, group_size: int, in_features: int, out_features: i
 
 
 def pack_qweight(codes: Tensor, *, bits: int) -> Tensor:
-    """Codes uint8 [N, K] -> GPTQ's ``qweight`` int32 [K*bits/32, N], an LSB-first stream along K."""
+    """Codes uint8 [N, K] -> ``qweight`` int32 [K*bits/32, N], an LSB-first bit stream along K."""
     _check("pack_qweight", bits, codes=codes)
     _check_dims("pack_qweight", "codes", codes, 2)
     result: Tensor = torch.ops.lowbitcore.pack_qweight(codes, bits)
@@ -303,9 +306,7 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     out = _dequantize_fake(packed, scales, g_idx, bits, group_size, in_features, dtype)
-    _C.dequantize(
-        packed, _rows(scales), g_idx, bits, group_size, in_features, scales.shape[1], out
-    )
+    _C.dequantize(packed, _rows(scales), g_idx, bits, group_size, in_features, scales.shape[1], out)
     return out
 
 
@@ -500,7 +501,9 @@ def _(
     dy: Tensor, x: Tensor, packed: Tensor, g_idx: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     k, n = x.shape[-1], dy.shape[-1]
-    _C.packed_size(bits, group_size, k, n)  # rejects an impossible format before it sizes the result
+    _C.packed_size(
+        bits, group_size, k, n
+    )  # rejects an impossible format before it sizes the result
     ds = _qgemm_grad_scales_fake(dy, x, packed, g_idx, bits, group_size)
     _C.qgemm_grad_scales(_rows(dy), _rows(x), packed, g_idx, bits, group_size, k, n, ds)
     return ds
@@ -514,8 +517,8 @@ def _qgemm_grad_scales_fake(
     return dy.new_empty((groups, dy.shape[-1]), dtype=torch.float32)
 
 
-# Each of the three products is linear in its two real arguments, and the derivatives of each are the
-# other two: the family is closed, so gradients exist to any order.
+# Each of the three products is linear in its two real arguments, and the derivatives of each are
+# the other two: the family is closed, so gradients exist to any order.
 
 
 def _nt_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -530,9 +533,7 @@ def _nt_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, packed, scales, g_idx = ctx.saved_tensors
     dx = ds = db = None
     if ctx.needs_input_grad[0]:
-        dx = qgemm_nn(
-            dy, packed, scales, g_idx=g_idx, in_features=ctx.in_features, **ctx.format
-        )
+        dx = qgemm_nn(dy, packed, scales, g_idx=g_idx, in_features=ctx.in_features, **ctx.format)
     if ctx.needs_input_grad[2]:
         ds = qgemm_grad_scales(dy, x, packed, g_idx=g_idx, **ctx.format)
     if ctx.needs_input_grad[4]:
@@ -604,7 +605,8 @@ class GptqFactor(NamedTuple):
 
     ``order`` int32 [K] is the order of processing, ``u`` float32 [K, K] the upper triangular factor
     with ``H^-1 = u^T u`` in that order, ``dead`` bool [K] marks columns that never saw an input,
-    ``percdamp`` is the damping that was used (more than was asked for, if the factorisation needed it).
+    ``percdamp`` is the damping that was used (more than was asked for, if the factorisation needed
+    it).
     """
 
     order: Tensor
@@ -640,7 +642,8 @@ def quantize_rtn(
     """Round-to-nearest quantization of a weight [N, K] (float32, bfloat16 or float16).
 
     Scales are float32 holding fp16 values: they are rounded before the integers are chosen. ``sym``
-    puts every zero at ``2^(bits-1)``. ``mse`` searches the clipping range for the least squared error.
+    puts every zero at ``2^(bits-1)``. ``mse`` searches the clipping range for the least squared
+    error.
     """
     _check("quantize_rtn", bits, weight=weight)
     _check_dims("quantize_rtn", "weight", weight, 2)
@@ -655,7 +658,9 @@ def _(
     weight: Tensor, bits: int, group_size: int, sym: bool, mse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k = weight.shape
-    _C.packed_size(bits, group_size, k, n)  # rejects an impossible format before it sizes the results
+    _C.packed_size(
+        bits, group_size, k, n
+    )  # rejects an impossible format before it sizes the results
     codes, scales, zeros = _quantized_like(weight, group_size)
     _C.quantize_rtn(_rows(weight), bits, group_size, sym, mse, codes, scales, zeros)
     return codes, scales, zeros
@@ -692,8 +697,8 @@ def gptq_factorize(
 ) -> GptqFactor:
     """Factor a Hessian [K, K] for :func:`gptq_quantize`, once for all linears with the same input.
 
-    ``percdamp`` times the mean of the diagonal is added to it; where that is not enough it is raised
-    tenfold, at most three times. ``act_order`` processes columns by falling diagonal.
+    ``percdamp`` times the mean of the diagonal is added to it; where that is not enough it is
+    raised tenfold, at most three times. ``act_order`` processes columns by falling diagonal.
 
     Raises:
         lowbitcore.Error: the matrix is not positive definite even so.
@@ -711,9 +716,7 @@ def gptq_factorize(
 def _(hessian: Tensor, percdamp: float, act_order: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order, u, dead, used = _gptq_factorize_fake(hessian, percdamp, act_order)
     used.fill_(
-        _C.gptq_factorize(
-            _rows(hessian), percdamp, act_order, order, dead.view(torch.uint8), u
-        )
+        _C.gptq_factorize(_rows(hessian), percdamp, act_order, order, dead.view(torch.uint8), u)
     )
     return order, u, dead, used
 
@@ -744,8 +747,8 @@ def gptq_quantize(
     """GPTQ (arXiv 2210.17323) of a weight [N, K] (float32, bfloat16 or float16).
 
     With ``static_groups`` the groups follow the original columns and their grids come from the
-    original weights, so that ``g_idx`` is ``None`` whatever the order of processing; otherwise a group
-    is a run of columns in processing order, its grid found on the weights as updated so far.
+    original weights, so that ``g_idx`` is ``None`` whatever the order of processing; otherwise a
+    group is a run of columns in processing order, its grid found on the weights as updated so far.
 
     The integers depend on nothing but the arguments: not on the instruction set, not on threads.
     """
@@ -776,7 +779,9 @@ def _(
     static_groups: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, k = weight.shape
-    _C.packed_size(bits, group_size, k, n)  # rejects an impossible format before it sizes the results
+    _C.packed_size(
+        bits, group_size, k, n
+    )  # rejects an impossible format before it sizes the results
     codes, scales, zeros, g_idx, loss = _gptq_quantize_fake(
         weight, order, u, dead, bits, group_size, sym, mse, static_groups
     )

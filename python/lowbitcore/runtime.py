@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from pathlib import Path
+
 from . import _C
 
-__all__ = ["available_isas", "cuda_status", "force_isa", "isa", "num_threads", "set_num_threads"]
+__all__ = [
+    "available_isas",
+    "cmake_dir",
+    "cuda_status",
+    "force_isa",
+    "isa",
+    "num_threads",
+    "set_num_threads",
+]
 
 
 def isa() -> str:
@@ -49,3 +60,15 @@ def set_num_threads(count: int) -> None:
 def cuda_status() -> str:
     """One line on CUDA: its devices, or why there are none."""
     return _C.cuda_status()
+
+
+def cmake_dir() -> str:
+    """The directory with ``lowbitcoreConfig.cmake``, for ``cmake -Dlowbitcore_DIR=...``.
+
+    Raises:
+        lowbitcore.Error: the installed package carries none.
+    """
+    for file in importlib.metadata.files("lowbitcore") or []:
+        if file.name == "lowbitcoreConfig.cmake":
+            return str(Path(str(file.locate())).resolve().parent)
+    raise _C.Error("cmake_dir: this installation of lowbitcore has no CMake package")

@@ -22,7 +22,8 @@ struct QuantFormat {
 };
 
 // A packed weight as the kernels read it. `packed` comes from prepack(); `scales` [G,N] fp32 stays
-// outside because it trains. `g_idx` [K] maps an input column to its group; null means k / group_size.
+// outside because it trains. `g_idx` [K] maps an input column to its group; null means k /
+// group_size.
 struct QuantWeight {
   QuantFormat format;
   const void* packed = nullptr;

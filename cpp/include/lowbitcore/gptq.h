@@ -1,7 +1,7 @@
 // GPTQ (Frantar et al., arXiv 2210.17323), group-wise, with act-order and static groups.
 //
-// Given the same weight and Hessian, the integers are the same on every instruction set and for every
-// number of threads.
+// Given the same weight and Hessian, the integers are the same on every instruction set and for
+// every number of threads.
 #pragma once
 
 #include <lowbitcore/quantize.h>
@@ -19,16 +19,16 @@ struct FactorOptions {
 // The upper triangular U with H^-1 = U^T U, in processing order, from one reversed Cholesky
 // factorisation: H = R R^T with R upper triangular, U = R^-1. Columns with H_ii = 0 are dead: they
 // never saw an input, and quantize as zero. Where the factorisation fails the damping is raised
-// tenfold, at most three times; the return value is the percdamp that was used. Throws Error if that
-// does not help either.
+// tenfold, at most three times; the return value is the percdamp that was used. Throws Error if
+// that does not help either.
 double gptq_factorize(View<const float> hessian, const FactorOptions& options, std::int32_t* order,
                       std::uint8_t* dead, View<float> u);
 
 struct GptqOptions {
   GridOptions grid;
   // Static: groups follow the original columns, grids come from the original weights, g_idx stays
-  // trivial. Otherwise a group is a run of columns in processing order, and its grid is found when it
-  // is reached, on the weights as updated so far.
+  // trivial. Otherwise a group is a run of columns in processing order, and its grid is found when
+  // it is reached, on the weights as updated so far.
   bool static_groups = true;
 };
 

@@ -1,8 +1,9 @@
 // The GPTQ interchange layout, and the private layout that kernels execute from.
 //
 // qweight int32 [K*bits/32, N]: the integers of one column are an LSB-first bit stream along K.
-// qzeros  int32 [G, N*bits/32]: the zeros of one group are such a stream along N. They hold z itself
-// (the "gptq_v2" convention); the older files that hold z - 1 are translated by whoever reads files.
+// qzeros  int32 [G, N*bits/32]: the zeros of one group are such a stream along N. They hold z
+// itself (the "gptq_v2" convention); the older files that hold z - 1 are translated by whoever
+// reads files.
 #pragma once
 
 #include <lowbitcore/format.h>

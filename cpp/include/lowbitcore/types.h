@@ -9,7 +9,8 @@ namespace lowbitcore {
 
 // Anything that is not the caller's mistake: a matrix that is not positive definite, an instruction
 // set the CPU lacks, a device this build has no kernels for. Mistakes of the caller throw
-// std::invalid_argument with a message that names operation, argument, what was wanted and what came.
+// std::invalid_argument with a message that names operation, argument, what was wanted and what
+// came.
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

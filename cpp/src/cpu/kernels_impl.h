@@ -30,9 +30,9 @@ using std::uint16_t;
 using std::uint32_t;
 using std::uint8_t;
 
-constexpr int64_t kPanel = 32;       // outputs that one thread computes at a time
-constexpr int64_t kDepth = 128;      // reduction length of a panel: 16 KB, stays in L1
-constexpr int64_t kRowBlock = 480;   // activations' rows that share a dequantised panel
+constexpr int64_t kPanel = 32;        // outputs that one thread computes at a time
+constexpr int64_t kDepth = 128;       // reduction length of a panel: 16 KB, stays in L1
+constexpr int64_t kRowBlock = 480;    // activations' rows that share a dequantised panel
 constexpr int64_t kTokenBlock = 256;  // rows of X and dY per pass of the outer-product kernels
 constexpr int kVecsPerBlock = kBlockN / kWidth;
 constexpr int kColVecs = kCols / kWidth;
@@ -43,7 +43,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// ---- activations ---------------------------------------------------------------------------------
+// ---- activations ----
 
 inline const char* row_pointer(const ConstMatrix& m, int64_t row) {
   return static_cast<const char*>(m.data) + row * m.stride * (m.dtype == DType::f32 ? 4 : 2);
@@ -101,12 +101,13 @@ inline void copy_panel(const ConstMatrix& x, int64_t first_row, int64_t rows, in
   }
 }
 
-// ---- register tile -------------------------------------------------------------------------------
+// ---- register tile ----
 
 // c[R][kCols] (+)= sum over i of a[i*a_step .. +R] (outer) b[i*kPanel .. +kCols]; rows of c lie
 // kPanel apart.
 template <int R>
-void tile(int64_t depth, const float* a, int64_t a_step, const float* b, float* c, bool accumulate) {
+void tile(int64_t depth, const float* a, int64_t a_step, const float* b, float* c,
+          bool accumulate) {
   Vec acc[R][kColVecs];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kColVecs; ++v) {
@@ -143,7 +144,7 @@ inline void panel_tile(int64_t rows, int64_t depth, const float* a, int64_t a_st
   }
 }
 
-// ---- packed integers -----------------------------------------------------------------------------
+// ---- packed integers ----
 
 // Integer i of a tile whose `B` words per lane are w. It may straddle two words (3 bits only).
 template <int B, int I>
@@ -179,7 +180,8 @@ struct Block {
   int64_t group_size;
 
   Block(const QuantWeight& w, int64_t block)
-      : words(static_cast<const uint32_t*>(w.packed) + block * (w.format.in_features / 32) * B * 16),
+      : words(static_cast<const uint32_t*>(w.packed) +
+              block * (w.format.in_features / 32) * B * 16),
         zeros(static_cast<const uint8_t*>(w.packed) + packed_zeros_offset(w.format) +
               block * w.format.groups() * kBlockN),
         scales(w.scales.data == nullptr ? nullptr : w.scales.data + block * kBlockN),
@@ -200,9 +202,8 @@ void dequantize_tile(const Block<B>& block, int64_t tile, float* out, int64_t st
     if (block.g_idx == nullptr) {
       const int64_t g = k0 / block.group_size;
       const Vec s = block.scale(g, lane), z = block.zero(g, lane);
-      for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) {
-        ((q - z) * s).store(out + i * step + lane);
-      });
+      for_each_code<B>(block.tile_words(tile), lane,
+                       [&](int i, const Vec& q) { ((q - z) * s).store(out + i * step + lane); });
     } else {
       for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) {
         const int64_t g = block.g_idx[k0 + i];
@@ -228,7 +229,7 @@ inline void with_bits(int bits, const F& f) {
   unsupported_bits(bits);
 }
 
-// ---- X W^T and dY W ------------------------------------------------------------------------------
+// ---- X W^T and dY W ----
 
 constexpr int64_t kPanelFloats = kDepth * kPanel;
 
@@ -313,7 +314,7 @@ size_t qgemm_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
   return gemm_workspace(m, f.out_features, threads);
 }
 
-// ---- outer products: scale gradients and Hessians ------------------------------------------------
+// ---- outer products: scale gradients and Hessians ----
 
 // x as fp32 in column panels: [cols/32][rows][32].
 inline void pack_panels(const ConstMatrix& x, int64_t first, int64_t rows, float* packed,
@@ -338,7 +339,8 @@ size_t qgemm_grad_scales_workspace(const QuantFormat& f, int64_t m, int threads)
 
 // ds[g, 16 outputs] += sum over the inputs of one tile of (q - z) * dw
 template <int B>
-void contract_tile(const Block<B>& block, int64_t tile, const float* dw, float* ds, int64_t stride) {
+void contract_tile(const Block<B>& block, int64_t tile, const float* dw, float* ds,
+                   int64_t stride) {
   const int64_t k0 = tile * kTileK;
   for (int lane = 0; lane < kBlockN; lane += kWidth) {
     if (block.g_idx == nullptr) {
@@ -443,7 +445,7 @@ void dequantize(const QuantWeight& w, Matrix out, int threads) {
   });
 }
 
-// ---- quantization --------------------------------------------------------------------------------
+// ---- quantization ----
 //
 // Rows of these buffers are input columns, lanes are outputs: every output is quantized by the same
 // sequence of exactly rounded operations, whatever the width of a vector.
@@ -476,7 +478,9 @@ inline Grid make_grid(const Vec& low, const Vec& high, const Vec& max_code, cons
 // The grid of `count` rows. Row i is w + rows[i]*kLanes, or w + i*kLanes without `rows`.
 inline Grid find_grid(const float* w, const int32_t* rows, int64_t count, int bits,
                       const GridOptions& options) {
-  const auto row = [&](int64_t i) { return Vec::load(w + (rows != nullptr ? rows[i] : i) * kLanes); };
+  const auto row = [&](int64_t i) {
+    return Vec::load(w + (rows != nullptr ? rows[i] : i) * kLanes);
+  };
   const Vec zero = Vec::broadcast(0.0f);
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << bits) - 1));
   Vec low = zero, high = zero;
@@ -513,7 +517,8 @@ inline Grid find_grid(const float* w, const int32_t* rows, int64_t count, int bi
   return best;
 }
 
-// Outputs [first, first + count) of a weight as fp32, transposed to [K][kLanes]; missing lanes are 0.
+// Outputs [first, first + count) of a weight as fp32, transposed to [K][kLanes]; missing lanes are
+// 0.
 inline void load_strip(const ConstMatrix& w, int64_t first, int64_t count, float* out) {
   if (count < kLanes) {
     std::memset(out, 0, static_cast<size_t>(w.cols * kLanes) * sizeof(float));
@@ -578,13 +583,13 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& f, const GridOptions& o
   delete[] scratch;
 }
 
-// ---- GPTQ ----------------------------------------------------------------------------------------
+// ---- GPTQ ----
 
 constexpr int64_t kGptqBlock = 128;  // columns whose errors are applied to the rest together
 
 // w[row(i)] -= sum over j in [begin, end) of u[j,i] * error[j - begin], in rising j, for the rows
-// i in [from, to). Four rows and two vectors at a time; the order of the sum is that of a column at a
-// time, so how columns are blocked does not change a bit.
+// i in [from, to). Four rows and two vectors at a time; the order of the sum is that of a column at
+// a time, so how columns are blocked does not change a bit.
 inline void apply_errors(const View<const float>& u, int64_t begin, int64_t end, int64_t from,
                          int64_t to, const float* error, const int32_t* order, float* w) {
   constexpr int kRowsAtOnce = 4, kVecs = 2;
@@ -662,8 +667,9 @@ inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* err
   }
 
   double loss = 0.0;
-  // A block never straddles the start of a group that was not complete before it, so that grids found
-  // on the way see every earlier error: whole groups where they are shorter than a block, else pieces.
+  // A block never straddles the start of a group that was not complete before it, so that grids
+  // found on the way see every earlier error: whole groups where they are shorter than a block,
+  // else pieces.
   const int64_t whole = group <= kGptqBlock ? kGptqBlock / group * group : 0;
   for (int64_t begin = 0; begin < k;) {
     const int64_t block = whole > 0 ? whole : smaller(kGptqBlock, group - begin % group);
@@ -672,8 +678,8 @@ inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* err
       const int64_t g = (p.options.static_groups ? p.order[i] : i) / group;
       if (!p.options.static_groups && i % group == 0) {
         for (int v = 0; v < kVecs; ++v) {
-          const Grid grid = find_grid(w + v * kWidth, p.order + i, smaller(group, k - i), f.bits,
-                                      p.options.grid);
+          const Grid grid =
+              find_grid(w + v * kWidth, p.order + i, smaller(group, k - i), f.bits, p.options.grid);
           keep_grid(grid, grids, g * kVecs + v);
           store_grid(grid, g, first, v * kWidth, count, p.scales, p.zeros);
         }

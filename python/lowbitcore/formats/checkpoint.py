@@ -28,22 +28,23 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4_000_000_000
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
+# In the order of the library, which writes the tensors of a file from the last dtype to the first.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I16": torch.int16,
     "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
     "F32": torch.float32,
     "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "U64": torch.uint64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -85,7 +86,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise ValueError(f"{path}: not a safetensors file: {size} bytes, expected at least 8")
+                raise ValueError(f"{path}: not a safetensors file: expected 8 bytes, got {size}")
             (length,) = struct.unpack("<Q", prefix)
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(
@@ -112,17 +113,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     for begin, end, name in sorted(spans):
         if begin != position:
             raise ValueError(
-                f"{path}: tensor {name!r} starts at byte {begin}, expected {position} (overlap or hole)"
+                f"{path}: tensor {name!r}: expected to start at byte {position}, got {begin} "
+                "(overlap or hole)"
             )
         position = end
     if position != data_bytes:
-        raise ValueError(f"{path}: header describes {position} bytes of data, file has {data_bytes}")
+        raise ValueError(f"{path}: header describes {position} bytes, the file holds {data_bytes}")
     return infos
 
 
-def _parse_entry(
-    path: Path, name: str, entry: Any, data_bytes: int
-) -> tuple[TensorInfo, int, int]:
+def _parse_entry(path: Path, name: str, entry: Any, data_bytes: int) -> tuple[TensorInfo, int, int]:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{where}: header entry lacks dtype, shape or data_offsets")
@@ -245,7 +245,8 @@ def _weight_files(directory: Path) -> list[Path]:
         return others
     if others:
         raise ValueError(
-            f"{directory}: {len(others)} safetensors files but neither {SINGLE_FILE} nor {INDEX_FILE}"
+            f"{directory}: {len(others)} safetensors files but neither {SINGLE_FILE} "
+            f"nor {INDEX_FILE}"
         )
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     if pickled:
@@ -269,8 +270,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         )
         if not plain:
             raise ValueError(
-                f"{index}: tensor {name!r}: expected a safetensors file name in the same directory, "
-                f"got {file_name!r}"
+                f"{index}: tensor {name!r}: expected a safetensors file name in the same "
+                f"directory, got {file_name!r}"
             )
     return weight_map
 
@@ -333,8 +334,9 @@ def write_safetensors(path: str | os.PathLike[str], entries: Iterable[Entry]) ->
     The library's own writer wants all tensors of a file at once, which for shards of 4 GB would
     break the promise that a model larger than memory can be quantized. Raises OSError (disk full).
     """
-    # The library's order: wide dtypes first keeps every tensor aligned.
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    # The library's order, wide dtypes first: it keeps every tensor aligned.
+    rank = {dtype: -number for number, dtype in enumerate(DTYPES.values())}
+    ordered = sorted(entries, key=lambda entry: (rank[entry.dtype], entry.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in ordered:
@@ -358,7 +360,7 @@ def write_safetensors(path: str | os.PathLike[str], entries: Iterable[Entry]) ->
                     f"{list(entry.shape)}, got {tensor.dtype} {list(tensor.shape)}"
                 )
             if tensor.numel():
-                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_shards(
@@ -385,7 +387,8 @@ def write_shards(
     if len(shards) == 1:
         names = [SINGLE_FILE]
     else:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        count = len(shards)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(directory / name, shard)
     if len(shards) > 1:

@@ -156,9 +156,7 @@ def has_zero(qzeros: torch.Tensor, *, bits: int) -> bool:
     return bool((ops.unpack_qzeros(qzeros, bits=bits) == 0).any())
 
 
-def _shift_zeros(
-    qzeros: torch.Tensor, amount: int, *, bits: int, whole_word: bool
-) -> torch.Tensor:
+def _shift_zeros(qzeros: torch.Tensor, amount: int, *, bits: int, whole_word: bool) -> torch.Tensor:
     if whole_word and bits in _ONES:
         # The cast back to int32 wraps as GPTQModel's int32 addition does.
         return (qzeros.to(torch.int64) + amount * _ONES[bits]).to(torch.int32)

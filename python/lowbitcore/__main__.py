@@ -1,0 +1,5 @@
+"""``python -m lowbitcore``: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,386 @@
+"""The command line: results on stdout, progress on stderr; ``--json`` ends with one object."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from .quantize import Report
+
+app = typer.Typer(
+    help="Fine-tune and repair low-bit language models while they stay packed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A model directory (16-bit or quantized), a hub id or a .gguf file."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on stdout.")]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")]
+Dtype = Annotated[
+    Literal["auto", "bf16", "fp32"],
+    typer.Option(help="Type of activations and of all weights that are not packed."),
+]
+
+
+def _emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+    if as_json:
+        print(json.dumps(result))
+
+
+def _load(model: str, dtype: str, device: str) -> PreTrainedModel:
+    from . import model as models
+    from . import runtime
+
+    if device == "cuda":
+        raise ValueError(
+            f"--device: expected cpu (CUDA: {runtime.cuda_status()}; there are no kernels for it "
+            "yet), got cuda"
+        )
+    names = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+    loaded = models.load(model, dtype=names[dtype], device=device)
+    loaded.eval()
+    return loaded
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+# ---- quantize ------------------------------------------------------------------------------------
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write; must be new or unfinished.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")],
+    group_size: Annotated[int, typer.Option(help="A multiple of 32, or -1 for whole rows.")] = 64,
+    method: Annotated[Literal["gptq", "rtn"], typer.Option(help="rtn needs no data.")] = "gptq",
+    sym: Annotated[bool, typer.Option("--sym", help="Symmetric grids (vLLM wants them).")] = False,
+    act_order: Annotated[
+        Literal["static", "dynamic", "none"],
+        typer.Option(help="Order of columns: static keeps plain groups, dynamic writes g_idx."),
+    ] = "static",
+    no_true_sequential: Annotated[
+        bool,
+        typer.Option(
+            "--no-true-sequential", help="Calibrate a block's linears all on unquantized inputs."
+        ),
+    ] = False,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|hf:NAME|self",
+            help="Calibration text: a file, a hub data set, or text the model writes itself.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    length: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 2048,
+    damp: Annotated[float, typer.Option(help="Damping, a fraction of the mean diagonal.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of the calibration windows.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model, one block in memory at a time, into a GPTQ checkpoint."""
+    from .quantize import QuantConfig, quantize_checkpoint
+
+    config = QuantConfig(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        method=method,
+        act_order=act_order,
+        true_sequential=not no_true_sequential,
+        percdamp=damp,
+    )
+    windows = None
+    if method == "gptq":
+        if calib is None:
+            raise ValueError("--calib: expected a text file, hf:NAME or self (or --method rtn)")
+        windows = _calibration(model, calib, samples, length, seed)
+    elif calib is not None:
+        raise ValueError("--calib: expected none with --method rtn, which uses no data")
+    start = time.perf_counter()
+    report = quantize_checkpoint(model, out, windows, config, resume=resume)
+    seconds = time.perf_counter() - start
+    _emit(as_json, *_describe_report(report, config.percdamp, out, seconds))
+
+
+def _calibration(model: str, calib: str, samples: int, length: int, seed: int) -> Tensor:
+    from . import data
+    from . import model as models
+    from .summary import summarize
+
+    length = min(length, summarize(model).max_length or length)
+    tokenizer = models.load_tokenizer(model)
+    if calib == "self":
+        writer = _load(model, "auto", "cpu")
+        return data.sample_from_model(writer, tokenizer, samples=samples, length=length, seed=seed)
+    texts = data.hub_texts(calib[3:]) if calib.startswith("hf:") else data.read_texts(calib)
+    return data.calibration_windows(texts, tokenizer, samples=samples, length=length, seed=seed)
+
+
+def _describe_report(
+    report: Report, percdamp: float, out: Path, seconds: float
+) -> tuple[dict[str, Any], list[str]]:
+    losses = [item.loss for item in report.linears if item.loss is not None]
+    raised = [
+        item
+        for item in report.linears
+        if item.percdamp is not None and item.percdamp > percdamp * 1.0001
+    ]
+    result = {
+        "out": str(out),
+        "linears": len(report.linears),
+        "skipped": report.skipped,
+        "raised_damping": {item.path: item.percdamp for item in raised},
+        "mean_loss": sum(losses) / len(losses) if losses else None,
+        "bytes": report.bytes,
+        "phases": report.seconds,
+        "seconds": seconds,
+    }
+    lines = [
+        f"{out}: {len(report.linears)} linears, {_megabytes(report.bytes['original'])} -> "
+        f"{_megabytes(report.bytes['quantized'])}, {seconds:.1f} s "
+        f"({', '.join(f'{name} {value:.1f}' for name, value in report.seconds.items())})"
+    ]
+    if losses:
+        lines.append(f"mean relative error of the linears' outputs: {result['mean_loss']:.4f}")
+    lines += [f"damping of {item.path} was raised to {item.percdamp}" for item in raised]
+    lines += [f"kept in 16 bits: {path} ({reason})" for path, reason in report.skipped.items()]
+    return result, lines
+
+
+# ---- use -----------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text file; its documents are joined.")],
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows (default: context, no overlap).")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text, in full windows, each scored on its last context - 1 tokens."""
+    from . import data
+    from . import model as models
+    from .evaluate import perplexity
+
+    content = "\n\n".join(data.read_texts(text))
+    result = perplexity(
+        _load(model, dtype, device),
+        models.load_tokenizer(model),
+        content,
+        context=context,
+        windows=windows,
+        stride=stride,
+    )
+    line = f"perplexity {result.ppl:.3f} ({result.tokens} tokens in {result.windows} windows)"
+    _emit(as_json, result._asdict(), [line])
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in a chat.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    from transformers import TextStreamer
+
+    from . import model as models
+
+    loaded = _load(model, dtype, device)
+    tokenizer = models.load_tokenizer(model)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    text, tokens = complete(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, streamer=streamer
+    )
+    seconds = time.perf_counter() - start
+    print(f"{tokens} tokens, {tokens / seconds:.1f} a second", file=sys.stderr)
+    _emit(as_json, {"text": text, "tokens": tokens, "seconds": seconds}, [])
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    chat: bool,
+    streamer: Any = None,
+) -> tuple[str, int]:
+    """The greedy continuation of a prompt, and its length in tokens."""
+    import torch
+
+    if not prompt:
+        raise ValueError("--prompt: expected some text, got none")
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ValueError("--chat: expected a model with a chat template, this one has none")
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(
+            **encoded.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+    new = output[0, encoded["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+# ---- info ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="A model, as elsewhere.")
+    ] = None,
+    device: Annotated[
+        bool, typer.Option("--device", help="What this machine and build can do.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint holds and who can load it; or what this machine can do."""
+    if device == (path is not None):
+        raise ValueError("info: expected either PATH or --device")
+    if path is None:
+        _emit(as_json, *_describe_device())
+    else:
+        _emit(as_json, *_describe_model(path))
+
+
+def _describe_device() -> tuple[dict[str, Any], list[str]]:
+    import torch
+
+    from . import __version__, runtime
+
+    forced = os.environ.get("LOWBITCORE_ISA")
+    result = {
+        "version": __version__,
+        "isa": runtime.isa(),
+        "available_isas": runtime.available_isas(),
+        "forced_isa": forced,
+        "threads": runtime.num_threads(),
+        "cuda": runtime.cuda_status(),
+        "torch": torch.__version__,
+        "cmake_dir": runtime.cmake_dir(),
+    }
+    why = "forced by LOWBITCORE_ISA" if forced else "the fastest this CPU has"
+    return result, [
+        f"lowbitcore {__version__}, torch {torch.__version__}",
+        f"instruction set: {result['isa']} ({why}; available: "
+        f"{', '.join(runtime.available_isas())})",
+        f"threads: {result['threads']}",
+        f"CUDA: {result['cuda']}",
+        f"CMake package: {result['cmake_dir']}",
+    ]
+
+
+def _describe_model(path: str) -> tuple[dict[str, Any], list[str]]:
+    from .formats.gptq import compatible_loaders
+    from .summary import summarize
+
+    summary = summarize(path)
+    result: dict[str, Any] = summary._asdict()
+    lines = [
+        f"{path}: {summary.architecture}, {summary.parameters / 1e6:,.1f} M parameters, "
+        f"{_megabytes(summary.total_bytes)} of tensors"
+    ]
+    if summary.gptq is None:
+        lines.append(f"not quantized ({summary.dtype})")
+    else:
+        config = summary.gptq
+        result["gptq"] = config.to_dict()
+        loaders = compatible_loaders(config)
+        result["loaders"] = {item.name: item.reason or "loads" for item in loaders}
+        lines += [
+            f"{config.bits} bits, group_size {config.group_size}, "
+            f"{'symmetric' if config.sym else 'asymmetric'}, desc_act {config.desc_act}, "
+            f"{config.checkpoint_format}",
+            f"{summary.quantized_linears} quantized linears with "
+            f"{summary.quantized_weights / 1e6:,.1f} M weights in "
+            f"{_megabytes(summary.quantized_bytes)}: {summary.effective_bits:.3f} bits a weight, "
+            f"{16 / summary.effective_bits:.2f} times smaller than 16 bits",
+            f"whole model: {summary.total_bytes * 8 / summary.parameters:.3f} bits a parameter",
+            f"trainable by PEQA (scales): {summary.scales / 1e6:,.3f} M",
+            "who can load it:",
+        ]
+        lines += [f"  {item.name}: {item.reason or 'yes'}" for item in loaders]
+    return result, lines
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for models, chart and results.")] = Path(
+        "lowbitcore-demo"
+    ),
+    calib: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|hf:NAME|self", help="Calibration text; self: the model writes it."
+        ),
+    ] = "self",
+    as_json: Json = False,
+) -> None:
+    """Quantize a real model to 4, 3 and 2 bits and see what is left of it (under 10 minutes)."""
+    from .demo import run
+
+    result, lines = run(out, lambda model: _calibration(model, calib, 32, 1024, 0))
+    _emit(as_json, result, lines)
+
+
+def main() -> None:
+    """Run the command line: exit code 2 and one line on stderr for what is not a bug of ours."""
+    from ._C import Error
+
+    try:
+        app()
+    except (ValueError, OSError, MemoryError, Error) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

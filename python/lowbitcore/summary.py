@@ -1,0 +1,69 @@
+"""What a checkpoint holds, read from its headers alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+from .formats.gguf import GgufFile
+from .formats.gptq import SUFFIXES, GptqConfig
+from .model import open_source
+
+
+class Summary(NamedTuple):
+    """Sizes in bytes of tensors as stored. ``effective_bits`` is that of the quantized linears, all
+    counted: integers, scales, zeros, g_idx; of the stored weights if nothing is quantized."""
+
+    architecture: str
+    dtype: str
+    parameters: int
+    total_bytes: int
+    quantized_linears: int
+    quantized_weights: int
+    quantized_bytes: int
+    effective_bits: float
+    scales: int
+    max_length: int | None
+    gptq: GptqConfig | None
+
+
+def summarize(path: str | os.PathLike[str]) -> Summary:
+    """Summarize a model directory, hub id or ``.gguf`` file.
+
+    Raises:
+        ValueError: there is no causal language model.
+    """
+    source = open_source(path)
+    weights = source.weights
+    names = weights.names()
+    sizes = {name: weights.info(name).nbytes for name in names}
+    counts = {name: math.prod(weights.info(name).shape) for name in names}
+    total = sum(sizes.values())
+    if isinstance(weights, GgufFile):
+        total = source.path.stat().st_size
+    parameters = sum(counts.values())
+    stems = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+    packed = quantized = scales = 0
+    if source.gptq is not None:
+        for stem in stems:
+            own = [f"{stem}.{suffix}" for suffix in SUFFIXES if f"{stem}.{suffix}" in weights]
+            packed += sum(sizes[name] for name in own)
+            quantized += counts[f"{stem}.qweight"] * 32 // source.gptq.bits
+            scales += counts[f"{stem}.scales"]
+            parameters -= sum(counts[name] for name in own)
+        parameters += quantized
+    effective = packed * 8 / quantized if quantized else total * 8 / parameters
+    return Summary(
+        architecture=source.config.architectures[0],
+        dtype=str(source.dtype).removeprefix("torch."),
+        parameters=parameters,
+        total_bytes=total,
+        quantized_linears=len(stems),
+        quantized_weights=quantized,
+        quantized_bytes=packed,
+        effective_bits=effective,
+        scales=scales,
+        max_length=getattr(source.config, "max_position_embeddings", None),
+        gptq=source.gptq,
+    )

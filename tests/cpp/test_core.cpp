@@ -1,0 +1,323 @@
+// The C++ API used as an embedding runtime would, at one instruction-set level: test_core LEVEL.
+// The thorough numerical tests are in Python; these see what Python cannot: workspaces, strides,
+// exceptions, sanitizers without an interpreter.
+
+#include <lowbitcore/lowbitcore.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <new>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lbc = lowbitcore;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  if (!holds) {
+    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+    ++failures;
+  }
+}
+
+// Runs f and expects std::invalid_argument whose message contains every part.
+void expect_error(const std::function<void()>& f, const std::vector<std::string>& parts) {
+  try {
+    f();
+  } catch (const std::invalid_argument& error) {
+    for (const auto& part : parts) {
+      expect(std::string(error.what()).find(part) != std::string::npos,
+             "message '" + std::string(error.what()) + "' names '" + part + "'");
+    }
+    return;
+  }
+  expect(false, "an error that names " + parts.front());
+}
+
+template <typename T>
+lbc::View<T> view(std::vector<T>& data, std::int64_t rows, std::int64_t cols) {
+  return {data.data(), rows, cols, cols};
+}
+
+template <typename T>
+lbc::View<const T> view(const std::vector<T>& data, std::int64_t rows, std::int64_t cols) {
+  return {data.data(), rows, cols, cols};
+}
+
+std::vector<float> normal(std::size_t count, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> distribution;
+  std::vector<float> values(count);
+  for (auto& v : values) v = distribution(generator);
+  return values;
+}
+
+struct Layer {
+  lbc::QuantFormat format;
+  std::vector<std::uint8_t> codes, zeros;
+  std::vector<float> scales;
+  std::vector<char> packed;
+
+  lbc::QuantWeight weight() const {
+    lbc::QuantWeight w;
+    w.format = format;
+    w.packed = packed.data();
+    w.scales = view(scales, format.groups(), format.out_features);
+    return w;
+  }
+
+  double dense(std::int64_t n, std::int64_t k) const {
+    const std::int64_t group = format.group_size == -1 ? format.in_features : format.group_size;
+    const std::size_t at = static_cast<std::size_t>(k / group * format.out_features + n);
+    const std::size_t q = static_cast<std::size_t>(n * format.in_features + k);
+    return static_cast<double>(scales[at]) * (static_cast<double>(codes[q]) - zeros[at]);
+  }
+};
+
+Layer make_layer(int bits, std::int64_t group_size, std::int64_t n, std::int64_t k, bool sym) {
+  Layer layer;
+  layer.format = {bits, group_size, k, n};
+  const std::int64_t groups = layer.format.groups();
+  const auto weight = normal(static_cast<std::size_t>(n * k), 7);
+  layer.codes.resize(static_cast<std::size_t>(n * k));
+  layer.zeros.resize(static_cast<std::size_t>(groups * n));
+  layer.scales.resize(static_cast<std::size_t>(groups * n));
+  lbc::quantize_rtn({weight.data(), lbc::DType::f32, n, k, k}, layer.format, {sym, false},
+                    view(layer.codes, n, k), view(layer.scales, groups, n),
+                    view(layer.zeros, groups, n));
+
+  std::vector<std::int32_t> qweight(static_cast<std::size_t>(k * bits / 32 * n));
+  std::vector<std::int32_t> qzeros(static_cast<std::size_t>(groups * n * bits / 32));
+  lbc::pack_qweight(view(std::as_const(layer.codes), n, k), bits, view(qweight, k * bits / 32, n));
+  lbc::pack_qzeros(view(std::as_const(layer.zeros), groups, n), bits,
+                   view(qzeros, groups, n * bits / 32));
+  layer.packed.resize(lbc::packed_size(layer.format));
+  lbc::prepack(layer.format, view(std::as_const(qweight), k * bits / 32, n),
+               view(std::as_const(qzeros), groups, n * bits / 32), layer.packed.data());
+
+  std::vector<std::int32_t> words(qweight.size()), zeros(qzeros.size());
+  lbc::unpack(layer.format, layer.packed.data(), view(words, k * bits / 32, n),
+              view(zeros, groups, n * bits / 32));
+  expect(words == qweight && zeros == qzeros, "unpack inverts prepack");
+  return layer;
+}
+
+// |got - want| <= tolerance * sum |a||b|, written so that NaN fails.
+void expect_close(double got, double want, double magnitude, const std::string& what) {
+  expect(std::abs(got - want) <= 1e-5 * magnitude + 1e-30, what);
+}
+
+void products(int bits, std::int64_t group_size, std::int64_t m) {
+  const std::int64_t n = 96, k = 160;
+  const Layer layer = make_layer(bits, group_size, n, k, bits == 3);
+  const lbc::QuantWeight w = layer.weight();
+  const std::int64_t stride = k + 5;  // rows need not be contiguous
+  const auto x = normal(static_cast<std::size_t>(m * stride), 1);
+  const auto dy = normal(static_cast<std::size_t>(m * n), 2);
+  const auto bias = normal(static_cast<std::size_t>(n), 3);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> y(static_cast<std::size_t>(m * n), nan),
+      dx(static_cast<std::size_t>(m * k), nan);
+  std::vector<float> ds(static_cast<std::size_t>(layer.format.groups() * n), nan);
+  const lbc::ConstMatrix xm{x.data(), lbc::DType::f32, m, k, stride};
+  const lbc::ConstMatrix dym{dy.data(), lbc::DType::f32, m, n, n};
+
+  // The host brings memory of exactly the size asked for, and its own thread count.
+  for (int threads : {1, 3}) {
+    const auto with_workspace = [&](std::size_t bytes, const auto& call) {
+      constexpr std::align_val_t alignment{64};
+      void* memory = ::operator new(bytes, alignment);
+      call(lbc::Execution{threads, memory, bytes});
+      if (bytes > 64) {
+        expect_error([&] { call(lbc::Execution{threads, memory, bytes - 1}); },
+                     {"workspace_bytes", std::to_string(bytes)});
+      }
+      ::operator delete(memory, alignment);
+    };
+    with_workspace(lbc::qgemm_nt_workspace_size(layer.format, m, threads), [&](const auto& exec) {
+      lbc::qgemm_nt(xm, w, bias.data(), {y.data(), lbc::DType::f32, m, n, n}, exec);
+    });
+    with_workspace(lbc::qgemm_nn_workspace_size(layer.format, m, threads), [&](const auto& exec) {
+      lbc::qgemm_nn(dym, w, {dx.data(), lbc::DType::f32, m, k, k}, exec);
+    });
+    with_workspace(lbc::qgemm_grad_scales_workspace_size(layer.format, m, threads),
+                   [&](const auto& exec) {
+                     lbc::qgemm_grad_scales(dym, xm, w, view(ds, layer.format.groups(), n), exec);
+                   });
+  }
+
+  for (std::int64_t i = 0; i < m; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      double sum = bias[static_cast<std::size_t>(j)], magnitude = std::abs(sum);
+      for (std::int64_t c = 0; c < k; ++c) {
+        const double term = x[static_cast<std::size_t>(i * stride + c)] * layer.dense(j, c);
+        sum += term;
+        magnitude += std::abs(term);
+      }
+      expect_close(y[static_cast<std::size_t>(i * n + j)], sum, magnitude, "qgemm_nt");
+    }
+    for (std::int64_t c = 0; c < k; ++c) {
+      double sum = 0, magnitude = 0;
+      for (std::int64_t j = 0; j < n; ++j) {
+        const double term = dy[static_cast<std::size_t>(i * n + j)] * layer.dense(j, c);
+        sum += term;
+        magnitude += std::abs(term);
+      }
+      expect_close(dx[static_cast<std::size_t>(i * k + c)], sum, magnitude, "qgemm_nn");
+    }
+  }
+  const std::int64_t group = group_size == -1 ? k : group_size;
+  for (std::int64_t g = 0; g < layer.format.groups(); ++g) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      double sum = 0, magnitude = 0;
+      for (std::int64_t c = g * group; c < std::min(k, (g + 1) * group); ++c) {
+        const double q = static_cast<double>(layer.codes[static_cast<std::size_t>(j * k + c)]) -
+                         layer.zeros[static_cast<std::size_t>(g * n + j)];
+        for (std::int64_t i = 0; i < m; ++i) {
+          const double term = q * dy[static_cast<std::size_t>(i * n + j)] *
+                              x[static_cast<std::size_t>(i * stride + c)];
+          sum += term;
+          magnitude += std::abs(term);
+        }
+      }
+      expect_close(ds[static_cast<std::size_t>(g * n + j)], sum, magnitude, "qgemm_grad_scales");
+    }
+  }
+}
+
+void gptq(bool static_groups) {
+  const std::int64_t n = 32, k = 160, m = 300;
+  auto x = normal(static_cast<std::size_t>(m * k), 4);
+  for (std::int64_t i = 0; i < m; ++i) {  // correlated inputs, and a dead column
+    for (std::int64_t c = 1; c < k; ++c) {
+      x[static_cast<std::size_t>(i * k + c)] += 0.9f * x[static_cast<std::size_t>(i * k + c - 1)];
+    }
+    x[static_cast<std::size_t>(i * k + 17)] = 0.0f;
+  }
+  const auto weight = normal(static_cast<std::size_t>(n * k), 5);
+  const lbc::ConstMatrix wm{weight.data(), lbc::DType::f32, n, k, k};
+  const lbc::QuantFormat format{3, 64, k, n};
+
+  std::vector<float> hessian(static_cast<std::size_t>(k * k), 0.0f), u(hessian.size());
+  lbc::accumulate_hessian({x.data(), lbc::DType::f32, m, k, k}, view(hessian, k, k));
+  std::vector<std::int32_t> order(static_cast<std::size_t>(k)), g_idx(order.size());
+  std::vector<std::uint8_t> dead(order.size());
+  const double percdamp = lbc::gptq_factorize(view(std::as_const(hessian), k, k), {0.01, true},
+                                              order.data(), dead.data(), view(u, k, k));
+  expect(percdamp == 0.01, "damping is not raised without need");
+  expect(dead[17] == 1 && std::count(dead.begin(), dead.end(), 1) == 1, "one dead column");
+
+  std::vector<std::uint8_t> codes(weight.size()), zeros(static_cast<std::size_t>(3 * n));
+  std::vector<float> scales(zeros.size());
+  const auto objective = [&] {
+    double sum = 0;
+    for (std::int64_t r = 0; r < n; ++r) {
+      std::vector<double> e(static_cast<std::size_t>(k));
+      for (std::int64_t c = 0; c < k; ++c) {
+        const std::size_t at = static_cast<std::size_t>(r * k + c);
+        const std::size_t g = static_cast<std::size_t>(g_idx[static_cast<std::size_t>(c)] * n + r);
+        e[static_cast<std::size_t>(c)] =
+            weight[at] - scales[g] * (static_cast<double>(codes[at]) - zeros[g]);
+      }
+      for (std::int64_t i = 0; i < m; ++i) {
+        double dot = 0;
+        for (std::int64_t c = 0; c < k; ++c) {
+          dot += e[static_cast<std::size_t>(c)] * x[static_cast<std::size_t>(i * k + c)];
+        }
+        sum += dot * dot;
+      }
+    }
+    return sum;
+  };
+  lbc::gptq_quantize(wm, order.data(), dead.data(), view(std::as_const(u), k, k), format,
+                     {{}, static_groups}, view(codes, n, k), view(scales, 3, n), view(zeros, 3, n),
+                     g_idx.data());
+  const double with_gptq = objective();
+  lbc::quantize_rtn(wm, format, {}, view(codes, n, k), view(scales, 3, n), view(zeros, 3, n));
+  for (std::int64_t c = 0; c < k; ++c)
+    g_idx[static_cast<std::size_t>(c)] = static_cast<int>(c / 64);
+  const double with_rtn = objective();
+  expect(with_gptq < 0.7 * with_rtn, "GPTQ's error " + std::to_string(with_gptq) +
+                                         " is well below round-to-nearest's " +
+                                         std::to_string(with_rtn));
+
+  hessian[3] = std::numeric_limits<float>::infinity();
+  expect_error(
+      [&] {
+        lbc::gptq_factorize(view(std::as_const(hessian), k, k), {}, order.data(), dead.data(),
+                            view(u, k, k));
+      },
+      {"gptq_factorize", "hessian", "finite", "[0, 3]"});
+}
+
+void errors() {
+  const Layer layer = make_layer(4, 32, 32, 64, false);
+  const lbc::QuantWeight w = layer.weight();
+  std::vector<float> x(64 * 2), y(32 * 2);
+  expect_error(
+      [&] {
+        lbc::qgemm_nt({x.data(), lbc::DType::f32, 2, 63, 63}, w, nullptr,
+                      {y.data(), lbc::DType::f32, 2, 32, 32});
+      },
+      {"qgemm_nt", "x", "[2, 64]", "[2, 63]"});
+  expect_error(
+      [&] {
+        lbc::qgemm_nt({x.data(), lbc::DType::f32, 2, 64, 64}, w, nullptr,
+                      {y.data(), lbc::DType::bf16, 2, 32, 32});
+      },
+      {"y", "float32", "bfloat16"});
+  expect_error(
+      [&] {
+        lbc::qgemm_nt({x.data(), lbc::DType::f32, 2, 64, 8}, w, nullptr,
+                      {y.data(), lbc::DType::f32, 2, 32, 32});
+      },
+      {"x", "stride", "64", "8"});
+  expect_error([&] { lbc::packed_size({5, 32, 64, 32}); }, {"bits", "2, 3, 4 or 8", "5"});
+  expect_error([&] { lbc::packed_size({4, 48, 64, 32}); }, {"group_size", "48"});
+  expect_error([&] { lbc::packed_size({4, 32, 63, 32}); }, {"in_features", "63"});
+  std::vector<std::int32_t> g_idx(64, 0);
+  g_idx[5] = 2;
+  lbc::QuantWeight bad = w;
+  bad.g_idx = g_idx.data();
+  expect_error(
+      [&] {
+        lbc::qgemm_nt({x.data(), lbc::DType::f32, 2, 64, 64}, bad, nullptr,
+                      {y.data(), lbc::DType::f32, 2, 32, 32});
+      },
+      {"g_idx", "0 to 1", "2 at 5"});
+  // Nothing to do is not an error.
+  lbc::qgemm_nt({nullptr, lbc::DType::f32, 0, 64, 64}, w, nullptr,
+                {nullptr, lbc::DType::f32, 0, 32, 32});
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string level = argc > 1 ? argv[1] : "scalar";
+  const auto levels = lbc::available_isas();
+  if (std::find(levels.begin(), levels.end(), level) == levels.end()) {
+    std::printf("this machine has no %s\n", level.c_str());
+    return 77;
+  }
+  lbc::set_isa(level);
+  expect(lbc::isa() == level, "the forced level is in use");
+  for (int bits : {2, 3, 4, 8}) {
+    for (std::int64_t group_size : {32, 64, -1}) {
+      for (std::int64_t m : {1, 13, 500}) products(bits, group_size, m);
+    }
+  }
+  gptq(true);
+  gptq(false);
+  errors();
+  if (failures == 0) std::printf("all checks hold at level %s\n", level.c_str());
+  return failures == 0 ? 0 : 1;
+}

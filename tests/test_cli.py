@@ -1,0 +1,276 @@
+"""The command line, as a user calls it: results, help, and what bad input gets."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from test_data import make_tokenizer, text_of
+from test_models import make_model
+
+import lowbitcore as lbc
+from lowbitcore import demo
+from lowbitcore.cli import main
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object) -> Done:
+    """A call in this process: importing torch anew would take longer than most calls."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["lowbitcore", *map(str, arguments)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    finally:
+        sys.argv = argv
+    return Done(code, stdout.getvalue(), stderr.getvalue())
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """A call in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lowbitcore", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def succeed(*arguments: object) -> tuple[str, dict[str, Any]]:
+    """Standard output, and the JSON object that ends it."""
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def fail(*arguments: object) -> str:
+    """The one line on standard error of a call that must end with exit code 2."""
+    done = run(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `model`, `text.txt`, and `quantized`, made of it by the command line."""
+    directory = tmp_path_factory.mktemp("cli")
+    make_model("llama", dtype=torch.bfloat16).save_pretrained(directory / "model")
+    make_tokenizer().save_pretrained(directory / "model")
+    (directory / "text.txt").write_text(text_of(2000))
+    succeed(*quantization(directory, "quantized"))
+    return directory
+
+
+def quantization(directory: Path, out: str, *more: object) -> list[object]:
+    calibration = ("--calib", directory / "text.txt", "--samples", 8, "--length", 64)
+    common = ("--bits", 4, "--group-size", 32)
+    return ["quantize", directory / "model", directory / out, *common, *calibration, *more]
+
+
+def test_quantize_reports(workplace: Path) -> None:
+    out, result = succeed(*quantization(workplace, "reported"))
+    assert result["linears"] == 14
+    assert 0 < result["mean_loss"] < 0.1
+    assert result["bytes"]["quantized"] < 0.4 * result["bytes"]["original"]
+    assert set(result["phases"]) >= {"forward", "hessian", "factorize", "quantize", "write"}
+    assert "14 linears" in out
+
+
+def test_eval_agrees_with_the_library(workplace: Path) -> None:
+    _, result = succeed(
+        "eval", workplace / "quantized", "--text", workplace / "text.txt", "--context", 64
+    )
+    model = lbc.load(workplace / "quantized")
+    tokenizer = make_tokenizer()
+    expected = lbc.perplexity(
+        model, tokenizer, (workplace / "text.txt").read_text(), context=64, progress=False
+    )
+    assert result["windows"] == expected.windows
+    assert result["tokens"] == expected.windows * 63
+    assert result["ppl"] == pytest.approx(expected.ppl, rel=1e-6)
+
+
+def test_eval_options(workplace: Path) -> None:
+    text = ("eval", workplace / "model", "--text", workplace / "text.txt", "--context", 64)
+    _, two = succeed(*text, "--windows", 2, "--dtype", "fp32")
+    assert (two["windows"], two["tokens"]) == (2, 126)
+    _, overlapping = succeed(*text, "--windows", 3, "--stride", 32)
+    assert (overlapping["windows"], overlapping["tokens"]) == (3, 63 + 2 * 32)
+
+
+def test_generate(workplace: Path) -> None:
+    out, result = succeed(
+        "generate", workplace / "quantized", "--prompt", text_of(5), "--max-new-tokens", 7
+    )
+    assert 0 < result["tokens"] <= 7
+    assert result["text"].strip() in out
+
+
+def test_self_calibration_and_rtn(workplace: Path) -> None:
+    common = ("quantize", workplace / "model")
+    _, result = succeed(
+        *common, workplace / "self", "--bits", 3, "--calib", "self", "--samples", 4, "--length", 32
+    )
+    assert result["linears"] == 14
+    _, result = succeed(*common, workplace / "rtn", "--bits", 8, "--method", "rtn", "--sym")
+    assert result["mean_loss"] is None
+
+
+def test_hub_data_set(workplace: Path, tmp_path: Path) -> None:
+    """A data set of the hub is loaded by the datasets library, which takes a directory as well."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": text_of(900)}) + "\n")
+    arguments = quantization(workplace, "hub")
+    arguments[arguments.index("--calib") + 1] = f"hf:{tmp_path}"
+    _, result = succeed(*arguments)
+    assert result["linears"] == 14
+
+
+def test_info(workplace: Path) -> None:
+    out, result = succeed("info", workplace / "quantized")
+    assert result["gptq"]["bits"] == 4
+    # 4 bits, an fp16 scale and a 4-bit zero for 32 weights, and an int32 g_idx for a column.
+    assert 4 + 20 / 32 < result["effective_bits"] < 4 + 20 / 32 + 1.0
+    assert result["loaders"]["lowbitcore"] == "loads"
+    assert "asymmetric" in result["loaders"]["vLLM"]
+    assert result["total_bytes"] == (workplace / "quantized/model.safetensors").stat().st_size - (
+        header_size(workplace / "quantized/model.safetensors")
+    )
+    assert "who can load it" in out
+    _, plain = succeed("info", workplace / "model")
+    assert plain["gptq"] is None
+    assert plain["parameters"] == result["parameters"]
+
+
+def header_size(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_info_device() -> None:
+    out, result = succeed("info", "--device")
+    assert result["isa"] == lbc.runtime.isa()
+    assert result["cuda"] in out
+    assert Path(result["cmake_dir"], "lowbitcoreConfig.cmake").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda d: ["quantize", d / "model", d / "x", "--bits", 5, "--method", "rtn"], "bits.*got 5"),
+        (
+            lambda d: ["quantize", d / "model", d / "x", "--bits", 4, "--group-size", 48],
+            "group_size: expected -1 or a multiple of 32, got 48",
+        ),
+        (lambda d: ["quantize", d / "model", d / "x", "--bits", 4], "--calib: expected"),
+        (lambda d: quantization(d, "x", "--samples", 1000), "expected at least 64000 tokens"),
+        (lambda d: quantization(d, "x", "--damp", 2), "percdamp.*got 2"),
+        (lambda d: quantization(d, "quantized"), "holds a finished model already"),
+        (lambda d: ["eval", d / "model", "--text", d / "none.txt"], "none.txt: cannot be read"),
+        (lambda d: ["eval", d / "none", "--text", d / "text.txt"], "none"),
+        (lambda d: ["eval", d, "--text", d / "text.txt"], "config.json"),
+        (
+            lambda d: ["eval", d / "model", "--text", d / "text.txt", "--context", 1024],
+            "context: expected at most 128",
+        ),
+        (lambda d: ["eval", d / "model", "--text", d / "empty.txt"], "holds no text"),
+        (
+            lambda d: ["eval", d / "model", "--text", d / "text.txt", "--device", "cuda"],
+            "--device: expected cpu",
+        ),
+        (lambda d: ["generate", d / "model", "--prompt", ""], "--prompt: expected some text"),
+        (lambda d: ["generate", d / "model", "--prompt", "a", "--chat"], "--chat: .*template"),
+        (lambda d: ["info"], "expected either PATH or --device"),
+    ],
+)
+def test_bad_input(
+    workplace: Path, arguments: Callable[[Path], list[object]], message: str
+) -> None:
+    (workplace / "empty.txt").write_text(" \n")
+    assert re.search(message, fail(*arguments(workplace)))
+    assert not (workplace / "x" / "config.json").exists()
+
+
+def test_unknown_option_is_a_usage_error() -> None:
+    done = run("eval", "--frobnicate")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "frobnicate" in done.stderr
+
+
+def test_unknown_instruction_set() -> None:
+    process = start("info", "--device", LOWBITCORE_ISA="mmx")
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (2, "")
+    assert stderr.startswith("error: LOWBITCORE_ISA: expected a level")
+    assert len(stderr.splitlines()) == 1
+
+
+def test_truncated_model(workplace: Path, tmp_path: Path) -> None:
+    for file in (workplace / "quantized").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in fail("eval", tmp_path, "--text", workplace / "text.txt")
+
+
+def test_interrupt(workplace: Path) -> None:
+    """Ctrl-C ends a run in one line, and what it leaves does not load but can be resumed."""
+    process = start(*quantization(workplace, "interrupted", "--samples", 20))
+    out = workplace / "interrupted"
+    deadline = time.monotonic() + 120
+    while not (out / ".partial" / "progress.json").exists():
+        assert time.monotonic() < deadline, "the run did not begin"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    with pytest.raises(ValueError, match="config.json"):
+        lbc.load(out)
+    _, result = succeed(*quantization(workplace, "interrupted", "--samples", 20, "--resume"))
+    assert result["linears"] == 14
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "info", "demo"])
+def test_help(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+
+
+def test_demo_text_is_real_and_long_enough() -> None:
+    text = demo.evaluation_text()
+    assert len(text) > 300_000
+    assert text.split().count("the") > 2000
+
+
+@pytest.mark.full
+def test_demo(tmp_path: Path) -> None:
+    """The real thing, from PyPI: 2 bits collapse, 4 bits do not."""
+    _, result = succeed("demo", "--out", tmp_path)
+    rows = {row["model"]: row for row in result["models"]}
+    assert rows["4-bit"]["ppl"] < 1.25 * rows["bf16"]["ppl"]
+    assert rows["2-bit"]["ppl"] > 5 * rows["bf16"]["ppl"]
+    assert (tmp_path / "demo.png").stat().st_size > 10_000

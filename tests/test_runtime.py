@@ -1,0 +1,111 @@
+"""Choice of instruction set, threads, and how levels are kept apart in the library."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lowbitcore import Error, runtime
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_fastest_level_is_the_default() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "LOWBITCORE_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from lowbitcore import runtime; print(runtime.isa())"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == runtime.available_isas()[-1]
+
+
+@pytest.mark.parametrize("level", runtime.available_isas())
+def test_environment_forces_a_level(level: str) -> None:
+    done = run_python("from lowbitcore import runtime; print(runtime.isa())", LOWBITCORE_ISA=level)
+    assert done.stdout.strip() == level
+
+
+def test_unknown_level_is_an_error_that_lists_the_known() -> None:
+    done = run_python("from lowbitcore import runtime; runtime.isa()", LOWBITCORE_ISA="mmx")
+    assert done.returncode != 0
+    assert re.search(r"LOWBITCORE_ISA: expected a level .*\(scalar.*\), got mmx", done.stderr)
+    with pytest.raises(Error, match="got mmx"):
+        runtime.force_isa("mmx")
+
+
+def test_force_isa_returns_the_previous_level() -> None:
+    before = runtime.isa()
+    assert runtime.force_isa("scalar") == before
+    assert runtime.isa() == "scalar"
+    assert runtime.force_isa(before) == "scalar"
+
+
+def test_threads() -> None:
+    default = runtime.num_threads()
+    runtime.set_num_threads(3)
+    assert runtime.num_threads() == 3
+    runtime.set_num_threads(0)
+    assert runtime.num_threads() == default
+    with pytest.raises(ValueError, match="num_threads: expected 0 or more, got -1"):
+        runtime.set_num_threads(-1)
+    done = run_python(
+        "from lowbitcore import runtime; print(runtime.num_threads())", OMP_NUM_THREADS="1"
+    )
+    assert done.stdout.strip() == "1"
+
+
+def test_one_openmp_runtime_is_shared_with_torch() -> None:
+    """Two would fight for the cores: each keeps its idle threads spinning."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    done = run_python(
+        "import torch, lowbitcore as lbc; torch.rand(512, 512) @ torch.rand(512, 512)\n"
+        "q = lbc.ops.quantize_rtn(torch.rand(256, 256), bits=4, group_size=64)\n"
+        "import os; print(len(os.listdir('/proc/self/task')))",
+        OMP_NUM_THREADS="4",
+    )
+    alone = run_python(
+        "import torch; torch.rand(512, 512) @ torch.rand(512, 512)\n"
+        "import os; print(len(os.listdir('/proc/self/task')))",
+        OMP_NUM_THREADS="4",
+    )
+    assert int(done.stdout) == int(alone.stdout)
+
+
+def test_levels_share_no_code() -> None:
+    """Each kernels_*.o exports one function and nothing weak, so that linking cannot mix levels."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm (binutils)")
+    library = Path(runtime.cmake_dir()).parents[1] / "liblowbitcore.a"
+    listing = subprocess.run(
+        ["nm", "--demangle", "--defined-only", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    members = re.split(r"\n(?=\S+\.o:\n)", listing)
+    kernels = {
+        match[1]: member
+        for member in members
+        if (match := re.match(r"\n?kernels_(\w+)\.cpp", member))
+    }
+    assert set(runtime.available_isas()) <= set(kernels)
+    for isa, member in kernels.items():
+        symbols = re.findall(r"^\S+ ([A-Zu]) (.*)$", member, flags=re.MULTILINE)
+        # The reference to the exception handler of C++ is data, the same in every object.
+        exported = [name for _, name in symbols if name != "DW.ref.__gxx_personality_v0"]
+        assert exported == [f"lowbitcore::{isa}_backend()"]

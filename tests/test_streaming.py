@@ -1,0 +1,326 @@
+"""Quantizing checkpoints block by block: equal to in memory, resumable, small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lowbitcore as lbc
+import pytest
+import torch
+from lowbitcore import quantize as engine
+from lowbitcore.formats import checkpoint
+from lowbitcore.model import quantized_linears
+from safetensors.torch import load_file, save_file
+from test_models import CONFIGS, LINEARS, logits, make_model, quantized, windows
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+CONFIG = lbc.QuantConfig(bits=4, group_size=32)
+
+
+def save_source(name: str, directory: Path, **settings: Any) -> Path:
+    make_model(name).save_pretrained(directory, **settings)
+    return directory
+
+
+def run(source: Path, out: Path, config: Any = CONFIG, **settings: Any) -> Any:
+    settings.setdefault("calibration", windows())
+    calibration = settings.pop("calibration")
+    return lbc.quantize_checkpoint(source, out, calibration, config, progress=False, **settings)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streaming_equals_in_memory(name: str, tmp_path: Path) -> None:
+    report = run(save_source(name, tmp_path / "in"), tmp_path / "out")
+    expected = quantized(name)
+    assert len(report.linears) == LINEARS[name] and not report.skipped
+    assert report.linears == expected.quantization_report.linears
+    loaded = lbc.load(tmp_path / "out")
+    for path, linear in quantized_linears(expected).items():
+        for key, tensor in linear.canonical().items():
+            assert torch.equal(tensor, loaded.get_submodule(path).canonical()[key]), (path, key)
+    assert torch.equal(logits(loaded), logits(expected))
+    # And the files are those that `save` writes.
+    lbc.save(expected, tmp_path / "saved")
+    ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "saved")
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    assert ours["quantize_config.json"] == theirs["quantize_config.json"]
+
+
+@pytest.mark.parametrize("settings", [{"sym": True}, {"method": "rtn"}, {"true_sequential": False}])
+def test_other_settings(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = lbc.QuantConfig(bits=3, group_size=-1, **settings)
+    run(save_source("llama-tied", tmp_path / "in"), tmp_path / "out", config)
+    expected = quantized("llama-tied", bits=3, group_size=-1, **settings)
+    assert torch.equal(logits(lbc.load(tmp_path / "out")), logits(expected))
+
+
+def test_sharded_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_source("llama", tmp_path / "in", max_shard_size="60KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
+    run(source, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-0*.safetensors"))) > 2
+    assert torch.equal(logits(lbc.load(tmp_path / "out")), logits(quantized("llama")))
+
+
+def test_bf16_source(tmp_path: Path) -> None:
+    make_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    loaded = lbc.load(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    expected = lbc.quantize_model(
+        make_model("llama", dtype=torch.bfloat16), None, windows(), CONFIG, progress=False
+    )
+    assert torch.equal(logits(loaded), logits(expected))
+
+
+def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
+    from test_data import make_tokenizer, text_of
+
+    source = save_source("llama", tmp_path / "in")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(source)
+    (source / "generation_config.json").write_text(json.dumps({"max_length": 77}))
+    (tmp_path / "calibration.txt").write_text(text_of(20_000))
+    report = run(source, tmp_path / "out", calibration=tmp_path / "calibration.txt")
+    assert report.tokens == 128 * 128
+    loaded = lbc.load(tmp_path / "out")
+    assert loaded.generation_config.max_length == 77
+    from lowbitcore.model import load_tokenizer
+
+    assert load_tokenizer(tmp_path / "out")("w5 w6")["input_ids"] == [8, 9]
+
+
+# --- Resuming --------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Like a kill: nothing in between may catch and tidy up."""
+
+
+def killed_run(source: Path, out: Path, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops right after the given number of blocks is done."""
+    save_progress = engine._StreamingRun._save_progress
+
+    def stop(self: Any) -> None:
+        save_progress(self)
+        if self._done == blocks:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._StreamingRun, "_save_progress", stop)
+        with pytest.raises(Killed):
+            run(source, out)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+def test_resume_gives_the_same_bytes(
+    blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_source("qwen3-sliding", tmp_path / "in")
+    run(source, tmp_path / "whole")
+    killed_run(source, tmp_path / "out", blocks, monkeypatch)
+    with pytest.raises(ValueError, match="no config.json .an unfinished quantization"):
+        lbc.load(tmp_path / "out")
+    quantize = engine._Engine.quantize
+    done = []
+
+    def counted(self: Any, index: int) -> Any:
+        done.append(index)
+        return quantize(self, index)
+
+    monkeypatch.setattr(engine._Engine, "quantize", counted)
+    report = run(source, tmp_path / "out", resume=True)
+    assert done == list(range(blocks, 3))
+    assert len(report.linears) == LINEARS["qwen3-sliding"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_kill_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_source("llama", tmp_path / "in")
+    run(source, tmp_path / "whole")
+    write_json = checkpoint.write_json
+
+    def stop(path: Path, value: Any) -> None:
+        if path.name == "config.json":
+            raise Killed
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", stop)
+        with pytest.raises(Killed):
+            run(source, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="no config.json"):
+        lbc.load(tmp_path / "out")
+    run(source, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_source("llama", tmp_path / "in")
+
+    def full(path: Path, entries: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_safetensors", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(source, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    with pytest.raises(ValueError, match="no config.json"):
+        lbc.load(tmp_path / "out")
+
+
+def test_resume_refuses_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_source("llama", tmp_path / "in")
+    killed_run(source, tmp_path / "out", 1, monkeypatch)
+    with pytest.raises(ValueError, match="unfinished quantization: resume it, or delete"):
+        run(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="the config differs"):
+        run(source, tmp_path / "out", lbc.QuantConfig(bits=3, group_size=32), resume=True)
+    with pytest.raises(ValueError, match="the calibration differs"):
+        run(source, tmp_path / "out", calibration=windows(seed=5), resume=True)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the source differs"):
+        run(source, tmp_path / "out", resume=True)
+
+
+def test_resume_with_a_damaged_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_source("llama", tmp_path / "in")
+    killed_run(source, tmp_path / "out", 1, monkeypatch)
+    block = tmp_path / "out" / ".partial" / "block-00000.safetensors"
+    block.write_bytes(block.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"block-00000\.safetensors: "):
+        run(source, tmp_path / "out", resume=True)
+
+
+def test_out_has_to_be_free(tmp_path: Path) -> None:
+    source = save_source("llama", tmp_path / "in")
+    run(source, tmp_path / "out")
+    assert not (tmp_path / "out" / ".partial").exists()
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds a finished model already"):
+            run(source, tmp_path / "out", resume=resume)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="expected a directory, got a file"):
+        run(source, tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").write_text("x")
+    with pytest.raises(ValueError, match="got 'notes' in it"):
+        run(source, tmp_path / "other")
+
+
+# --- Bad input -------------------------------------------------------------------------------
+
+
+def test_quantized_source(tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path / "in")
+    with pytest.raises(ValueError, match="is quantized already"):
+        run(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", torch.nan, r"layers\.1\.mlp\.up_proj\.weight: holds"),
+        ("model.embed_tokens.weight", torch.inf, r"model\.layers\.0: .* NaN or Inf"),
+    ],
+)
+def test_nan_in_the_source(name: str, value: float, message: str, tmp_path: Path) -> None:
+    source = save_source("llama", tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][:] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message) as caught:
+        run(source, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_tensor(tmp_path: Path) -> None:
+    source = save_source("llama", tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight' .* is missing"):
+        run(source, tmp_path / "out")
+
+
+def test_linears_that_no_token_reaches() -> None:
+    """As in a mixture of experts whose router never picks one of them."""
+    model = make_model("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
+    lbc.quantize_model(model, None, windows(), CONFIG, progress=False)
+    assert model.quantization_report.skipped == {
+        "model.layers.1.mlp.up_proj": "not reached by the calibration data"
+    }
+    assert len(quantized_linears(model)) == LINEARS["llama"] - 1
+
+
+# --- Memory ----------------------------------------------------------------------------------
+
+_MEASURE = """
+import re, sys, torch
+import lowbitcore as lbc
+from lowbitcore import model, quantize
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+small, source, out = sys.argv[1:]
+config = lbc.QuantConfig(bits=4, group_size=64, method="gptq", act_order="none")
+windows = torch.randint(0, 32, (2, 64), generator=torch.Generator().manual_seed(0))
+lbc.quantize_checkpoint(small, out + "-small", windows, config, progress=False)
+before = peak()
+lbc.quantize_checkpoint(source, out, windows, config, progress=False)
+print(peak() - before)
+"""
+
+
+def test_peak_memory_is_about_a_block(tmp_path: Path) -> None:
+    """Many blocks take hardly more than few: the rest of the model is never in memory."""
+
+    def make(blocks: int, directory: Path) -> int:
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=768,
+            intermediate_size=768,
+            num_hidden_layers=blocks,
+            num_attention_heads=8,
+            max_position_embeddings=64,
+            dtype="bfloat16",
+        )
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        return (directory / "model.safetensors").stat().st_size
+
+    block = make(2, tmp_path / "small") // 2
+    size = make(28, tmp_path / "big")
+    assert size > 220e6 and block < size / 25
+    script = [sys.executable, "-c", _MEASURE]
+    paths = [str(tmp_path / name) for name in ("small", "big", "out")]
+    result = subprocess.run(
+        [*script, *paths], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    increase = int(result.stdout.split()[-1])
+    # Freed memory that the C library and thread pools keep is most of it, and does not grow.
+    assert increase < size / 4, f"{increase / 1e6:.0f} MB more for {size / 1e6:.0f} MB of blocks"
+    loaded = lbc.load(tmp_path / "out")
+    assert len(quantized_linears(loaded)) == 28 * 7
