@@ -10,14 +10,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Small problems go in turn through numpy, torch and the core: threads of one that spin while another
-# works make the tests ten times slower on few cores. Libraries read this when they are loaded.
+# Small problems go in turn through numpy, torch and the core. Threads of one that spin while
+# another works make the tests ten times slower on few cores; libraries read this when loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
 from reference import forced_isa
 
 # The `isa` fixture is set once for all examples of a test, which is what is wanted of it.

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from lowbitcore import runtime
 
 CONSUMER = Path(__file__).parent / "consumer"

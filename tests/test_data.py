@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from lowbitcore import evaluate
 from lowbitcore.data import alpaca_example, calibration_windows, read_texts, sample_from_model
 from lowbitcore.evaluate import perplexity
 from test_models import VOCABULARY, logits, make_model, quantized
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 

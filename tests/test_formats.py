@@ -13,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
 from lowbitcore import ops
 from lowbitcore.formats import checkpoint, gptq
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gptq import GptqConfig
-from safetensors.torch import load_file, save_file
 
 # --- Zeros -----------------------------------------------------------------------------------
 

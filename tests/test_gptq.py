@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import lowbitcore
 import numpy as np
 import pytest
-import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import lowbitcore
+import reference as ref
 from lowbitcore import ops, runtime
 
 N, K = 64, 224  # K leaves a short last group for 64, 96 and 128

@@ -8,12 +8,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import lowbitcore as lbc
 import pytest
 import torch
-from lowbitcore import quantize as engine
-from lowbitcore.formats import gptq
-from lowbitcore.model import find_blocks, open_source, quantizable, quantized_linears
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.pytorch_utils import Conv1D
+
+import lowbitcore as lbc
+from lowbitcore import quantize as engine
+from lowbitcore.formats import gptq
+from lowbitcore.model import find_blocks, open_source, quantizable, quantized_linears
 
 VOCABULARY = 96
 LENGTH = 48

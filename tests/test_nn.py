@@ -7,11 +7,12 @@ import io
 import pickle
 
 import pytest
-import reference as ref
 import torch
-from lowbitcore.nn import QuantLinear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+import reference as ref
+from lowbitcore.nn import QuantLinear
 
 KEYS = {"qweight", "qzeros", "scales", "g_idx"}
 
@@ -428,5 +429,10 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         )
     with pytest.raises(ValueError, match=r"bias.*96.*95"):
         QuantLinear.from_canonical(**good, bits=4, group_size=64, bias=torch.zeros(95))
-    with pytest.raises(ValueError, match=r"x.*160.*159"):
-        layer_of(problem)(torch.zeros(2, 159))
+
+
+@pytest.mark.parametrize("columns", [159, 128, 192])
+def test_an_input_that_does_not_fit_is_named(columns: int) -> None:
+    """The commonest mistake of all: the message has to speak of x, not of packed bytes."""
+    with pytest.raises(ValueError, match=rf"x.*160.*{columns}"):
+        layer_of(a_problem())(torch.zeros(2, columns))

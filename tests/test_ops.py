@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
-from lowbitcore import ops
 from torch.library import opcheck
+
+import reference as ref
+from lowbitcore import ops
 
 N, K, GROUP = 64, 96, 32
 LAYOUT = {"bits": 4, "group_size": GROUP}

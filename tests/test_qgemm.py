@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import reference as ref
 from lowbitcore import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")

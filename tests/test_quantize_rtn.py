@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import reference as ref
 from lowbitcore import ops, runtime
 
 group_sizes = st.one_of(st.just(-1), st.integers(1, 10).map(lambda blocks: 32 * blocks))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import reference as ref
 
 # --------------------------------------------------------------------------------------- comparator
 

@@ -9,15 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lowbitcore as lbc
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import lowbitcore as lbc
 from lowbitcore import quantize as engine
 from lowbitcore.formats import checkpoint
 from lowbitcore.model import quantized_linears
-from safetensors.torch import load_file, save_file
 from test_models import CONFIGS, LINEARS, logits, make_model, quantized, windows
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 CONFIG = lbc.QuantConfig(bits=4, group_size=32)
 

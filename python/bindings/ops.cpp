@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "check.h"
 #include "views.h"
 
 namespace lowbitcore::python {
@@ -29,6 +30,7 @@ View<const T> input(const char* op, const char* argument, const Array& a) {
 // A packed weight of `format`; `scales` is left out where an operation does not read them.
 QuantWeight weight(const char* op, const QuantFormat& format, const Array& packed,
                    const Array* scales, const OptionalArray& g_idx) {
+  check::format(op, format);
   QuantWeight w;
   w.format = format;
   w.packed = vector<std::uint8_t>(op, "packed", packed, static_cast<i64>(packed_size(format)));
@@ -69,6 +71,10 @@ void py_unpack_qzeros(const Array& qzeros, int bits, const Array& zeros) {
   unpack_qzeros(in, bits, out);
 }
 
+void py_check_format(const char* op, int bits, i64 group_size, i64 in_features, i64 out_features) {
+  check::format(op, {bits, group_size, in_features, out_features});
+}
+
 i64 py_packed_size(int bits, i64 group_size, i64 in_features, i64 out_features) {
   return static_cast<i64>(packed_size({bits, group_size, in_features, out_features}));
 }
@@ -77,6 +83,7 @@ void py_prepack(const Array& qweight, const Array& qzeros, int bits, i64 group_s
                 i64 in_features, i64 out_features, const Array& packed) {
   const char* op = "prepack";
   const QuantFormat format{bits, group_size, in_features, out_features};
+  check::format(op, format);
   const auto words = input<std::int32_t>(op, "qweight", qweight);
   const auto zeros = input<std::int32_t>(op, "qzeros", qzeros);
   auto* out = vector<std::uint8_t>(op, "packed", packed, static_cast<i64>(packed_size(format)));
@@ -88,6 +95,7 @@ void py_unpack(const Array& packed, int bits, i64 group_size, i64 in_features, i
                const Array& qweight, const Array& qzeros) {
   const char* op = "unpack";
   const QuantFormat format{bits, group_size, in_features, out_features};
+  check::format(op, format);
   const auto* in =
       vector<std::uint8_t>(op, "packed", packed, static_cast<i64>(packed_size(format)));
   const auto words = view<std::int32_t>(op, "qweight", qweight);
@@ -200,6 +208,7 @@ void init_ops(nb::module_& m) {
   m.def("unpack_qweight", &py_unpack_qweight);
   m.def("pack_qzeros", &py_pack_qzeros);
   m.def("unpack_qzeros", &py_unpack_qzeros);
+  m.def("check_format", &py_check_format);
   m.def("packed_size", &py_packed_size);
   m.def("prepack", &py_prepack);
   m.def("unpack", &py_unpack);

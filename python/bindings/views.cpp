@@ -1,17 +1,14 @@
 #include "views.h"
 
-#include <stdexcept>
 #include <string>
+
+#include "check.h"
 
 namespace lowbitcore::python {
 
 namespace {
 
-[[noreturn]] void fail(const char* op, const char* argument, const std::string& expected,
-                       const std::string& got) {
-  throw std::invalid_argument(std::string(op) + ": " + argument + ": expected " + expected +
-                              ", got " + got);
-}
+using check::fail;
 
 std::string dtype_name(nb::dlpack::dtype type) {
   const auto code = static_cast<nb::dlpack::dtype_code>(type.code);

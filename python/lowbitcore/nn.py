@@ -42,9 +42,14 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        size = ops.packed_size(
-            bits=bits, group_size=group_size, in_features=in_features, out_features=out_features
-        )
+        layout = {
+            "bits": bits,
+            "group_size": group_size,
+            "in_features": in_features,
+            "out_features": out_features,
+        }
+        ops.check_format("QuantLinear", **layout)
+        size = ops.packed_size(**layout)
         groups = ops.group_count(in_features, group_size)
         self.in_features = in_features
         self.out_features = out_features
@@ -104,6 +109,8 @@ class QuantLinear(nn.Module):
         shape = (ops.group_count(self.in_features, self.group_size), self.out_features)
         if tuple(scales.shape) != shape:
             raise ValueError(f"{where}: scales: expected shape {shape}, got {tuple(scales.shape)}")
+        if not scales.is_floating_point():
+            raise ValueError(f"{where}: scales: expected floating point, got {scales.dtype}")
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(
                 f"{where}: bias: expected shape {(self.out_features,)}, got {tuple(bias.shape)}"
@@ -142,12 +149,11 @@ class QuantLinear(nn.Module):
             raise ValueError(
                 f"QuantLinear: g_idx: expected entries from 0 to {groups - 1}, got {low} to {high}"
             )
-        return None if torch.equal(g_idx, self._trivial_g_idx()) else g_idx.clone()
+        return None if torch.equal(g_idx, self._trivial_g_idx(g_idx.device)) else g_idx.clone()
 
-    def _trivial_g_idx(self) -> Tensor:
+    def _trivial_g_idx(self, device: torch.device) -> Tensor:
         group = self.in_features if self.group_size == -1 else self.group_size
-        columns = torch.arange(self.in_features, dtype=torch.int32, device=self.packed.device)
-        return columns // group
+        return torch.arange(self.in_features, dtype=torch.int32, device=device) // group
 
     def canonical(self) -> dict[str, Tensor]:
         """``qweight``, ``qzeros``, ``scales``, ``g_idx`` (even if trivial) and any ``bias``."""
@@ -162,7 +168,7 @@ class QuantLinear(nn.Module):
             "qweight": qweight,
             "qzeros": qzeros,
             "scales": self.scales.detach(),
-            "g_idx": self._trivial_g_idx() if self.g_idx is None else self.g_idx,
+            "g_idx": self._trivial_g_idx(self.packed.device) if self.g_idx is None else self.g_idx,
         }
         if self.bias is not None:
             tensors["bias"] = self.bias.detach()
@@ -202,11 +208,11 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # .to(dtype) and .half() go through here. Moving is fine, casting the masters is not.
-        scales = self.scales
+        masters = self.scales.detach()  # super() may put other data into the same parameter
         super()._apply(fn, recurse)
         if self.scales.dtype != torch.float32:
             self.scales = nn.Parameter(
-                scales.detach().to(self.scales.device), requires_grad=scales.requires_grad
+                masters.to(self.scales.device), requires_grad=self.scales.requires_grad
             )
         return self
 

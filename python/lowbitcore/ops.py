@@ -15,7 +15,7 @@ extension's operations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "GptqResult",
     "Quantized",
     "accumulate_hessian_",
+    "check_format",
     "dequantize",
     "gptq_factorize",
     "gptq_quantize",
@@ -67,7 +68,7 @@ def _fake(name: str) -> Callable[[_F], _F]:
     return register
 
 
-def _fail(op: str, argument: str, expected: str, got: object) -> None:
+def _fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
 
 
@@ -110,6 +111,23 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
+def _stored_in_features(op: str, packed: Tensor, scales: Tensor, bits: int, group_size: int) -> int:
+    """K of a packed weight from its bytes: each of N outputs takes K*bits/8, and one per group.
+
+    That sum grows with K, so it has one solution; this is how a wrong ``x`` is told from a wrong
+    ``packed``.
+    """
+    n = scales.shape[1]
+    if n and packed.numel() % n == 0:
+        row = packed.numel() // n
+        per_column = bits / 8 + (1 / group_size if group_size > 0 else 0)
+        near = int(row / per_column) // 32 * 32
+        for k in (near - 32, near, near + 32):
+            if k > 0 and k * bits // 8 + group_count(k, group_size) == row:
+                return k
+    _fail(op, "packed", f"the bytes of a weight with {n} outputs", packed.numel())
+
+
 def group_count(in_features: int, group_size: int) -> int:
     """G: the groups of a row, the last of which may be shorter."""
     return 1 if group_size == -1 else -(-in_features // group_size)
@@ -118,6 +136,13 @@ def group_count(in_features: int, group_size: int) -> int:
 def packed_size(*, bits: int, group_size: int, in_features: int, out_features: int) -> int:
     """P, the bytes of the execution layout: K*N*bits/8 of integers and G*N of zeros."""
     return _C.packed_size(bits, group_size, in_features, out_features)
+
+
+def check_format(
+    op: str, *, bits: int, group_size: int, in_features: int, out_features: int
+) -> None:
+    """Raise ``ValueError`` in the name of ``op`` unless there is such a format."""
+    _C.check_format(op, bits, group_size, in_features, out_features)
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -226,6 +251,7 @@ def prepack(qweight: Tensor, qzeros: Tensor, *, bits: int, group_size: int) -> T
 def _(qweight: Tensor, qzeros: Tensor, bits: int, group_size: int) -> Tensor:
     words, n = qweight.shape
     k = words * 32 // bits
+    _C.check_format("prepack", bits, group_size, k, n)
     packed = qweight.new_empty(_C.packed_size(bits, group_size, k, n), dtype=torch.uint8)
     _C.prepack(_rows(qweight), _rows(qzeros), bits, group_size, k, n, packed)
     return packed
@@ -256,7 +282,7 @@ def unpack(
 def _(
     packed: Tensor, bits: int, group_size: int, in_features: int, out_features: int
 ) -> tuple[Tensor, Tensor]:
-    _C.packed_size(bits, group_size, in_features, out_features)  # rejects an impossible format
+    _C.check_format("unpack", bits, group_size, in_features, out_features)
     qweight, qzeros = _unpack_fake(packed, bits, group_size, in_features, out_features)
     _C.unpack(_dense(packed), bits, group_size, in_features, out_features, qweight, qzeros)
     return qweight, qzeros
@@ -283,11 +309,14 @@ def dequantize(
     g_idx: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The dense weight [N, K] in ``dtype`` (float32, bfloat16 or float16), rounded once."""
+    """The dense weight [N, K] in ``dtype`` (float32, bfloat16 or float16), rounded once.
+
+    Not differentiable: gradients go through :func:`qgemm_nt`.
+    """
     _check("dequantize", bits, packed=packed, scales=scales, g_idx=g_idx)
     _check_dims("dequantize", "scales", scales, 2)
     result: Tensor = torch.ops.lowbitcore.dequantize(
-        packed, scales, g_idx, bits, group_size, in_features, dtype
+        packed, scales.detach(), g_idx, bits, group_size, in_features, dtype
     )
     return result
 
@@ -305,6 +334,7 @@ def _(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    _C.check_format("dequantize", bits, group_size, in_features, scales.shape[1])
     out = _dequantize_fake(packed, scales, g_idx, bits, group_size, in_features, dtype)
     _C.dequantize(packed, _rows(scales), g_idx, bits, group_size, in_features, scales.shape[1], out)
     return out
@@ -369,8 +399,10 @@ def _(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    y = _qgemm_nt_fake(x, packed, scales, g_idx, bias, bits, group_size)
+    _C.check_format("qgemm_nt", bits, group_size, 32, 32)
+    k = _stored_in_features("qgemm_nt", packed, scales, bits, group_size)
     n = scales.shape[1]
+    y = x.new_empty((*x.shape[:-1], n))
     _C.qgemm_nt(
         _rows(x),
         packed,
@@ -379,7 +411,7 @@ def _(
         None if bias is None else _dense(bias.float()),
         bits,
         group_size,
-        x.shape[-1],
+        k,
         n,
         y.view(-1, n) if y.numel() else y.new_empty(0, n),
     )
@@ -396,6 +428,9 @@ def _qgemm_nt_fake(
     bits: int,
     group_size: int,
 ) -> Tensor:
+    k = _stored_in_features("qgemm_nt", packed, scales, bits, group_size)
+    if x.shape[-1] != k:
+        _fail("qgemm_nt", "x", f"shape [..., {k}]", list(x.shape))
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
@@ -440,6 +475,7 @@ def _(
     group_size: int,
     in_features: int,
 ) -> Tensor:
+    _C.check_format("qgemm_nn", bits, group_size, in_features, scales.shape[1])
     dx = _qgemm_nn_fake(dy, packed, scales, g_idx, bits, group_size, in_features)
     _C.qgemm_nn(
         _rows(dy),
@@ -465,6 +501,8 @@ def _qgemm_nn_fake(
     group_size: int,
     in_features: int,
 ) -> Tensor:
+    if dy.shape[-1] != scales.shape[1]:
+        _fail("qgemm_nn", "dy", f"shape [..., {scales.shape[1]}]", list(dy.shape))
     return dy.new_empty((*dy.shape[:-1], in_features))
 
 
@@ -501,9 +539,7 @@ def _(
     dy: Tensor, x: Tensor, packed: Tensor, g_idx: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     k, n = x.shape[-1], dy.shape[-1]
-    _C.packed_size(
-        bits, group_size, k, n
-    )  # rejects an impossible format before it sizes the result
+    _C.check_format("qgemm_grad_scales", bits, group_size, k, n)
     ds = _qgemm_grad_scales_fake(dy, x, packed, g_idx, bits, group_size)
     _C.qgemm_grad_scales(_rows(dy), _rows(x), packed, g_idx, bits, group_size, k, n, ds)
     return ds
@@ -647,7 +683,9 @@ def quantize_rtn(
     """
     _check("quantize_rtn", bits, weight=weight)
     _check_dims("quantize_rtn", "weight", weight, 2)
-    return Quantized(*torch.ops.lowbitcore.quantize_rtn(weight, bits, group_size, sym, mse))
+    return Quantized(
+        *torch.ops.lowbitcore.quantize_rtn(weight.detach(), bits, group_size, sym, mse)
+    )
 
 
 @_operator(
@@ -658,9 +696,7 @@ def _(
     weight: Tensor, bits: int, group_size: int, sym: bool, mse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k = weight.shape
-    _C.packed_size(
-        bits, group_size, k, n
-    )  # rejects an impossible format before it sizes the results
+    _C.check_format("quantize_rtn", bits, group_size, k, n)
     codes, scales, zeros = _quantized_like(weight, group_size)
     _C.quantize_rtn(_rows(weight), bits, group_size, sym, mse, codes, scales, zeros)
     return codes, scales, zeros
@@ -679,7 +715,7 @@ def accumulate_hessian_(hessian: Tensor, x: Tensor) -> None:
     _check_dims("accumulate_hessian", "hessian", hessian, 2)
     if x.dim() == 0:
         _fail("accumulate_hessian", "x", "at least 1 dimension", tuple(x.shape))
-    torch.ops.lowbitcore.accumulate_hessian_(hessian, x)
+    torch.ops.lowbitcore.accumulate_hessian_(hessian, x.detach())
 
 
 @_operator("accumulate_hessian_(Tensor(a!) hessian, Tensor x) -> ()")
@@ -756,7 +792,15 @@ def gptq_quantize(
     _check(op, bits, weight=weight, order=factor.order, u=factor.u, dead=factor.dead)
     _check_dims(op, "weight", weight, 2)
     codes, scales, zeros, g_idx, loss = torch.ops.lowbitcore.gptq_quantize(
-        weight, factor.order, factor.u, factor.dead, bits, group_size, sym, mse, static_groups
+        weight.detach(),
+        factor.order,
+        factor.u,
+        factor.dead,
+        bits,
+        group_size,
+        sym,
+        mse,
+        static_groups,
     )
     group = weight.shape[1] if group_size == -1 else group_size
     trivial = bool((g_idx == torch.arange(len(g_idx)) // group).all())
@@ -779,9 +823,7 @@ def _(
     static_groups: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, k = weight.shape
-    _C.packed_size(
-        bits, group_size, k, n
-    )  # rejects an impossible format before it sizes the results
+    _C.check_format("gptq_quantize", bits, group_size, k, n)
     codes, scales, zeros, g_idx, loss = _gptq_quantize_fake(
         weight, order, u, dead, bits, group_size, sym, mse, static_groups
     )
