@@ -93,7 +93,7 @@ class QuantConfig:
     act_order: Literal["static", "dynamic", "none"] = "static"
     true_sequential: bool = True
     percdamp: float = 0.01
-    mse: bool = False
+    mse: bool = True
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, expected: str) -> None:
