@@ -13,6 +13,9 @@ struct GptqProblem {
   const std::int32_t* order;
   const std::uint8_t* dead;
   View<const float> u;
+  // [K]: what a column's squared error costs, 1 / U_ii^2; in the order in which groups take
+  // columns.
+  const float* importance;
   QuantFormat format;
   GptqOptions options;
   View<std::uint8_t> codes;

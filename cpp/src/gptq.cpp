@@ -97,8 +97,16 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
     }
   }
 
+  // GPTQ's objective is the sum of (w - q)^2 / U_ii^2 with w as updated: grids minimise those
+  // terms.
+  std::vector<float> importance(static_cast<std::size_t>(k));
+  for (std::int64_t i = 0; i < k; ++i) {
+    const float d = u.data[i * u.stride + i];
+    importance[static_cast<std::size_t>(options.static_groups ? order[i] : i)] = 1.0f / (d * d);
+  }
   std::vector<double> loss(static_cast<std::size_t>((n + kLanes - 1) / kLanes), 0.0);
-  cpu_backend().gptq({weight, order, dead, u, format, options, codes, scales, zeros, loss.data()},
+  cpu_backend().gptq({weight, order, dead, u, importance.data(), format, options, codes, scales,
+                      zeros, loss.data()},
                      resolve_threads(exec.num_threads));
   check_scales_fit(op, scales);
 

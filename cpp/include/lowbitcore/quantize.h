@@ -10,7 +10,9 @@ namespace lowbitcore {
 // that a file with fp16 scales holds exactly the weights that were meant.
 struct GridOptions {
   bool sym = false;  // z = 2^(bits-1), scale from max|w|; otherwise scale and z from min and max
-  bool mse = false;  // shrink the clipping range where that lowers the group's squared error
+  // Shrink the clipping range where that lowers the group's squared error; GPTQ weighs the errors
+  // of columns as its objective does.
+  bool mse = false;
 };
 
 // W [N,K] -> codes [N,K], scales [G,N], zeros [G,N].

@@ -475,9 +475,10 @@ inline Grid make_grid(const Vec& low, const Vec& high, const Vec& max_code, cons
   return grid;
 }
 
-// The grid of `count` rows. Row i is w + rows[i]*kLanes, or w + i*kLanes without `rows`.
-inline Grid find_grid(const float* w, const int32_t* rows, int64_t count, int bits,
-                      const GridOptions& options) {
+// The grid of `count` rows. Row i is w + rows[i]*kLanes, or w + i*kLanes without `rows`; its
+// squared errors count importance[i] times, or once without.
+inline Grid find_grid(const float* w, const int32_t* rows, const float* importance, int64_t count,
+                      int bits, const GridOptions& options) {
   const auto row = [&](int64_t i) {
     return Vec::load(w + (rows != nullptr ? rows[i] : i) * kLanes);
   };
@@ -504,7 +505,8 @@ inline Grid find_grid(const float* w, const int32_t* rows, int64_t count, int bi
     for (int64_t i = 0; i < count; ++i) {
       const Vec x = row(i);
       const Vec e = fnmadd(grid.scale, quantize_lane(x, grid, max_code) - grid.zero, x);
-      error = fmadd(e, e, error);
+      const Vec weighted = importance != nullptr ? e * Vec::broadcast(importance[i]) : e;
+      error = fmadd(weighted, e, error);
     }
     if (step == 0) {
       best_error = error;
@@ -568,7 +570,7 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& f, const GridOptions& o
       part.cols = columns;
       load_strip(part, first, count, w);
       for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
-        const Grid grid = find_grid(w + lane, nullptr, columns, f.bits, options);
+        const Grid grid = find_grid(w + lane, nullptr, nullptr, columns, f.bits, options);
         store_grid(grid, g, first, lane, count, scales, zeros);
         for (int64_t k = 0; k < columns; ++k) {
           float* at = w + k * kLanes + lane;
@@ -658,8 +660,8 @@ inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* err
     for (int64_t g = 0; g < f.groups(); ++g) {
       const int64_t k0 = g * group;
       for (int v = 0; v < kVecs; ++v) {
-        const Grid grid = find_grid(w + k0 * kLanes + v * kWidth, nullptr, smaller(group, k - k0),
-                                    f.bits, p.options.grid);
+        const Grid grid = find_grid(w + k0 * kLanes + v * kWidth, nullptr, p.importance + k0,
+                                    smaller(group, k - k0), f.bits, p.options.grid);
         keep_grid(grid, grids, g * kVecs + v);
         store_grid(grid, g, first, v * kWidth, count, p.scales, p.zeros);
       }
@@ -678,8 +680,8 @@ inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* err
       const int64_t g = (p.options.static_groups ? p.order[i] : i) / group;
       if (!p.options.static_groups && i % group == 0) {
         for (int v = 0; v < kVecs; ++v) {
-          const Grid grid =
-              find_grid(w + v * kWidth, p.order + i, smaller(group, k - i), f.bits, p.options.grid);
+          const Grid grid = find_grid(w + v * kWidth, p.order + i, p.importance + i,
+                                      smaller(group, k - i), f.bits, p.options.grid);
           keep_grid(grid, grids, g * kVecs + v);
           store_grid(grid, g, first, v * kWidth, count, p.scales, p.zeros);
         }
