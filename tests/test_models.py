@@ -225,7 +225,8 @@ def test_gptq_beats_rtn(bits: int, sym: bool) -> None:
     original = logits(make_model("llama"))
     errors = {}
     for method in ("gptq", "rtn"):
-        model = quantized("llama", bits=bits, sym=sym, method=method)
+        # On the same grids: a searched grid of the one may happen to suit a random model better.
+        model = quantized("llama", bits=bits, sym=sym, method=method, mse=False)
         errors[method] = float((logits(model) - original).norm())
     assert errors["gptq"] < errors["rtn"]
 
