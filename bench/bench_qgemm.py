@@ -1,0 +1,139 @@
+"""Throughput of the three products beside torch's dense ones.
+
+    pytest bench/                                   # medians; ratios are in extra_info
+    pytest bench/ --benchmark-json=result.json
+    pytest bench/ -k "bits4 and M1024"
+    pytest bench/ --benchmark-disable               # each case once, to see that it runs
+
+A case alternates with its baselines within one run, so that a machine that slows down slows both.
+At small M, weights rotate over copies larger than the last-level cache, ours and the baselines'.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import lowbitcore as lbc
+from lowbitcore import ops
+
+SHAPES = [(4096, 4096), (1536, 576), (576, 1536)]
+ROWS = [1, 16, 128, 1024]
+BITS = [2, 3, 4, 8]
+GROUP_SIZE = 128
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ROUNDS = 9
+CACHE_BYTES = 256 << 20  # above the last-level caches of today
+
+CASES = [
+    pytest.param(
+        bits,
+        m,
+        n,
+        k,
+        dtype,
+        id=f"{lbc.runtime.isa()}-bits{bits}-g{GROUP_SIZE}-M{m}-N{n}-K{k}-{name}",
+    )
+    for (n, k), m, bits, (name, dtype) in itertools.product(SHAPES, ROWS, BITS, DTYPES.items())
+]
+
+
+def packed_weight(n: int, k: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales, zeros = ops.quantize_rtn(torch.randn(n, k), bits=bits, group_size=GROUP_SIZE)
+    qweight, qzeros = ops.pack_qweight(codes, bits=bits), ops.pack_qzeros(zeros, bits=bits)
+    return ops.prepack(qweight, qzeros, bits=bits, group_size=GROUP_SIZE), scales
+
+
+def copies(tensor: torch.Tensor, m: int) -> itertools.cycle[torch.Tensor]:
+    count = max(1, CACHE_BYTES // (tensor.numel() * tensor.element_size())) if m <= 16 else 1
+    return itertools.cycle([tensor.clone() for _ in range(min(count, 64))])
+
+
+def compare(benchmark: Any, run: Callable[[], Any], **baselines: Callable[[], Any]) -> None:
+    """Times `run` in turn with its baselines; `ratio_X` is the time of X over ours."""
+    if not benchmark.disabled:
+        times: dict[str, list[float]] = {"ours": []} | {name: [] for name in baselines}
+        for _ in range(ROUNDS + 1):
+            for name, function in [("ours", run), *baselines.items()]:
+                start = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+        benchmark.extra_info["ms"] = medians["ours"] * 1e3
+        for name in baselines:
+            benchmark.extra_info[f"ratio_{name}"] = medians[name] / medians["ours"]
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
+
+
+def describe(
+    benchmark: Any, op: str, bits: int, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    benchmark.extra_info.update(
+        op=op,
+        isa=lbc.runtime.isa(),
+        bits=bits,
+        group_size=GROUP_SIZE,
+        M=m,
+        N=n,
+        K=k,
+        dtype=str(dtype).removeprefix("torch."),
+        threads=lbc.runtime.num_threads(),
+    )
+    if "ms" in benchmark.extra_info:
+        seconds = benchmark.extra_info["ms"] / 1e3
+        benchmark.extra_info["gflops"] = 2 * m * n * k / seconds / 1e9
+        benchmark.extra_info["packed_gbytes_per_s"] = n * k * bits / 8 / seconds / 1e9
+
+
+@pytest.mark.parametrize(("bits", "m", "n", "k", "dtype"), CASES)
+def test_qgemm_nt(benchmark: Any, bits: int, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    packed, scales = packed_weight(n, k, bits)
+    form: dict[str, Any] = {"bits": bits, "group_size": GROUP_SIZE}
+    x = torch.randn(m, k).to(dtype)
+    ours, dense = copies(packed, m), copies(torch.randn(n, k).to(dtype), m)
+
+    def dequantize_first() -> torch.Tensor:
+        weight = ops.dequantize(next(ours), scales, in_features=k, dtype=dtype, **form)
+        return torch.nn.functional.linear(x, weight)
+
+    compare(
+        benchmark,
+        lambda: ops.qgemm_nt(x, next(ours), scales, **form),
+        dense=lambda: torch.nn.functional.linear(x, next(dense)),
+        dequant=dequantize_first,
+    )
+    describe(benchmark, "qgemm_nt", bits, m, n, k, dtype)
+
+
+@pytest.mark.parametrize(("bits", "m", "n", "k", "dtype"), CASES)
+def test_qgemm_nn(benchmark: Any, bits: int, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    packed, scales = packed_weight(n, k, bits)
+    form: dict[str, Any] = {"bits": bits, "group_size": GROUP_SIZE}
+    dy = torch.randn(m, n).to(dtype)
+    ours, dense = copies(packed, m), copies(torch.randn(n, k).to(dtype), m)
+    compare(
+        benchmark,
+        lambda: ops.qgemm_nn(dy, next(ours), scales, in_features=k, **form),
+        dense=lambda: dy @ next(dense),
+    )
+    describe(benchmark, "qgemm_nn", bits, m, n, k, dtype)
+
+
+@pytest.mark.parametrize(("bits", "m", "n", "k", "dtype"), CASES)
+def test_qgemm_grad_scales(
+    benchmark: Any, bits: int, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    packed, _ = packed_weight(n, k, bits)
+    dy, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
+    compare(
+        benchmark,
+        lambda: ops.qgemm_grad_scales(dy, x, packed, bits=bits, group_size=GROUP_SIZE),
+        dense=lambda: dy.T @ x,  # the dense dW alone, without contracting it
+    )
+    describe(benchmark, "qgemm_grad_scales", bits, m, n, k, dtype)
