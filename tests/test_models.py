@@ -24,6 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import lowbitcore as lbc
+from lowbitcore import calibration as calibration_module
 from lowbitcore import demo
 from lowbitcore import quantize as engine
 from lowbitcore.formats import gptq
@@ -162,10 +163,12 @@ def test_every_block_gets_its_own_mask() -> None:
     model = make_model("qwen3-sliding")
     layout = find_blocks(model)
     with torch.no_grad():
-        calibration = engine._Calibration(model, layout, windows(), torch.float32)
+        calibration = calibration_module.Calibration(model, layout, windows(), torch.float32)
         hidden = calibration.hidden[0]
         for index, block in enumerate(layout.modules):
-            hidden = engine._tensor(calibration.call(index, hidden.shape[0])(block, hidden))
+            hidden = calibration_module.hidden_states(
+                calibration.call(index, hidden.shape[0])(block, hidden)
+            )
         expected = model.model(input_ids=windows(), use_cache=False).last_hidden_state
     assert torch.equal(model.model.norm(hidden), expected)
     masks = [calibration.call(i, hidden.shape[0]).kwargs["attention_mask"] for i in range(3)]
@@ -192,8 +195,8 @@ def test_groups_share_inputs(name: str) -> None:
     model = make_model(name)
     layout = find_blocks(model)
     with torch.no_grad():
-        calibration = engine._Calibration(model, layout, windows(), torch.float32)
-        run = engine._Engine(lbc.QuantConfig(), calibration, layout, torch.float32, engine.Report())
+        calibration = calibration_module.Calibration(model, layout, windows(), torch.float32)
+        run = engine.Engine(lbc.QuantConfig(), calibration, layout, torch.float32, engine.Report())
         assert run._groups(0, quantizable(layout.modules[0])) == expected[name]
 
 
@@ -201,7 +204,7 @@ def test_groups_share_inputs(name: str) -> None:
 def test_paused_and_repeated_forwards_agree(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "MICRO_BATCH_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(calibration_module, "MICRO_BATCH_TOKENS", 2 * LENGTH)
     paused = quantized("llama", **settings)
     monkeypatch.setattr(engine, "_PAUSED_MEMORY_SHARE", 0.0)
     repeated = quantized("llama", **settings)

