@@ -333,7 +333,7 @@ def demo(
     """Quantize a real model to 4, 3 and 2 bits and see what is left of it (under 10 minutes)."""
     from .demo import run
 
-    result, lines = run(out, lambda model: _calibration(model, calib, 32, 1024, 0))
+    result, lines = run(out, lambda model: _calibration(model, calib, 32, 512, 0))
     _emit(as_json, result, lines)
 
 
