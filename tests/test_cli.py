@@ -1,6 +1,7 @@
 """The command line, as a user calls it: results, help, and what bad input gets."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -201,9 +202,20 @@ def test_info_device() -> None:
             lambda d: ["eval", d / "model", "--text", d / "text.txt", "--device", "cuda"],
             "--device: expected cpu",
         ),
-        (lambda d: ["generate", d / "model", "--prompt", ""], "--prompt: expected some text"),
-        (lambda d: ["generate", d / "model", "--prompt", "a", "--chat"], "--chat: .*template"),
+        (lambda d: ["generate", d / "model", "--prompt", ""], "prompt: expected some text"),
+        (lambda d: ["generate", d / "model", "--prompt", "a", "--chat"], "chat: .*template"),
+        (lambda d: ["generate", d / "model", "--prompt", "\udcff"], "prompt: expected Unicode"),
+        (
+            lambda d: ["generate", d / "model", "--prompt", "a", "--max-new-tokens", 500],
+            "max_new_tokens: expected .* 128 positions",
+        ),
+        (lambda d: quantization(d, "x", "--length", 256), "--length: expected at most 128.*256"),
+        (
+            lambda d: ["quantize", d / "model", d / "x", "--bits", 4, "--group-size", 2**62],
+            "group_size: expected -1 or a multiple of 32",
+        ),
         (lambda d: ["info"], "expected either PATH or --device"),
+        (lambda d: ["info", ""], "path: expected a directory"),
     ],
 )
 def test_bad_input(
@@ -212,6 +224,38 @@ def test_bad_input(
     (workplace / "empty.txt").write_text(" \n")
     assert re.search(message, fail(*arguments(workplace)))
     assert not (workplace / "x" / "config.json").exists()
+
+
+def test_two_runs_into_one_directory(workplace: Path) -> None:
+    (workplace / "shared" / ".partial").mkdir(parents=True)
+    with (workplace / "shared" / ".partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is writing there" in fail(*quantization(workplace, "shared"))
+    _, result = succeed(*quantization(workplace, "shared"))
+    assert result["linears"] == 14
+
+
+def test_version() -> None:
+    assert run("--version").stdout.strip() == lbc.__version__
+
+
+def test_readme_example(workplace: Path, tmp_path: Path) -> None:
+    """The Python of the README runs as it stands there, names of files apart."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    (tmp_path / "calibration.txt").write_text(text_of(128 * 140))
+    for name, path in {
+        "path/to/model": workplace / "model",
+        "calibration.txt": tmp_path / "calibration.txt",
+        "model-3bit": tmp_path / "model-3bit",
+        "text.txt": workplace / "text.txt",
+    }.items():
+        code = code.replace(f'"{name}"', f'"{path}"')
+    code = code.replace(".read())", ".read(), context=64)")  # the tiny model has 128 positions
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Perplexity(ppl=" in done.stdout
+    assert (tmp_path / "model-3bit" / "tokenizer.json").exists()
 
 
 def test_unknown_option_is_a_usage_error() -> None:

@@ -358,6 +358,29 @@ def test_names_in_files(tmp_path: Path) -> None:
     assert "embed_out.weight" in tensors and "lm_head.weight" not in tensors
 
 
+def test_save_keeps_a_16_bit_model(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="expected no 16-bit model there"):
+        lbc.save(quantized("llama"), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1, got 0"):
+        lbc.save(quantized("llama"), tmp_path / "new", max_shard_bytes=0)
+
+
+def test_double_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected float32 or 16 bits, got torch.float64"):
+        lbc.quantize_model(make_model("llama").double(), None, windows(), lbc.QuantConfig())
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight: holds NaN or Inf"):
+        lbc.quantize_model(model, None, windows(), lbc.QuantConfig(), progress=False)
+    assert not quantized_linears(model)
+
+
 def test_save_needs_a_quantized_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="save: model: expected a quantized one"):
         lbc.save(make_model("llama"), tmp_path)

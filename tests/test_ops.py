@@ -430,3 +430,32 @@ def test_no_argument_is_silently_converted() -> None:
         ops.qgemm_nt(x().numpy(), packed(), scales(), **LAYOUT)
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         ops.qgemm_nt(x(), packed(), scales(), bits=4.5, group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 4.0}, "bits: expected 2, 3, 4 or 8, got 4.0"),
+        ({"bits": None}, "bits: .*got None"),
+        ({"group_size": "32"}, "group_size: .*got '32'"),
+        ({"group_size": 0}, "group_size: .*got 0"),
+        ({"group_size": 2**31}, "group_size: .*at most 2.30, got 2147483648"),
+        ({"group_size": 2**62}, "group_size: .*at most 2.30, got 4611686018427387904"),
+        ({"weight": None}, "weight: expected a dense tensor, got NoneType"),
+        (
+            {"weight": torch.eye(64).to_sparse()},
+            "weight: expected a dense tensor, got torch.sparse",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments: dict[str, object], message: str) -> None:
+    fine = {"weight": torch.randn(64, 64), "bits": 4, "group_size": 32}
+    with pytest.raises(ValueError, match="quantize_rtn: " + message):
+        ops.quantize_rtn(**(fine | arguments))
+
+
+def test_a_group_longer_than_the_row() -> None:
+    weight = torch.randn(64, 96)
+    whole = ops.quantize_rtn(weight, bits=3, group_size=-1)
+    longer = ops.quantize_rtn(weight, bits=3, group_size=2**30)
+    assert all(torch.equal(a, b) for a, b in zip(whole, longer, strict=True))

@@ -43,16 +43,20 @@ void bits(const char* op, int bits) {
 
 void format(const char* op, const QuantFormat& f) {
   bits(op, f.bits);
-  if (f.group_size != -1 && (f.group_size <= 0 || f.group_size % 32 != 0)) {
-    fail(op, "group_size", "-1 or a positive multiple of 32", std::to_string(f.group_size));
-  }
-  // 2^30 keeps every product of a dimension with 32 or with the element size far from overflow.
+  // Keeps every product of a dimension with 32 or with the element size far from overflow.
   constexpr std::int64_t kMaxFeatures = std::int64_t{1} << 30;
+  if (f.group_size != -1 &&
+      (f.group_size <= 0 || f.group_size % 32 != 0 || f.group_size > kMaxFeatures)) {
+    fail(op, "group_size", "-1 or a positive multiple of 32, at most 2^30",
+         std::to_string(f.group_size));
+  }
   if (f.in_features <= 0 || f.in_features % 32 != 0 || f.in_features > kMaxFeatures) {
-    fail(op, "in_features", "a positive multiple of 32", std::to_string(f.in_features));
+    fail(op, "in_features", "a positive multiple of 32, at most 2^30",
+         std::to_string(f.in_features));
   }
   if (f.out_features <= 0 || f.out_features % 32 != 0 || f.out_features > kMaxFeatures) {
-    fail(op, "out_features", "a positive multiple of 32", std::to_string(f.out_features));
+    fail(op, "out_features", "a positive multiple of 32, at most 2^30",
+         std::to_string(f.out_features));
   }
 }
 

@@ -27,6 +27,25 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    pass
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -73,7 +92,10 @@ def _megabytes(count: float) -> str:
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to write; must be new or unfinished.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Directory to write; must be new or unfinished."),
+    ],
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")],
     group_size: Annotated[int, typer.Option(help="A multiple of 32, or -1 for whole rows.")] = 64,
     method: Annotated[Literal["gptq", "rtn"], typer.Option(help="rtn needs no data.")] = "gptq",
@@ -96,7 +118,10 @@ def quantize(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
-    length: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 2048,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window (default: 2048, or what the model can take)."),
+    ] = None,
     damp: Annotated[float, typer.Option(help="Damping, a fraction of the mean diagonal.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of the calibration windows.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
@@ -128,12 +153,16 @@ def quantize(
     _emit(as_json, *_describe_report(report, config.percdamp, out, seconds))
 
 
-def _calibration(model: str, calib: str, samples: int, length: int, seed: int) -> Tensor:
+def _calibration(model: str, calib: str, samples: int, length: int | None, seed: int) -> Tensor:
     from . import data
     from . import model as models
     from .summary import summarize
 
-    length = min(length, summarize(model).max_length or length)
+    limit = summarize(model).max_length
+    if length is None:
+        length = min(2048, limit or 2048)
+    elif limit is not None and length > limit:
+        raise ValueError(f"--length: expected at most {limit} for this model, got {length}")
     tokenizer = models.load_tokenizer(model)
     if calib == "self":
         writer = _load(model, "auto", "cpu")

@@ -70,6 +70,14 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     return texts
 
 
+def check_unicode(where: str, text: str) -> None:
+    """ValueError unless the text can be encoded: a command line may hand over stray bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: expected Unicode, got stray bytes at {error.start}") from error
+
+
 def hub_texts(name: str, *, documents: int = 10_000) -> list[str]:
     """The first documents of a hub data set's `train` split (its `text` column), or of a directory.
 

@@ -10,6 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lowbitcore.data import check_unicode
+
 # Logits are made for this many tokens at a time: [tokens, vocabulary] in float32 is the largest
 # tensor of an evaluation otherwise.
 _CHUNK_TOKENS = 512
@@ -43,6 +45,9 @@ def perplexity(
     Raises ValueError where the text is shorter than one window.
     """
     stride = context if stride is None else stride
+    if not isinstance(text, str):
+        raise ValueError(f"perplexity: text: expected a string, got {type(text).__name__}")
+    check_unicode("perplexity: text", text)
     if context < 2:
         raise ValueError(f"perplexity: context: expected at least 2, got {context}")
     if not 1 <= stride <= context:
@@ -69,8 +74,9 @@ def perplexity(
         total += _window_loss(model, window, scored)
         tokens += scored
     mean = total / tokens
-    # A collapsed model may exceed what exp can hold; NaN stays NaN for the caller to see.
-    ppl = math.exp(mean) if not mean > 700 else math.inf
+    if math.isnan(mean):
+        raise ValueError("perplexity: model: its logits hold NaN")
+    ppl = math.exp(min(mean, 700.0))  # a collapsed model may exceed what exp can hold
     return Perplexity(ppl, tokens, len(starts))
 
 

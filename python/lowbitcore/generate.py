@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .data import check_unicode
+
 
 def complete(
     model: PreTrainedModel,
@@ -19,10 +21,11 @@ def complete(
 ) -> tuple[str, int]:
     """The greedy continuation of a prompt, and its length in tokens."""
     if not prompt:
-        raise ValueError("--prompt: expected some text, got none")
+        raise ValueError("generate: prompt: expected some text, got none")
+    check_unicode("generate: prompt", prompt)
     if chat:
         if tokenizer.chat_template is None:
-            raise ValueError("--chat: expected a model with a chat template, this one has none")
+            raise ValueError("generate: chat: expected a model with a chat template")
         encoded = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
@@ -31,6 +34,13 @@ def complete(
         )
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
+    length = encoded["input_ids"].shape[1] + max_new_tokens
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"generate: max_new_tokens: expected prompt and answer to fit the model's {limit} "
+            f"positions, got {length}"
+        )
     with torch.no_grad():
         output = model.generate(
             **encoded.to(model.device),

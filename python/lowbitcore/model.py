@@ -71,6 +71,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
     Raises ValueError (one line) for what is no causal language model.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"path: expected a directory, a .gguf file or a hub id, got {path!r}")
     local = Path(path)
     if local.suffix == ".gguf":
         gguf_file = GgufFile(local)
@@ -81,13 +83,14 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if not local.is_dir():
         raise ValueError(f"{path}: expected a model directory, a .gguf file or a hub id")
     raw = _read_config(local)
+    gptq_config = _gptq_config(raw, local)
     try:
         config = AutoConfig.from_pretrained(local)
     except Exception as error:  # transformers raises many kinds, with messages of many lines
         raise ValueError(f"{local}: config.json is not usable: {_one_line(error)}") from error
     config = _causal_config(config, local)
     weights = Checkpoint(local)
-    return Source(local, config, _main_dtype(config, weights), _gptq_config(raw, local), weights)
+    return Source(local, config, _main_dtype(config, weights), gptq_config, weights)
 
 
 def _download(hub_id: str) -> Path:
@@ -348,6 +351,8 @@ def load(
     `dtype` is that of activations and of all weights that are not quantized; "auto" is the
     checkpoint's own. Raises ValueError (one line) for whatever does not fit together.
     """
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"load: device: expected cpu (no CUDA kernels yet), got {device}")
     source = open_source(path)
     chosen = _parse_dtype(dtype, source.dtype)
     model = build_skeleton(source.config, chosen)
@@ -467,11 +472,13 @@ def read_quant_linear(
 def save(
     model: PreTrainedModel,
     out: str | os.PathLike[str],
-    *,
     tokenizer: Any = None,
+    *,
     max_shard_bytes: int | None = None,
 ) -> None:
     """Writes a quantized model as a GPTQ directory that others can load too.
+
+    An earlier quantized model in `out` is replaced; a 16-bit one is refused.
 
     Without `tokenizer`, that of the directory the model was loaded from is copied, if it has one.
     Every file is written atomically and config.json last. Raises ValueError where the model is not
@@ -481,6 +488,11 @@ def save(
     value = getattr(model.config, "quantization_config", None)
     if not linears or value is None:
         raise ValueError("save: model: expected a quantized one, got none of its linears quantized")
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ValueError(f"save: max_shard_bytes: expected at least 1, got {max_shard_bytes}")
+    present = Path(out) / "config.json"
+    if present.is_file() and "quantization_config" not in checkpoint.read_json(present):
+        raise ValueError(f"save: {out}: expected no 16-bit model there, got one: not overwritten")
     config = GptqConfig.from_dict(value, where="save: model.config.quantization_config")
     any_zero = any(
         gptq.has_zero(linear.canonical()["qzeros"], bits=config.bits) for linear in linears.values()

@@ -187,6 +187,8 @@ class QuantLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"QuantLinear: x: expected a tensor, got {type(x).__name__}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return ops.qgemm_nt(

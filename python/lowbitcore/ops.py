@@ -72,22 +72,25 @@ def _fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
 
 
-def _check(op: str, bits: int | None = None, **tensors: Tensor | None) -> None:
-    """What must hold before torch picks a kernel: tensors, all on one device that has kernels."""
+def _check(op: str, bits: object = 4, group_size: object = -1, **tensors: Tensor | None) -> None:
+    """What must hold before torch picks a kernel: integers that are such, and tensors, all on one
+    device that has kernels. Only ``g_idx`` and ``bias`` may be missing."""
+    if type(bits) is not int or bits not in (2, 3, 4, 8):
+        _fail(op, "bits", "2, 3, 4 or 8", repr(bits))
+    if type(group_size) is not int or group_size == 0 or group_size < -1:
+        _fail(op, "group_size", "-1 or a positive multiple of 32", repr(group_size))
     device = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in ("g_idx", "bias"):
             continue
-        if not isinstance(tensor, Tensor):
-            _fail(op, name, "a tensor", type(tensor).__name__)
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            _fail(op, name, "a dense tensor", getattr(tensor, "layout", type(tensor).__name__))
         if tensor.device.type not in ("cpu", "meta"):
             _fail(op, name, "a tensor on the CPU (there are no CUDA kernels yet)", tensor.device)
         if device is None:
             device = tensor.device
         elif tensor.device != device:
             _fail(op, name, f"a tensor on {device}, as the other arguments", tensor.device)
-    if bits is not None and bits not in (2, 3, 4, 8):
-        _fail(op, "bits", "2, 3, 4 or 8", bits)
 
 
 def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
@@ -125,7 +128,8 @@ def _stored_in_features(op: str, packed: Tensor, scales: Tensor, bits: int, grou
         for k in (near - 32, near, near + 32):
             if k > 0 and k * bits // 8 + group_count(k, group_size) == row:
                 return k
-    _fail(op, "packed", f"the bytes of a weight with {n} outputs", packed.numel())
+    form = f"{n} outputs, bits {bits} and group_size {group_size}"
+    _fail(op, "packed", f"the bytes of a weight with {form}", f"{packed.numel()} bytes")
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -142,6 +146,12 @@ def check_format(
     op: str, *, bits: int, group_size: int, in_features: int, out_features: int
 ) -> None:
     """Raise ``ValueError`` in the name of ``op`` unless there is such a format."""
+    _check(op, bits, group_size)
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        if isinstance(value, torch.SymInt):
+            return  # traced with symbolic shapes: the kernel will see the number
+        if type(value) is not int or not 0 < value < 2**62:
+            _fail(op, name, "a positive multiple of 32", repr(value))
     _C.check_format(op, bits, group_size, in_features, out_features)
 
 
@@ -238,7 +248,7 @@ def _unpack_qzeros_fake(qzeros: Tensor, bits: int) -> Tensor:
 
 def prepack(qweight: Tensor, qzeros: Tensor, *, bits: int, group_size: int) -> Tensor:
     """Canonical tensors -> the execution layout, uint8 [P]: opaque, holds integers and zeros."""
-    _check("prepack", bits, qweight=qweight, qzeros=qzeros)
+    _check("prepack", bits, group_size, qweight=qweight, qzeros=qzeros)
     _check_dims("prepack", "qweight", qweight, 2)
     _check_dims("prepack", "qzeros", qzeros, 2)
     if qweight.shape[0] % bits != 0:
@@ -268,7 +278,7 @@ def unpack(
     packed: Tensor, *, bits: int, group_size: int, in_features: int, out_features: int
 ) -> tuple[Tensor, Tensor]:
     """The bit-exact inverse of :func:`prepack`: ``(qweight, qzeros)``."""
-    _check("unpack", bits, packed=packed)
+    _check("unpack", bits, group_size, packed=packed)
     result: tuple[Tensor, Tensor] = torch.ops.lowbitcore.unpack(
         packed, bits, group_size, in_features, out_features
     )
@@ -313,8 +323,17 @@ def dequantize(
 
     Not differentiable: gradients go through :func:`qgemm_nt`.
     """
-    _check("dequantize", bits, packed=packed, scales=scales, g_idx=g_idx)
+    _check("dequantize", bits, group_size, packed=packed, scales=scales, g_idx=g_idx)
     _check_dims("dequantize", "scales", scales, 2)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        _fail("dequantize", "dtype", "float32, bfloat16 or float16", repr(dtype))
+    check_format(
+        "dequantize",
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        out_features=scales.shape[1],
+    )
     result: Tensor = torch.ops.lowbitcore.dequantize(
         packed, scales.detach(), g_idx, bits, group_size, in_features, dtype
     )
@@ -334,7 +353,6 @@ def _(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _C.check_format("dequantize", bits, group_size, in_features, scales.shape[1])
     out = _dequantize_fake(packed, scales, g_idx, bits, group_size, in_features, dtype)
     _C.dequantize(packed, _rows(scales), g_idx, bits, group_size, in_features, scales.shape[1], out)
     return out
@@ -378,7 +396,7 @@ def qgemm_nt(
         [..., N] in the type of ``x``; sums are float32. Differentiable in ``x``, ``scales`` (the
         gradient of PEQA, arXiv 2305.14152, with no dense dW) and ``bias``, to any order.
     """
-    _check("qgemm_nt", bits, x=x, packed=packed, scales=scales, g_idx=g_idx, bias=bias)
+    _check("qgemm_nt", bits, group_size, x=x, packed=packed, scales=scales, g_idx=g_idx, bias=bias)
     _check_dims("qgemm_nt", "scales", scales, 2)
     if x.dim() == 0:
         _fail("qgemm_nt", "x", "at least 1 dimension", tuple(x.shape))
@@ -452,10 +470,17 @@ def qgemm_nn(
     Returns:
         [..., K] in the type of ``dy``. Differentiable in ``dy`` and ``scales``.
     """
-    _check("qgemm_nn", bits, dy=dy, packed=packed, scales=scales, g_idx=g_idx)
+    _check("qgemm_nn", bits, group_size, dy=dy, packed=packed, scales=scales, g_idx=g_idx)
     _check_dims("qgemm_nn", "scales", scales, 2)
     if dy.dim() == 0:
         _fail("qgemm_nn", "dy", "at least 1 dimension", tuple(dy.shape))
+    check_format(
+        "qgemm_nn",
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        out_features=scales.shape[1],
+    )
     result: Tensor = torch.ops.lowbitcore.qgemm_nn(
         dy, packed, scales, g_idx, bits, group_size, in_features
     )
@@ -475,7 +500,6 @@ def _(
     group_size: int,
     in_features: int,
 ) -> Tensor:
-    _C.check_format("qgemm_nn", bits, group_size, in_features, scales.shape[1])
     dx = _qgemm_nn_fake(dy, packed, scales, g_idx, bits, group_size, in_features)
     _C.qgemm_nn(
         _rows(dy),
@@ -523,7 +547,7 @@ def qgemm_grad_scales(
     Returns:
         float32 [G, N]. Differentiable in ``dy`` and ``x``.
     """
-    _check("qgemm_grad_scales", bits, dy=dy, x=x, packed=packed, g_idx=g_idx)
+    _check("qgemm_grad_scales", bits, group_size, dy=dy, x=x, packed=packed, g_idx=g_idx)
     for name, tensor in (("dy", dy), ("x", x)):
         if tensor.dim() == 0:
             _fail("qgemm_grad_scales", name, "at least 1 dimension", tuple(tensor.shape))
@@ -681,7 +705,7 @@ def quantize_rtn(
     puts every zero at ``2^(bits-1)``. ``mse`` searches the clipping range for the least squared
     error.
     """
-    _check("quantize_rtn", bits, weight=weight)
+    _check("quantize_rtn", bits, group_size, weight=weight)
     _check_dims("quantize_rtn", "weight", weight, 2)
     return Quantized(
         *torch.ops.lowbitcore.quantize_rtn(weight.detach(), bits, group_size, sym, mse)
@@ -789,8 +813,12 @@ def gptq_quantize(
     The integers depend on nothing but the arguments: not on the instruction set, not on threads.
     """
     op = "gptq_quantize"
-    _check(op, bits, weight=weight, order=factor.order, u=factor.u, dead=factor.dead)
+    if not isinstance(factor, GptqFactor):
+        _fail(op, "factor", "what gptq_factorize returns", type(factor).__name__)
+    _check(op, bits, group_size, weight=weight, order=factor.order, u=factor.u, dead=factor.dead)
     _check_dims(op, "weight", weight, 2)
+    if weight.shape[1] != factor.order.shape[0]:
+        _fail(op, "weight", f"{factor.order.shape[0]} columns, as the factor", list(weight.shape))
     codes, scales, zeros, g_idx, loss = torch.ops.lowbitcore.gptq_quantize(
         weight.detach(),
         factor.order,

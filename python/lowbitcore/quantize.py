@@ -82,7 +82,7 @@ class QuantConfig:
         check("bits", type(self.bits) is int and self.bits in gptq.BITS, "2, 3, 4 or 8")
         check(
             "group_size",
-            type(size) is int and (size == -1 or (size > 0 and size % 32 == 0)),
+            type(size) is int and (size == -1 or (0 < size <= 2**30 and size % 32 == 0)),
             "-1 or a multiple of 32",
         )
         check("method", self.method in ("gptq", "rtn"), "'gptq' or 'rtn'")
@@ -204,9 +204,7 @@ class Engine:
         linears = quantizable(block)
         for path, reason in not_quantizable(block).items():
             self._report.skipped[f"{prefix}.{path}"] = reason
-        for path, module in linears.items():
-            if not torch.isfinite(cast(torch.Tensor, module.weight)).all():
-                raise ValueError(f"quantize: {prefix}.{path}.weight: holds NaN or Inf")
+        check_weights(prefix, linears)
         if self._calibration is None:
             return self._quantize_rtn(prefix, linears)
         return self._quantize_gptq(index, prefix, linears)
@@ -442,6 +440,13 @@ class Engine:
         )
 
 
+def check_weights(prefix: str, linears: Mapping[str, nn.Module]) -> None:
+    """ValueError where a weight holds NaN or Inf."""
+    for path, module in linears.items():
+        if not torch.isfinite(cast(torch.Tensor, module.weight)).all():
+            raise ValueError(f"quantize: {prefix}.{path}.weight: holds NaN or Inf")
+
+
 def _weight(module: nn.Module) -> torch.Tensor:
     """The weight as [out, in]."""
     weight = cast(torch.Tensor, module.weight).detach()
@@ -480,8 +485,13 @@ def quantize_model(
     devices = {parameter.device.type for parameter in model.parameters()}
     if devices != {"cpu"}:
         raise ValueError(f"quantize_model: model: expected it on cpu, got {sorted(devices)}")
+    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"quantize_model: model: expected float32 or 16 bits, got {model.dtype}")
     layout = find_blocks(model)
     windows = calibration_for(config, calibration, lambda: tokenizer, model.config)
+    # Here and not block by block: an error should leave the caller's model as it was.
+    for index, block in enumerate(layout.modules):
+        check_weights(f"{layout.prefix}.{index}", quantizable(block))
     dtype = compute_dtype(model.dtype)
     report = Report(tokens=windows.numel())
     training = model.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -112,6 +113,7 @@ class _StreamingRun:
                     f"quantize_checkpoint: {out}: holds an unfinished quantization: resume it, or "
                     f"delete {self._partial}"
                 )
+            self._lock()
             self._take_up(checkpoint.read_json(progress), progress)
             return
         strangers = [p.name for p in out.iterdir() if p.name != _PARTIAL] if out.exists() else []
@@ -121,7 +123,16 @@ class _StreamingRun:
                 f"got {sorted(strangers)[0]!r} in it"
             )
         self._partial.mkdir(parents=True, exist_ok=True)
+        self._lock()
         self._save_progress()
+
+    def _lock(self) -> None:
+        """Keeps other runs out of `out` for as long as this process lives."""
+        self._lock_file = (self._partial / "lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{self._out}: another run is writing there") from error
 
     def _take_up(self, state: dict[str, Any], where: Path) -> None:
         for name, value in self._binding().items():

@@ -454,6 +454,11 @@ struct Grid {
   Vec scale, zero;
 };
 
+// Columns of a whole group: no more than there are.
+inline int64_t group_columns(const QuantFormat& f) {
+  return f.group_size == -1 ? f.in_features : smaller(f.group_size, f.in_features);
+}
+
 inline Vec quantize_lane(const Vec& w, const Grid& grid, const Vec& max_code) {
   const Vec q = round(w / grid.scale) + grid.zero;
   return min(max(q, Vec::broadcast(0.0f)), max_code);
@@ -556,7 +561,7 @@ inline void store_codes(const float* q, int64_t column, int64_t first, int64_t c
 
 void quantize_rtn(ConstMatrix weight, const QuantFormat& f, const GridOptions& options,
                   View<uint8_t> codes, View<float> scales, View<uint8_t> zeros, int threads) {
-  const int64_t group = f.group_size == -1 ? f.in_features : f.group_size;
+  const int64_t group = group_columns(f);
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << f.bits) - 1));
   // Allocated here, since nothing may throw inside the parallel region.
   float* scratch = new float[static_cast<size_t>(threads * group * kLanes)];
@@ -647,7 +652,7 @@ inline void keep_grid(const Grid& grid, float* grids, int64_t at) {
 
 inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* error, float* grids) {
   const QuantFormat& f = p.format;
-  const int64_t k = f.in_features, group = f.group_size == -1 ? k : f.group_size;
+  const int64_t k = f.in_features, group = group_columns(f);
   const int64_t first = strip * kLanes, count = smaller(kLanes, f.out_features - first);
   constexpr int kVecs = kLanes / kWidth;
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << f.bits) - 1));
