@@ -43,6 +43,7 @@ from lowbitcore.model import (
     set_module,
 )
 from lowbitcore.nn import QuantLinear
+from lowbitcore.refit import refit_scales
 
 # Paused forwards (see PausedForward) may use this part of the memory that is free at the start.
 _PAUSED_MEMORY_SHARE = 0.25
@@ -157,7 +158,7 @@ class LinearReport:
 @dataclass
 class Report:
     """What a quantization did. `seconds` by phase: load, forward, hessian, factorize, quantize,
-    write; `bytes`: original (quantized linears in 16 bits) and quantized (with scales, zeros)."""
+    refit, write; `bytes`: original (the same linears in 16 bits), quantized (scales, zeros too)."""
 
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -377,6 +378,17 @@ class Engine:
                 sym=config.sym,
                 mse=config.mse,
                 static_groups=config.act_order == "static",
+            )
+        with self._report.timing("refit"):
+            scales = refit_scales(
+                weight,
+                hessian,
+                codes,
+                scales,
+                zeros,
+                group_size=config.group_size,
+                g_idx=g_idx,
+                percdamp=factor.percdamp,
             )
         result, row = {}, 0
         for path, module in zip(group, modules, strict=True):

@@ -454,6 +454,9 @@ struct Grid {
   Vec scale, zero;
 };
 
+// The smallest positive fp16: where a tiny range would round to a scale of zero.
+constexpr float kSmallestScale = 5.9604644775390625e-8f;
+
 // Columns of a whole group: no more than there are.
 inline int64_t group_columns(const QuantFormat& f) {
   return f.group_size == -1 ? f.in_features : smaller(f.group_size, f.in_features);
@@ -467,8 +470,7 @@ inline Vec quantize_lane(const Vec& w, const Grid& grid, const Vec& max_code) {
 inline Grid make_grid(const Vec& low, const Vec& high, const Vec& max_code, const GridOptions& o) {
   const Vec zero = Vec::broadcast(0.0f), one = Vec::broadcast(1.0f);
   const Vec range = high - low;
-  // The smallest positive fp16, where a tiny range would round to a scale of zero.
-  const Vec scale = max(round_f16(range / max_code), Vec::broadcast(5.9604644775390625e-8f));
+  const Vec scale = max(round_f16(range / max_code), Vec::broadcast(kSmallestScale));
   Grid grid;
   grid.scale = select_less(zero, range, scale, one);
   if (o.sym) {
@@ -501,11 +503,7 @@ inline Grid find_grid(const float* w, const int32_t* rows, const float* importan
   Grid best = make_grid(low, high, max_code, options);
   if (!options.mse) return best;
 
-  constexpr int kSteps = 100, kTried = 80;  // clip down to a fifth of the range, in hundredths
-  Vec best_error;
-  for (int step = 0; step < kTried; ++step) {
-    const Vec shrink = Vec::broadcast(1.0f - static_cast<float>(step) / kSteps);
-    const Grid grid = make_grid(low * shrink, high * shrink, max_code, options);
+  const auto error_of = [&](const Grid& grid) {
     Vec error = zero;
     for (int64_t i = 0; i < count; ++i) {
       const Vec x = row(i);
@@ -513,13 +511,29 @@ inline Grid find_grid(const float* w, const int32_t* rows, const float* importan
       const Vec weighted = importance != nullptr ? e * Vec::broadcast(importance[i]) : e;
       error = fmadd(weighted, e, error);
     }
-    if (step == 0) {
-      best_error = error;
-      continue;
-    }
+    return error;
+  };
+  Vec best_error = error_of(best);
+  const auto consider = [&](const Grid& grid) {
+    const Vec error = error_of(grid);
     best.scale = select_less(error, best_error, grid.scale, best.scale);
     best.zero = select_less(error, best_error, grid.zero, best.zero);
-    best_error = min(best_error, error);
+    best_error = min(error, best_error);
+  };
+  // Both ends are clipped alike, down to a fifth of the range; then scale and zero move apart.
+  for (int step = 1; step <= 40; ++step) {
+    const Vec shrink = Vec::broadcast(1.0f - 0.02f * static_cast<float>(step));
+    consider(make_grid(low * shrink, high * shrink, max_code, options));
+  }
+  const Grid centre = best;
+  const int reach = options.sym ? 0 : 2;
+  for (int shift = -reach; shift <= reach; ++shift) {
+    for (int step = -6; step <= 6; ++step) {
+      const Vec factor = Vec::broadcast(1.0f + 0.025f * static_cast<float>(step));
+      const Vec z = centre.zero + Vec::broadcast(static_cast<float>(shift));
+      consider({max(round_f16(centre.scale * factor), Vec::broadcast(kSmallestScale)),
+                min(max(z, zero), max_code)});
+    }
   }
   return best;
 }
