@@ -40,7 +40,9 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print it and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -362,7 +364,7 @@ def demo(
     """Quantize a real model to 4, 3 and 2 bits and see what is left of it (under 10 minutes)."""
     from .demo import run
 
-    result, lines = run(out, lambda model: _calibration(model, calib, 32, 512, 0))
+    result, lines = run(out, lambda model: _calibration(model, calib, 32, 256, 0))
     _emit(as_json, result, lines)
 
 
