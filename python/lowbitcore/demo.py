@@ -54,7 +54,7 @@ def run(out: Path, calibration: Callable[[str], torch.Tensor]) -> tuple[dict[str
             "ppl": result.ppl,
             "tokens": result.tokens,
             "seconds": seconds,
-            "answer": " ".join(answer.split()),
+            "answer": " ".join(answer.split()) or "(nothing)",
         }
 
     print("measuring the 16-bit model", file=sys.stderr)
