@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from .quantize import Report
+    from .quantize import QuantConfig, Report
 
 app = typer.Typer(
     help="Fine-tune and repair low-bit language models while they stay packed.",
@@ -152,7 +152,7 @@ def quantize(
     start = time.perf_counter()
     report = quantize_checkpoint(model, out, windows, config, resume=resume)
     seconds = time.perf_counter() - start
-    _emit(as_json, *_describe_report(report, config.percdamp, out, seconds))
+    _emit(as_json, *_describe_report(report, config, out, seconds))
 
 
 def _calibration(model: str, calib: str, samples: int, length: int | None, seed: int) -> Tensor:
@@ -174,14 +174,10 @@ def _calibration(model: str, calib: str, samples: int, length: int | None, seed:
 
 
 def _describe_report(
-    report: Report, percdamp: float, out: Path, seconds: float
+    report: Report, config: QuantConfig, out: Path, seconds: float
 ) -> tuple[dict[str, Any], list[str]]:
     losses = [item.loss for item in report.linears if item.loss is not None]
-    raised = [
-        item
-        for item in report.linears
-        if item.percdamp is not None and item.percdamp > percdamp * 1.0001
-    ]
+    raised = report.raised_damping(config)
     result = {
         "out": str(out),
         "linears": len(report.linears),

@@ -152,8 +152,7 @@ class QuantLinear(nn.Module):
         return None if torch.equal(g_idx, self._trivial_g_idx(g_idx.device)) else g_idx.clone()
 
     def _trivial_g_idx(self, device: torch.device) -> Tensor:
-        group = self.in_features if self.group_size == -1 else self.group_size
-        return torch.arange(self.in_features, dtype=torch.int32, device=device) // group
+        return ops.trivial_g_idx(self.in_features, self.group_size, device)
 
     def canonical(self) -> dict[str, Tensor]:
         """``qweight``, ``qzeros``, ``scales``, ``g_idx`` (even if trivial) and any ``bias``."""

@@ -40,6 +40,7 @@ __all__ = [
     "qgemm_nn",
     "qgemm_nt",
     "quantize_rtn",
+    "trivial_g_idx",
     "unpack",
     "unpack_qweight",
     "unpack_qzeros",
@@ -135,6 +136,12 @@ def _stored_in_features(op: str, packed: Tensor, scales: Tensor, bits: int, grou
 def group_count(in_features: int, group_size: int) -> int:
     """G: the groups of a row, the last of which may be shorter."""
     return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def trivial_g_idx(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:
+    """int32 [K]: ``k // group_size``, what an absent ``g_idx`` stands for."""
+    columns = torch.arange(in_features, dtype=torch.int32, device=device)
+    return columns // (in_features if group_size == -1 else group_size)
 
 
 def packed_size(*, bits: int, group_size: int, in_features: int, out_features: int) -> int:
@@ -830,8 +837,7 @@ def gptq_quantize(
         mse,
         static_groups,
     )
-    group = weight.shape[1] if group_size == -1 else group_size
-    trivial = bool((g_idx == torch.arange(len(g_idx)) // group).all())
+    trivial = torch.equal(g_idx, trivial_g_idx(weight.shape[1], group_size))
     return GptqResult(codes, scales, zeros, None if trivial else g_idx, float(loss))
 
 

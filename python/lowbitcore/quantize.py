@@ -444,12 +444,10 @@ class Engine:
 
     def _add(self, entry: LinearReport, linear: QuantLinear) -> None:
         self._report.linears.append(entry)
-        canonical = linear.canonical()
-        self._report.bytes["original"] += linear.in_features * linear.out_features * 2
-        self._report.bytes["quantized"] += sum(
-            canonical[name].numel() * (2 if name == "scales" else 4)
-            for name in ("qweight", "qzeros", "scales")
-        )
+        weights, scales = linear.in_features * linear.out_features, linear.scales.numel()
+        self._report.bytes["original"] += weights * 2
+        # Integers, a zero for each scale, and the scales in fp16.
+        self._report.bytes["quantized"] += (weights + scales) * linear.bits // 8 + scales * 2
 
 
 def check_weights(prefix: str, linears: Mapping[str, nn.Module]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
+
 
 def refit_scales(
     weight: Tensor,
@@ -29,7 +31,7 @@ def refit_scales(
     n, k = weight.shape
     groups = scales.shape[0]
     if g_idx is None:
-        g_idx = torch.arange(k) // (k if group_size == -1 else group_size)
+        g_idx = ops.trivial_g_idx(k, group_size)
     index = g_idx.long()
     dead = hessian.diagonal() == 0
     damped = hessian.clone()

@@ -51,7 +51,7 @@ class GptqConfig:
         return "gptqmodel" in self.quantizers and self.bits in _ONES
 
     def groups(self, in_features: int) -> int:
-        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+        return ops.group_count(in_features, self.group_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for `config.json:quantization_config` and `quantize_config.json`."""
@@ -165,12 +165,6 @@ def _shift_zeros(qzeros: torch.Tensor, amount: int, *, bits: int, whole_word: bo
     return ops.pack_qzeros(shifted, bits=bits)
 
 
-def trivial_g_idx(in_features: int, group_size: int) -> torch.Tensor:
-    """int32 [K] with k // group_size."""
-    columns = torch.arange(in_features, dtype=torch.int32)
-    return columns // (in_features if group_size == -1 else group_size)
-
-
 def decode_linear(
     tensors: Mapping[str, torch.Tensor],
     config: GptqConfig,
@@ -221,7 +215,7 @@ def decode_linear(
         low, high = int(g_idx.min()), int(g_idx.max())
         if low < 0 or high >= groups:
             raise ValueError(f"{where}.g_idx: expected 0..{groups - 1}, got {low}..{high}")
-        if torch.equal(g_idx, trivial_g_idx(in_features, config.group_size)):
+        if torch.equal(g_idx, ops.trivial_g_idx(in_features, config.group_size)):
             g_idx = None
     qzeros = tensors["qzeros"]
     if config.checkpoint_format == V1:
