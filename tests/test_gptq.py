@@ -408,6 +408,37 @@ def test_accumulate_hessian_takes_a_strided_hessian(isa: str) -> None:
     assert (storage[:, 64:] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", ref.DTYPES, ids=str)
+@given(data=st.data())
+def test_accumulate_cross(isa: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    rows, columns = data.draw(st.sampled_from(ref.ROWS)), data.draw(ref.sizes)
+    layout = data.draw(st.sampled_from(ref.LAYOUTS))
+    other = data.draw(st.sampled_from(ref.DTYPES))
+    a = ref.random_activations(data.draw(ref.seeds), rows, columns, dtype, layout=layout)
+    b = ref.random_activations(data.draw(ref.seeds), rows, columns, other)
+    start = torch.randn(columns, columns, generator=torch.Generator().manual_seed(rows))
+    cross = start.clone()
+    assert ops.accumulate_cross_(cross, a, b) is None
+    a64, b64, start64 = ref.as_float64(a), ref.as_float64(b), ref.as_float64(start)
+    expected = start64 + a64.T @ b64
+    magnitude = np.abs(start64) + np.abs(a64).T @ np.abs(b64)
+    ref.assert_close(
+        cross, expected, ref.error_bound(magnitude, expected, terms=rows + 1, dtype=torch.float32)
+    )
+
+
+def test_accumulate_cross_does_not_depend_on_threads(isa: str) -> None:
+    a, b = (ref.random_activations(seed, 300, 96, torch.float32) for seed in (38, 39))
+    found = []
+    for count in (1, 2, 5):
+        cross = torch.zeros(96, 96)
+        with ref.threads(count):
+            ops.accumulate_cross_(cross, a, b)
+        found.append(cross)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 
@@ -442,3 +473,7 @@ def test_wrong_arguments_are_named() -> None:
         ValueError, match=r"accumulate_hessian.*hessian.*224.*x|accumulate_hessian.*x.*96.*"
     ):
         ops.accumulate_hessian_(hessian, torch.zeros(3, 96))
+    with pytest.raises(ValueError, match=r"accumulate_cross.* b: expected.*3, 224.*4, 224"):
+        ops.accumulate_cross_(hessian, torch.zeros(3, K), torch.zeros(4, K))
+    with pytest.raises(ValueError, match=r"accumulate_cross.* a: expected.*224.*96"):
+        ops.accumulate_cross_(hessian, torch.zeros(3, 96), torch.zeros(3, K))

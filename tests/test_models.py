@@ -120,9 +120,9 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(input_ids=windows(2, seed=9), use_cache=False).logits
 
 
-def quantized(name: str, **settings: Any) -> PreTrainedModel:
+def quantized(name: str, *, count: int = 6, **settings: Any) -> PreTrainedModel:
     config = lbc.QuantConfig(**{"bits": 4, "group_size": 32, **settings})
-    return lbc.quantize_model(make_model(name), None, windows(), config, progress=False)
+    return lbc.quantize_model(make_model(name), None, windows(count), config, progress=False)
 
 
 def dense_copy(name: str, model: PreTrainedModel) -> PreTrainedModel:
@@ -152,7 +152,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_quantized_model_is_near_the_original(name: str) -> None:
-    model = quantized(name, bits=8)
+    model = quantized(name, bits=8, count=48)
     original = logits(make_model(name))
     error = (logits(model) - original).norm() / original.norm()
     assert error < 0.02
@@ -200,7 +200,10 @@ def test_groups_share_inputs(name: str) -> None:
         assert run._groups(0, quantizable(layout.modules[0])) == expected[name]
 
 
-@pytest.mark.parametrize("settings", [{}, {"act_order": "dynamic"}, {"true_sequential": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"act_order": "dynamic"}, {"true_sequential": False}, {"target": "layer"}],
+)
 def test_paused_and_repeated_forwards_agree(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,9 +232,22 @@ def test_gptq_beats_rtn(bits: int, sym: bool) -> None:
     errors = {}
     for method in ("gptq", "rtn"):
         # On the same grids: a searched grid of the one may happen to suit a random model better.
-        model = quantized("llama", bits=bits, sym=sym, method=method, mse=False)
+        model = quantized("llama", count=48, bits=bits, sym=sym, method=method, mse=False)
         errors[method] = float((logits(model) - original).norm())
     assert errors["gptq"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_16_bit_model_is_the_better_target(name: str, bits: int) -> None:
+    original = logits(make_model(name))
+    error = {
+        target: float(
+            (logits(quantized(name, count=48, bits=bits, target=target)) - original).norm()
+        )
+        for target in ("model", "layer")
+    }
+    assert error["model"] < error["layer"]
 
 
 def test_rtn_needs_no_calibration() -> None:

@@ -72,6 +72,7 @@ SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     ),
     "qgemm_grad_scales": lambda: ((dy(), x(), packed()), {**LAYOUT, "g_idx": g_idx()}),
     "quantize_rtn": lambda: ((x(64),), {**LAYOUT, "sym": False, "mse": True}),
+    "accumulate_cross_": lambda: ((torch.eye(K), x(), x(5, torch.bfloat16)), {}),
     "accumulate_hessian_": lambda: ((torch.eye(K), x()), {}),
     "gptq_factorize": lambda: ((torch.eye(K),), {"percdamp": 0.01, "act_order": True}),
     "gptq_quantize": lambda: (

@@ -313,16 +313,20 @@ def test_peak_memory_is_about_a_block(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)
         return (directory / "model.safetensors").stat().st_size
 
-    block = make(2, tmp_path / "small") // 2
+    # Enough blocks for the allocator and the thread pools to have taken what they keep.
+    block = make(8, tmp_path / "small") // 8
     size = make(28, tmp_path / "big")
     assert size > 220e6 and block < size / 25
     script = [sys.executable, "-c", _MEASURE]
     paths = [str(tmp_path / name) for name in ("small", "big", "out")]
     result = subprocess.run(
-        [*script, *paths], capture_output=True, text=True, check=True, env={**os.environ}
+        [*script, *paths],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     increase = int(result.stdout.split()[-1])
-    # Freed memory that the C library and thread pools keep is most of it, and does not grow.
     assert increase < size / 4, f"{increase / 1e6:.0f} MB more for {size / 1e6:.0f} MB of blocks"
     loaded = lbc.load(tmp_path / "out")
     assert len(quantized_linears(loaded)) == 28 * 7

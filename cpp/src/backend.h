@@ -43,6 +43,9 @@ struct Backend {
                        int threads);
   void (*accumulate_hessian)(ConstMatrix x, View<float> hessian, int threads, void* workspace);
   std::size_t (*accumulate_hessian_workspace)(std::int64_t m, std::int64_t k);
+  void (*accumulate_cross)(ConstMatrix a, ConstMatrix b, View<float> cross, int threads,
+                           void* workspace);
+  std::size_t (*accumulate_cross_workspace)(std::int64_t m, std::int64_t k);
   void (*gptq)(const GptqProblem&, int threads);
 };
 

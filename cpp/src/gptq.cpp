@@ -36,6 +36,17 @@ void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exe
       workspace(op, exec, backend.accumulate_hessian_workspace(x.rows, x.cols)));
 }
 
+void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Execution& exec) {
+  const char* op = "accumulate_cross";
+  check_square(op, "cross", {cross.data, cross.rows, cross.cols, cross.stride});
+  check::shape(op, "a", a, a.rows, cross.rows);
+  check::shape(op, "b", b, a.rows, cross.rows);
+  if (a.rows == 0) return;
+  const Backend& backend = cpu_backend();
+  backend.accumulate_cross(a, b, cross, resolve_threads(exec.num_threads),
+                           workspace(op, exec, backend.accumulate_cross_workspace(a.rows, a.cols)));
+}
+
 double gptq_factorize(View<const float> hessian, const FactorOptions& options, std::int32_t* order,
                       std::uint8_t* dead, View<float> u) {
   const char* op = "gptq_factorize";

@@ -171,6 +171,14 @@ void py_accumulate_hessian(const Array& hessian, const Array& x) {
   accumulate_hessian(in, h);
 }
 
+void py_accumulate_cross(const Array& cross, const Array& a, const Array& b) {
+  const char* op = "accumulate_cross";
+  const auto c = view<float>(op, "cross", cross);
+  const ConstMatrix left = const_matrix(op, "a", a), right = const_matrix(op, "b", b);
+  nb::gil_scoped_release release;
+  accumulate_cross(left, right, c);
+}
+
 double py_gptq_factorize(const Array& hessian, double percdamp, bool act_order, const Array& order,
                          const Array& dead, const Array& u) {
   const char* op = "gptq_factorize";
@@ -218,6 +226,7 @@ void init_ops(nb::module_& m) {
   m.def("qgemm_grad_scales", &py_qgemm_grad_scales);
   m.def("quantize_rtn", &py_quantize_rtn);
   m.def("accumulate_hessian", &py_accumulate_hessian);
+  m.def("accumulate_cross", &py_accumulate_cross);
   m.def("gptq_factorize", &py_gptq_factorize);
   m.def("gptq_quantize", &py_gptq_quantize);
 }

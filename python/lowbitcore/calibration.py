@@ -109,7 +109,8 @@ class _Recorder(nn.Module):
 class Calibration:
     """The hidden states before the next block, and how each block wants to be called.
 
-    `hidden`: a tensor [windows, length, features] for each micro-batch, in the compute dtype.
+    `hidden`: a tensor [windows, length, features] for each micro-batch, in the compute dtype;
+    `reference`: the same in the 16-bit model, which starts out from the same embeddings.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Calibration:
         size = max(1, MICRO_BATCH_TOKENS // windows.shape[1])
         batches = windows.split(size)
         self.hidden = [self._embed(batch) for batch in batches]
+        self.reference = list(self.hidden)
         # One window's output shows whether blocks return a tensor or a tuple.
         single = windows[:1]
         first = self._first_call(single)

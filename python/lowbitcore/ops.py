@@ -26,6 +26,7 @@ __all__ = [
     "GptqFactor",
     "GptqResult",
     "Quantized",
+    "accumulate_cross_",
     "accumulate_hessian_",
     "check_format",
     "dequantize",
@@ -756,6 +757,26 @@ def _(hessian: Tensor, x: Tensor) -> None:
 
 @_fake("accumulate_hessian_")
 def _(hessian: Tensor, x: Tensor) -> None:
+    return None
+
+
+def accumulate_cross_(cross: Tensor, a: Tensor, b: Tensor) -> None:
+    """``cross += a^T b`` in place: float32 [K, K]; a and b [..., K], float32 or 16 bits each."""
+    _check("accumulate_cross", cross=cross, a=a, b=b)
+    _check_dims("accumulate_cross", "cross", cross, 2)
+    for name, value in (("a", a), ("b", b)):
+        if value.dim() == 0:
+            _fail("accumulate_cross", name, "at least 1 dimension", tuple(value.shape))
+    torch.ops.lowbitcore.accumulate_cross_(cross, a.detach(), b.detach())
+
+
+@_operator("accumulate_cross_(Tensor(a!) cross, Tensor a, Tensor b) -> ()")
+def _(cross: Tensor, a: Tensor, b: Tensor) -> None:
+    _C.accumulate_cross(cross, _rows(a), _rows(b))
+
+
+@_fake("accumulate_cross_")
+def _(cross: Tensor, a: Tensor, b: Tensor) -> None:
     return None
 
 

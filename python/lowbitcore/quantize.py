@@ -3,18 +3,21 @@
 `streaming` does the same to checkpoints, with the same engine. Block after block, the calibration
 windows run through the block; the linears that share an input form a group with one Hessian and
 one factorization; a group is quantized, and the next group sees inputs that its quantized
-predecessors left (true-sequential).
+predecessors left (true-sequential). By default the 16-bit model runs beside the quantized one, and
+each linear is fitted to what its 16-bit twin puts out there, so that errors are corrected
+downstream rather than handed on.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -31,6 +34,7 @@ from lowbitcore.calibration import (
     checked_windows,
     hidden_states,
 )
+from lowbitcore.fit import fit_scales, fit_weight
 from lowbitcore.formats import gptq
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.model import (
@@ -43,7 +47,6 @@ from lowbitcore.model import (
     set_module,
 )
 from lowbitcore.nn import QuantLinear
-from lowbitcore.refit import refit_scales
 
 # Paused forwards (see PausedForward) may use this part of the memory that is free at the start.
 _PAUSED_MEMORY_SHARE = 0.25
@@ -62,7 +65,10 @@ def compute_dtype(model_dtype: torch.dtype) -> torch.dtype:
 @dataclass(frozen=True)
 class QuantConfig:
     """How to quantize. `act_order`: order of GPTQ's columns by activation; "static" keeps groups
-    on the original order (a plain file for every loader), "dynamic" permutes them (`g_idx`)."""
+    on the original order (a plain file for every loader), "dynamic" permutes them (`g_idx`).
+    `target`: what GPTQ holds a linear's outputs against: "model", those of the 16-bit model (Li et
+    al., arXiv 2504.02692, asymmetric calibration; a second forward and one more block in memory),
+    or "layer", those of the linear's own 16-bit weight on the quantized model's inputs."""
 
     bits: int = 4
     group_size: int = 64
@@ -72,6 +78,7 @@ class QuantConfig:
     true_sequential: bool = True
     percdamp: float = 0.01
     mse: bool = True
+    target: Literal["model", "layer"] = "model"
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, expected: str) -> None:
@@ -92,6 +99,7 @@ class QuantConfig:
             self.act_order in ("static", "dynamic", "none"),
             "'static', 'dynamic' or 'none'",
         )
+        check("target", self.target in ("model", "layer"), "'model' or 'layer'")
         damp = self.percdamp
         check("percdamp", isinstance(damp, int | float) and 0 < damp < 1, "between 0 and 1")
         for name in ("sym", "true_sequential", "mse"):
@@ -122,6 +130,7 @@ class QuantConfig:
                 "true_sequential": self.true_sequential,
                 "static_groups": self.act_order == "static",
                 "mse": self.mse,
+                "target": self.target,
             },
         )
 
@@ -147,7 +156,8 @@ def calibration_for(
 
 @dataclass(frozen=True)
 class LinearReport:
-    """`loss`: relative error tr(E H Et) / tr(W H Wt) on the calibration data (None for rtn);
+    """`loss`: relative error tr(E H Et) / tr(W H Wt) on the calibration data (None for rtn), with W
+    as fitted to the config's target;
     `percdamp`: the damping used, above the configured one where that had to be raised."""
 
     path: str
@@ -155,10 +165,19 @@ class LinearReport:
     percdamp: float | None
 
 
+class Statistics(NamedTuple):
+    """Of a group's inputs x, over all tokens: `hessian` = sum of x x^T, and `cross` = sum of
+    (x' - x) x^T, where x' are the inputs in the 16-bit model. None where nothing was seen."""
+
+    tokens: int
+    hessian: torch.Tensor | None
+    cross: torch.Tensor | None
+
+
 @dataclass
 class Report:
     """What a quantization did. `seconds` by phase: load, forward, hessian, factorize, quantize,
-    refit, write; `bytes`: original (the same linears in 16 bits), quantized (scales, zeros too)."""
+    fit, write; `bytes`: original (the same linears in 16 bits), quantized (scales, zeros too)."""
 
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -212,12 +231,15 @@ class Engine:
 
     def skip(self, index: int, linears: Mapping[str, QuantLinear]) -> None:
         """Takes a block that was quantized earlier: the hidden states go past it."""
+        block, calibration = self._layout.modules[index], self._calibration
+        if calibration is not None and self._config.target == "model":
+            states = calibration.reference
+            self._advance(index, states, self._forwards(index, block, states, []))
         for path, linear in linears.items():
-            self._set_dense(self._layout.modules[index].get_submodule(path), linear)
-        if self._calibration is not None:
-            with self._report.timing("forward"):
-                for number, forward in enumerate(self._forwards(index, [])):
-                    self._advance_hidden(index, number, forward.finish())
+            self._set_dense(block.get_submodule(path), linear)
+        if calibration is not None:
+            states = calibration.hidden
+            self._advance(index, states, self._forwards(index, block, states, []))
 
     def _quantize_rtn(
         self, prefix: str, linears: Mapping[str, nn.Module]
@@ -241,41 +263,51 @@ class Engine:
     ) -> dict[str, QuantLinear]:
         groups = self._groups(index, linears)
         reached = {path for group in groups for path in group}
-        forwards = self._forwards(index, [linears[group[0]] for group in groups])
-        hessians: list[torch.Tensor | None] = []
+        calibration, block = cast(Calibration, self._calibration), self._layout.modules[index]
+        heads = [group[0] for group in groups]
+        references: list[Forward] = []
+        if self._config.target == "model":
+            # Copied before forwards hang their hooks on the block.
+            twin = copy.deepcopy(block)
+            references = self._forwards(index, twin, calibration.reference, heads)
+        forwards = self._forwards(index, block, calibration.hidden, heads)
+        waiting: list[Statistics] = []
         result: dict[str, QuantLinear] = {}
         try:
             for number, group in enumerate(groups):
-                hessian = self._hessian(index, forwards, number)
+                statistics = self._statistics(index, forwards, references, number)
                 if self._config.true_sequential:
-                    result.update(self._quantize_group(prefix, linears, group, hessian))
+                    result.update(self._quantize_group(prefix, linears, group, statistics))
                 else:
-                    hessians.append(hessian)
-            for group, hessian in zip(groups, hessians, strict=False):
-                result.update(self._quantize_group(prefix, linears, group, hessian))
+                    waiting.append(statistics)
+            for group, statistics in zip(groups, waiting, strict=False):
+                result.update(self._quantize_group(prefix, linears, group, statistics))
             if not self._config.true_sequential:
                 # These forwards went past the linears before they were quantized.
                 for forward in forwards:
                     forward.cancel()
-                forwards = self._forwards(index, [])
-            for number, forward in enumerate(forwards):
-                with self._report.timing("forward"):
-                    output = forward.finish()
-                self._advance_hidden(index, number, output)
+                forwards = self._forwards(index, block, calibration.hidden, [])
+            self._advance(index, calibration.hidden, forwards)
+            if index + 1 < len(self._layout.modules):
+                self._advance(index, calibration.reference, references)
         finally:
-            for forward in forwards:
+            for forward in [*forwards, *references]:
                 forward.cancel()
         for path in linears.keys() - (reached & result.keys()):
             self._report.skipped[f"{prefix}.{path}"] = "not reached by the calibration data"
         return result
 
-    def _advance_hidden(self, index: int, number: int, output: torch.Tensor) -> None:
-        if not torch.isfinite(output).all():
-            raise ValueError(
-                f"quantize: {self._layout.prefix}.{index}: its output on the calibration data "
-                "holds NaN or Inf"
-            )
-        cast(Calibration, self._calibration).hidden[number] = output
+    def _advance(self, index: int, hidden: list[torch.Tensor], forwards: Sequence[Forward]) -> None:
+        """Replaces the hidden states before a block by those after it."""
+        for number, forward in enumerate(forwards):
+            with self._report.timing("forward"):
+                output = forward.finish()
+            if not torch.isfinite(output).all():
+                raise ValueError(
+                    f"quantize: {self._layout.prefix}.{index}: its output on the calibration data "
+                    "holds NaN or Inf"
+                )
+            hidden[number] = output
 
     def _groups(self, index: int, linears: Mapping[str, nn.Module]) -> list[list[str]]:
         """Linears that read the very same tensor, in the order in which they run.
@@ -309,19 +341,19 @@ class Engine:
                 handle.remove()
         return [paths for _, paths in order]
 
-    def _forwards(self, index: int, heads: Sequence[nn.Module]) -> list[Forward]:
+    def _forwards(
+        self, index: int, block: nn.Module, hidden: Sequence[torch.Tensor], heads: Sequence[str]
+    ) -> list[Forward]:
+        """One for each micro-batch of hidden states, stopping at the linears called `heads`."""
         calibration = cast(Calibration, self._calibration)
-        block = self._layout.modules[index]
 
-        def runner(number: int) -> Callable[[], torch.Tensor]:
-            def run() -> torch.Tensor:
-                hidden = calibration.hidden[number]
-                return hidden_states(calibration.call(index, hidden.shape[0])(block, hidden))
-
-            return run
+        def runner(states: torch.Tensor) -> Callable[[], torch.Tensor]:
+            call = calibration.call(index, states.shape[0])
+            return lambda: hidden_states(call(block, states))
 
         kind = PausedForward if heads and self._can_pause(block) else RepeatedForward
-        return [kind(runner(number), heads) for number in range(len(calibration.hidden))]
+        modules = [block.get_submodule(path) for path in heads]
+        return [kind(runner(states), modules) for states in hidden]
 
     def _can_pause(self, block: nn.Module) -> bool:
         """Whether what all micro-batches keep while they sleep fits beside everything else."""
@@ -331,35 +363,54 @@ class Engine:
         # At attention's output: residual, input, q, k, v, result; in the MLP less of them, but two
         # of its width.
         kept = tokens * (6 * hidden[0].shape[2] + 2 * widest) * self._dtype.itemsize
+        if self._config.target == "model":
+            kept *= 2
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return kept <= free * _PAUSED_MEMORY_SHARE
 
-    def _hessian(self, index: int, forwards: Sequence[Forward], group: int) -> torch.Tensor | None:
+    def _statistics(
+        self, index: int, forwards: Sequence[Forward], references: Sequence[Forward], group: int
+    ) -> Statistics:
+        seen = 0
         hessian: torch.Tensor | None = None
-        for forward in forwards:
+        cross: torch.Tensor | None = None
+        hidden = cast(Calibration, self._calibration).hidden
+        # A token's row must be the same row in both models: so, where experts take only some
+        # tokens, they are quantized for the inputs that they get.
+        comparable = bool(references)
+        for number, forward in enumerate(forwards):
             with self._report.timing("forward"):
                 inputs = forward.advance(group)
+                wanted = references[number].advance(group) if references else None
             if inputs is None or inputs.numel() == 0:
+                comparable = False
                 continue
+            size = inputs.shape[-1]
+            seen += inputs.numel() // size
             if hessian is None:
-                size = inputs.shape[-1]
-                hessian = torch.zeros(size, size, dtype=torch.float32)
+                hessian, cross = torch.zeros(2, size, size, dtype=torch.float32)
             with self._report.timing("hessian"):
                 ops.accumulate_hessian_(hessian, inputs)
+                tokens = hidden[number].shape[0] * hidden[number].shape[1]
+                if wanted is None or not inputs.numel() == wanted.numel() == tokens * size:
+                    comparable = False
+                elif comparable:
+                    ops.accumulate_cross_(cast(torch.Tensor, cross), wanted - inputs, inputs)
         if hessian is not None and not torch.isfinite(hessian.diagonal()).all():
             raise ValueError(
                 f"quantize: {self._layout.prefix}.{index}: its hidden states on the calibration "
                 "data hold NaN or Inf"
             )
-        return hessian
+        return Statistics(seen, hessian, cross if comparable else None)
 
     def _quantize_group(
         self,
         prefix: str,
         linears: Mapping[str, nn.Module],
         group: Sequence[str],
-        hessian: torch.Tensor | None,
+        statistics: Statistics,
     ) -> dict[str, QuantLinear]:
+        tokens, hessian, cross = statistics
         if hessian is None:
             return {}  # experts that no token was routed to
         config = self._config
@@ -369,6 +420,9 @@ class Engine:
             factor = ops.gptq_factorize(
                 hessian, percdamp=config.percdamp, act_order=config.act_order != "none"
             )
+        if cross is not None:
+            with self._report.timing("fit"):
+                weight = fit_weight(weight, cross, factor, tokens=tokens)
         with self._report.timing("quantize"):
             codes, scales, zeros, g_idx, _ = ops.gptq_quantize(
                 weight,
@@ -379,8 +433,8 @@ class Engine:
                 mse=config.mse,
                 static_groups=config.act_order == "static",
             )
-        with self._report.timing("refit"):
-            scales = refit_scales(
+        with self._report.timing("fit"):
+            scales = fit_scales(
                 weight,
                 hessian,
                 codes,

@@ -11,6 +11,9 @@ namespace lowbitcore {
 // hessian [K,K] += x^T x for x [M,K]; both triangles are kept.
 void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exec = {});
 
+// cross [K,K] += a^T b for a, b [M,K]: how two inputs of the same linear go together.
+void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Execution& exec = {});
+
 struct FactorOptions {
   double percdamp = 0.01;  // damping, as a fraction of the mean of the diagonal
   bool act_order = true;   // process columns by falling diagonal of the Hessian

@@ -397,24 +397,33 @@ size_t accumulate_hessian_workspace(int64_t m, int64_t k) {
   return static_cast<size_t>(smaller(m, kTokenBlock) * k) * sizeof(float);
 }
 
+size_t accumulate_cross_workspace(int64_t m, int64_t k) {
+  return 2 * accumulate_hessian_workspace(m, k);
+}
+
+// Row panel i of out += a^T b, from column panel `from` on; a and b as packed by pack_panels.
+inline void accumulate_panel_row(const float* a, const float* b, int64_t rows, int64_t i,
+                                 int64_t from, const View<float>& out) {
+  alignas(64) float c[kPanel * kPanel];
+  for (int64_t j = from; j < out.cols / kPanel; ++j) {
+    outer_tile(rows, a + i * rows * kPanel, b + j * rows * kPanel, c);
+    for (int64_t r = 0; r < kPanel; ++r) {
+      float* at = out.data + (i * kPanel + r) * out.stride + j * kPanel;
+      for (int64_t v = 0; v < kPanel; v += kWidth) {
+        (Vec::load(at + v) + Vec::load(c + r * kPanel + v)).store(at + v);
+      }
+    }
+  }
+}
+
 void accumulate_hessian(ConstMatrix x, View<float> h, int threads, void* workspace) {
   float* xp = static_cast<float*>(workspace);
   const int64_t panels = x.cols / kPanel;
   for (int64_t row0 = 0; row0 < x.rows; row0 += kTokenBlock) {
     const int64_t rows = smaller(kTokenBlock, x.rows - row0);
     pack_panels(x, row0, rows, xp, threads);
-    parallel_for(panels, threads, [&](int64_t i, int) {
-      alignas(64) float c[kPanel * kPanel];
-      for (int64_t j = i; j < panels; ++j) {
-        outer_tile(rows, xp + i * rows * kPanel, xp + j * rows * kPanel, c);
-        for (int64_t r = 0; r < kPanel; ++r) {
-          float* out = h.data + (i * kPanel + r) * h.stride + j * kPanel;
-          for (int64_t v = 0; v < kPanel; v += kWidth) {
-            (Vec::load(out + v) + Vec::load(c + r * kPanel + v)).store(out + v);
-          }
-        }
-      }
-    });
+    parallel_for(panels, threads,
+                 [&](int64_t i, int) { accumulate_panel_row(xp, xp, rows, i, i, h); });
   }
   // The lower triangle mirrors the upper one.
   parallel_for(panels, threads, [&](int64_t i, int) {
@@ -422,6 +431,19 @@ void accumulate_hessian(ConstMatrix x, View<float> h, int threads, void* workspa
       for (int64_t c = 0; c < r; ++c) h.data[r * h.stride + c] = h.data[c * h.stride + r];
     }
   });
+}
+
+void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, int threads,
+                      void* workspace) {
+  float* ap = static_cast<float*>(workspace);
+  for (int64_t row0 = 0; row0 < a.rows; row0 += kTokenBlock) {
+    const int64_t rows = smaller(kTokenBlock, a.rows - row0);
+    float* bp = ap + rows * a.cols;
+    pack_panels(a, row0, rows, ap, threads);
+    pack_panels(b, row0, rows, bp, threads);
+    parallel_for(a.cols / kPanel, threads,
+                 [&](int64_t i, int) { accumulate_panel_row(ap, bp, rows, i, 0, cross); });
+  }
 }
 
 void dequantize(const QuantWeight& w, Matrix out, int threads) {
@@ -750,6 +772,8 @@ constexpr Backend make_backend(const char* name) {
           quantize_rtn,
           accumulate_hessian,
           accumulate_hessian_workspace,
+          accumulate_cross,
+          accumulate_cross_workspace,
           gptq};
 }
 

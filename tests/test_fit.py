@@ -1,4 +1,4 @@
-"""Refitted scales against the float64 solution of the same least-squares problem."""
+"""Fitted weights and scales against the float64 solutions of the same least-squares problems."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowbitcore import ops
-from lowbitcore.refit import refit_scales
+from lowbitcore.fit import fit_scales, fit_weight
 
 
 def problem(
@@ -30,7 +30,7 @@ def problem(
 def refit(
     weight: torch.Tensor, hessian: torch.Tensor, result: ops.GptqResult, size: int
 ) -> torch.Tensor:
-    return refit_scales(
+    return fit_scales(
         weight,
         hessian,
         result.codes,
@@ -102,3 +102,34 @@ def test_a_row_of_zeros_keeps_its_scales() -> None:
     scales = refit(weight, hessian, result, 32)
     assert torch.equal(scales[:, 5], result.scales[:, 5])
     assert torch.isfinite(scales).all()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_is_the_damped_least_squares_solution(act_order: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(64, 96, generator=generator).to(dtype)
+    x = torch.randn(400, 96, generator=generator).cumsum(1) / 8
+    x[:, 11] = 0  # a dead column
+    wanted = x + 0.1 * torch.randn(400, 96, generator=generator)
+    hessian, cross = torch.zeros(2, 96, 96)
+    ops.accumulate_hessian_(hessian, x)
+    ops.accumulate_cross_(cross, wanted - x, x)
+    factor = ops.gptq_factorize(hessian, percdamp=0.01, act_order=act_order)
+    fitted = fit_weight(weight, cross, factor, tokens=400).double().numpy()
+
+    w, x64 = weight.double().numpy(), x.double().numpy()
+    h = x64.T @ x64
+    live = np.diag(h) > 0
+    ridge = 0.01 * np.diag(h)[live].mean()
+    difference = (wanted - x).double().numpy() @ w.T
+    solution = np.linalg.solve(h + ridge * np.eye(96), x64.T @ difference).T
+    expected = w + 400 / (400 + 2 * 96) * solution
+    assert np.abs(fitted - expected).max() < 1e-4 * np.abs(solution).max()
+    assert np.array_equal(fitted[:, 11], w[:, 11])
+
+
+def test_weight_stays_where_inputs_are_the_same() -> None:
+    weight, hessian, _ = problem(4, 32, act_order=True)
+    factor = ops.gptq_factorize(hessian)
+    assert torch.equal(fit_weight(weight, torch.zeros(160, 160), factor, tokens=9), weight)

@@ -1,4 +1,4 @@
-"""Scales that fit the integers best, in closed form."""
+"""What fits best in closed form: weights to what a model lost so far, scales to their integers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,24 @@ from torch import Tensor
 from . import ops
 
 
-def refit_scales(
+def fit_weight(weight: Tensor, cross: Tensor, factor: ops.GptqFactor, *, tokens: int) -> Tensor:
+    """The weight T [N, K], float32, that on the inputs x comes nearest to W on the inputs x'.
+
+    T = W + a W C H^-1 with C = sum of (x' - x) x^T and H as damped and factored: for a = 1 the least
+    squares solution. With x' from the 16-bit model and x from the quantized one, errors of earlier
+    layers are corrected as far as a linear map can. A row is fitted with K unknowns to n tokens, so
+    a part of about K/n of what it corrects is chance; a = n / (n + 2K) leaves that much out.
+
+    weight [N, K], cross float32 [K, K] = C, tokens = n.
+    """
+    order, k = factor.order.long(), weight.shape[1]
+    correction = (weight.float() @ cross)[:, order] @ factor.u.T @ factor.u
+    fitted = weight.float().clone()
+    fitted[:, order] += tokens / (tokens + 2 * k) * correction
+    return fitted
+
+
+def fit_scales(
     weight: Tensor,
     hessian: Tensor,
     codes: Tensor,
