@@ -11,10 +11,10 @@ from . import ops
 def fit_weight(weight: Tensor, cross: Tensor, factor: ops.GptqFactor, *, tokens: int) -> Tensor:
     """The weight T [N, K], float32, that on the inputs x comes nearest to W on the inputs x'.
 
-    T = W + a W C H^-1 with C = sum of (x' - x) x^T and H as damped and factored: for a = 1 the least
-    squares solution. With x' from the 16-bit model and x from the quantized one, errors of earlier
-    layers are corrected as far as a linear map can. A row is fitted with K unknowns to n tokens, so
-    a part of about K/n of what it corrects is chance; a = n / (n + 2K) leaves that much out.
+    T = W + a W C H^-1 with C = sum of (x' - x) x^T and H as damped and factored: for a = 1 the
+    least squares solution. With x' from the 16-bit model and x from the quantized one, errors of
+    earlier layers are corrected as far as a linear map can. A row is fitted with K unknowns to n
+    tokens, so a part of about K/n of what it corrects is chance; a = n / (n + 2K) leaves it out.
 
     weight [N, K], cross float32 [K, K] = C, tokens = n.
     """
