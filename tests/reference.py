@@ -23,6 +23,8 @@ import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from lowbitcore import runtime
+
 F64 = NDArray[np.float64]
 
 BITS = (2, 3, 4, 8)
@@ -289,6 +291,31 @@ def gamma(terms: int) -> float:
     return terms * UNIT_FP32 / (1.0 - terms * UNIT_FP32)
 
 
+# Levels that multiply bf16 activations in pairs: with weights rounded to bf16 but for `nt` of up
+# to EXACT_ROWS rows without act-order, and with subnormals counted as zero.
+PAIR_LEVELS = ("avx512_bf16",)
+EXACT_ROWS = 16
+
+
+def multiplies_pairs(*operands: torch.Tensor) -> bool:
+    return runtime.isa() in PAIR_LEVELS and all(item.dtype == torch.bfloat16 for item in operands)
+
+
+def pair_error(
+    *operands: torch.Tensor, terms: int, weights: float = 1.0, rounded: F64 | None = None
+) -> F64 | float:
+    """What multiplying in pairs adds to `error_bound`, 0 where these operands are not.
+
+    Each of `terms` products, and each sum on the way, may lose a subnormal, times up to `weights`;
+    `rounded`: the magnitude of sums over weights that are rounded to bf16.
+    """
+    if not multiplies_pairs(*operands):
+        return 0.0
+    largest = [float(item.float().abs().amax()) if item.numel() else 0.0 for item in operands]
+    lost = terms * torch.finfo(torch.bfloat16).tiny * (1.0 + sum(largest)) * (1.0 + weights)
+    return lost if rounded is None else lost + 1.01 * UNIT_ROUNDOFF[torch.bfloat16] * rounded
+
+
 def error_bound(magnitude: F64, expected: F64, *, terms: int, dtype: torch.dtype) -> F64:
     """A-priori elementwise bound of `terms` products summed in fp32 and rounded once to `dtype`.
 
@@ -327,14 +354,18 @@ def assert_close(got: torch.Tensor, expected: F64, tolerance: F64) -> None:
         )
 
 
-def expect_nt(x: torch.Tensor, w_hat: F64, bias: torch.Tensor | None = None) -> tuple[F64, F64]:
+def expect_nt(
+    x: torch.Tensor, w_hat: F64, bias: torch.Tensor | None = None, *, act_order: bool = False
+) -> tuple[F64, F64]:
     """Expected Y [M, N] and its tolerance for x [M, K] of any dtype."""
     x64 = as_float64(x)
     bias64 = None if bias is None else as_float64(bias)
     expected = qgemm_nt(x64, w_hat, bias64)
     magnitude = qgemm_nt(np.abs(x64), np.abs(w_hat), None if bias64 is None else np.abs(bias64))
     terms = w_hat.shape[1] + (bias is not None)
-    return expected, error_bound(magnitude, expected, terms=terms, dtype=x.dtype)
+    rounded = magnitude if act_order or len(x) > EXACT_ROWS else None
+    pairs = pair_error(x, terms=terms, weights=np.abs(w_hat).max(), rounded=rounded)
+    return expected, error_bound(magnitude, expected, terms=terms, dtype=x.dtype) + pairs
 
 
 def expect_nn(dy: torch.Tensor, w_hat: F64) -> tuple[F64, F64]:
@@ -342,7 +373,9 @@ def expect_nn(dy: torch.Tensor, w_hat: F64) -> tuple[F64, F64]:
     dy64 = as_float64(dy)
     expected = qgemm_nn(dy64, w_hat)
     magnitude = qgemm_nn(np.abs(dy64), np.abs(w_hat))
-    return expected, error_bound(magnitude, expected, terms=w_hat.shape[0], dtype=dy.dtype)
+    terms = w_hat.shape[0]
+    pairs = pair_error(dy, terms=terms, weights=np.abs(w_hat).max(), rounded=magnitude)
+    return expected, error_bound(magnitude, expected, terms=terms, dtype=dy.dtype) + pairs
 
 
 def expect_grad_scales(dy: torch.Tensor, x: torch.Tensor, problem: Problem) -> tuple[F64, F64]:
@@ -357,7 +390,8 @@ def expect_grad_scales(dy: torch.Tensor, x: torch.Tensor, problem: Problem) -> t
     products = _dense_grad(np.abs(dy64), np.abs(x64)) * absolute
     magnitude = _sum_groups(products, problem.zeros.shape[0], problem.group_size, problem.g_idx)
     terms = x.shape[0] + problem.in_features
-    return expected, error_bound(magnitude, expected, terms=terms, dtype=torch.float32)
+    pairs = pair_error(dy, x, terms=x.shape[0], weights=255.0 * problem.in_features)
+    return expected, error_bound(magnitude, expected, terms=terms, dtype=torch.float32) + pairs
 
 
 def as_float64(values: torch.Tensor) -> F64:

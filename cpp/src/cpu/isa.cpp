@@ -16,6 +16,14 @@ struct Level {
   bool (*supported)();
 };
 
+#ifdef LOWBITCORE_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
 // __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
 const Level kLevels[] = {
     {scalar_backend, [] { return true; }},
@@ -25,12 +33,8 @@ const Level kLevels[] = {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      }},
-    {avx512_backend,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+    {avx512_backend, has_avx512},
+    {avx512_bf16_backend, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 #endif
 };
 

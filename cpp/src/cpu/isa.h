@@ -9,5 +9,6 @@ namespace lowbitcore {
 const Backend& scalar_backend();
 const Backend& avx2_backend();
 const Backend& avx512_backend();
+const Backend& avx512_bf16_backend();
 
 }  // namespace lowbitcore

@@ -12,6 +12,7 @@ namespace {
 constexpr int kWidth = 8;
 constexpr int kRows = 6;  // 6 x 2 accumulators, 2 of b and 1 of a: 15 registers of 16
 constexpr int kCols = 16;
+constexpr int kDirectRows = 8;
 
 struct Vec {
   __m256 v;

@@ -12,6 +12,7 @@ namespace {
 constexpr int kWidth = 4;
 constexpr int kRows = 4;
 constexpr int kCols = 8;
+constexpr int kDirectRows = 4;
 
 #define LOWBITCORE_LANES for (int i = 0; i < kWidth; ++i)
 

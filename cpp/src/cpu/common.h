@@ -1,0 +1,164 @@
+// What all kernels of a level share: reading activations, and taking packed integers apart.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "../backend.h"
+#include "../half.h"
+#include "../layout.h"
+#include "../parallel.h"
+
+namespace lowbitcore {
+namespace {
+
+using std::int32_t;
+using std::int64_t;
+using std::size_t;
+using std::uint16_t;
+using std::uint32_t;
+using std::uint8_t;
+
+constexpr int64_t kPanel = 32;  // outputs that one thread computes at a time
+constexpr int kVecsPerBlock = kBlockN / kWidth;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// ---- activations ----
+
+inline const char* row_pointer(const ConstMatrix& m, int64_t row) {
+  return static_cast<const char*>(m.data) + row * m.stride * (m.dtype == DType::f32 ? 4 : 2);
+}
+
+inline Vec load_as_float(const char* row, DType dtype, int64_t col) {
+  switch (dtype) {
+    case DType::f32:
+      return Vec::load(reinterpret_cast<const float*>(row) + col);
+    case DType::bf16:
+      return Vec::load_bf16(reinterpret_cast<const uint16_t*>(row) + col);
+    default:
+      return Vec::load_f16(reinterpret_cast<const uint16_t*>(row) + col);
+  }
+}
+
+inline void store_as(const Vec& v, char* row, DType dtype, int64_t col) {
+  switch (dtype) {
+    case DType::f32:
+      v.store(reinterpret_cast<float*>(row) + col);
+      break;
+    case DType::bf16:
+      v.store_bf16(reinterpret_cast<uint16_t*>(row) + col);
+      break;
+    default:
+      v.store_f16(reinterpret_cast<uint16_t*>(row) + col);
+  }
+}
+
+// ---- operands ----
+//
+// Sums run over 32-bit elements: floats, or, on levels that define LOWBITCORE_PAIRS, two bf16 that
+// follow each other in the reduction. Products of bf16 are exact in fp32.
+
+template <typename Element>
+struct Operand;
+
+template <>
+struct Operand<float> {
+  using Register = Vec;
+  static constexpr int kPer = 1;  // terms of the reduction in an element
+};
+
+inline Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return madd(a, b, c); }
+
+#ifdef LOWBITCORE_PAIRS
+template <>
+struct Operand<uint32_t> {
+  using Register = VecI;
+  static constexpr int kPer = 2;
+};
+
+inline Vec multiply_add(const VecI& a, const VecI& b, const Vec& c) { return dot_pairs(a, b, c); }
+#endif
+
+// Calls f with a value of the element type that serves these activations.
+template <typename F>
+inline void with_element([[maybe_unused]] bool bf16, const F& f) {
+#ifdef LOWBITCORE_PAIRS
+  if (bf16) return f(uint32_t{});
+#endif
+  f(float{});
+}
+
+// ---- packed integers ----
+
+// Integer i of a tile whose `B` words per lane are w. It may straddle two words (3 bits only).
+template <int B, int I>
+inline VecI code(const VecI (&w)[B]) {
+  constexpr int bit = B * I, word = bit / 32, shift = bit % 32;
+  VecI value = w[word].template right<shift>();
+  if constexpr (shift + B > 32) value = value | w[word + 1].template left<32 - shift>();
+  if constexpr (shift + B != 32) value = value & VecI::broadcast((1 << B) - 1);
+  return value;
+}
+
+// Calls f(i, integers of input i) for the 32 inputs of a tile, for the outputs of one vector.
+template <int B, typename F, int... I>
+inline void for_each_code(const VecI (&w)[B], const F& f, std::integer_sequence<int, I...>) {
+  (f(I, code<B, I>(w).to_float()), ...);
+}
+
+template <int B, typename F>
+inline void for_each_code(const uint32_t* words, int lane, const F& f) {
+  VecI w[B];
+  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN + lane);
+  for_each_code<B>(w, f, std::make_integer_sequence<int, 32>());
+}
+
+// One block of 16 outputs of a packed weight.
+template <int B>
+struct Block {
+  const uint32_t* words;  // [K/32][B][16]
+  int64_t words_step;     // to the next block
+  const uint8_t* zeros;   // [G][16]
+  const float* scales;    // [G] rows, `stride` apart
+  int64_t stride;
+  const int32_t* g_idx;
+  int64_t group_size;
+
+  Block(const QuantWeight& w, int64_t block)
+      : words(static_cast<const uint32_t*>(w.packed) +
+              block * (w.format.in_features / 32) * B * 16),
+        words_step(w.format.in_features / 32 * B * 16),
+        zeros(static_cast<const uint8_t*>(w.packed) + packed_zeros_offset(w.format) +
+              block * w.format.groups() * kBlockN),
+        scales(w.scales.data == nullptr ? nullptr : w.scales.data + block * kBlockN),
+        stride(w.scales.stride),
+        g_idx(w.g_idx),
+        group_size(w.format.group_size == -1 ? w.format.in_features : w.format.group_size) {}
+
+  const uint32_t* tile_words(int64_t tile) const { return words + tile * B * kBlockN; }
+  Vec zero(int64_t g, int lane) const { return Vec::from_bytes(zeros + g * kBlockN + lane); }
+  Vec scale(int64_t g, int lane) const { return Vec::load(scales + g * stride + lane); }
+};
+
+// The width of a layer becomes a constant of the kernel.
+template <typename F>
+inline void with_bits(int bits, const F& f) {
+  switch (bits) {
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+    case 8:
+      return f(std::integral_constant<int, 8>());
+  }
+  unsupported_bits(bits);
+}
+
+}  // namespace
+}  // namespace lowbitcore

@@ -1,0 +1,156 @@
+// X W^T for few rows, straight from the packed integers: nothing dequantised is ever stored.
+//
+// Where bytes and decoding bound the time, each integer is decoded once for all rows, multiplied as
+// the exact q - z, and a group's scale is applied to its sums.
+#pragma once
+
+#include "common.h"
+
+namespace lowbitcore {
+namespace {
+
+// Rows that share one decoding; more rows are cut into such strips.
+constexpr int kDirectStrip = 8;
+
+// Fewer rows need several sums each, or additions would wait for one another.
+constexpr int chains(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
+// Calls f(element i of the tile, q - z) for the elements of a tile, lanes being outputs.
+template <int B, typename F>
+inline void for_each_difference(const Block<B>& block, int64_t tile, int lane, const Vec& z,
+                                const F& f, float) {
+  for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) { f(i, q - z); });
+}
+
+#ifdef LOWBITCORE_PAIRS
+template <int B, typename F>
+inline void for_each_difference(const Block<B>& block, int64_t tile, int lane, const Vec& z,
+                                const F& f, uint32_t) {
+  for_each_code_pair<B>(block.tile_words(tile) + lane, z, f);
+}
+#endif
+
+#ifdef LOWBITCORE_PAIRS
+// The inputs that share element p of a tile: p itself, or p's two halves of a word.
+template <int B>
+constexpr int64_t pair_first(int64_t p) {
+  constexpr int64_t half = B == 3 ? 16 : 16 / B;
+  return p / half * 2 * half + p % half;
+}
+template <int B>
+constexpr int64_t pair_step() {
+  return B == 3 ? 16 : 16 / B;
+}
+#endif
+
+// `rows` rows of x as [elements][R], rows beyond it zero.
+template <int B, int R>
+void pack_strip(const ConstMatrix& x, int64_t first, int64_t rows, float* out) {
+  for (int64_t r = 0; r < R; ++r) {
+    if (r >= rows) {
+      for (int64_t k = 0; k < x.cols; ++k) out[k * R + r] = 0.0f;
+      continue;
+    }
+    const char* row = row_pointer(x, first + r);
+    for (int64_t k = 0; k < x.cols; k += kWidth) {
+      alignas(64) float lane[kWidth];
+      load_as_float(row, x.dtype, k).store(lane);
+      for (int i = 0; i < kWidth; ++i) out[(k + i) * R + r] = lane[i];
+    }
+  }
+}
+
+#ifdef LOWBITCORE_PAIRS
+template <int B, int R>
+void pack_strip(const ConstMatrix& x, int64_t first, int64_t rows, uint32_t* out) {
+  for (int64_t r = 0; r < R; ++r) {
+    const auto* row = reinterpret_cast<const uint16_t*>(row_pointer(x, first + r));
+    for (int64_t tile = 0; tile < x.cols / kTileK; ++tile) {
+      for (int64_t p = 0; p < kTileK / 2; ++p) {
+        const int64_t k = tile * kTileK + pair_first<B>(p);
+        out[(tile * kTileK / 2 + p) * R + r] =
+            r < rows ? row[k] | static_cast<uint32_t>(row[k + pair_step<B>()]) << 16 : 0;
+      }
+    }
+  }
+}
+#endif
+
+// y [R][16] = x W^T for one block of outputs.
+template <int B, int R, typename Element>
+void direct_block(const Block<B>& block, int64_t tiles, const Element* x, float* y) {
+  using Register = typename Operand<Element>::Register;
+  constexpr int C = chains(R);
+  constexpr int64_t kTileElements = kTileK / Operand<Element>::kPer;
+  for (int lane = 0; lane < kBlockN; lane += kWidth) {
+    Vec total[R];
+    for (int r = 0; r < R; ++r) total[r] = Vec::broadcast(0.0f);
+    const int64_t group_tiles = block.group_size / kTileK;
+    for (int64_t first = 0, g = 0; first < tiles; first += group_tiles, ++g) {
+      const Vec z = block.zero(g, lane);
+      Vec acc[R][C];
+      for (int r = 0; r < R; ++r) {
+        for (int c = 0; c < C; ++c) acc[r][c] = Vec::broadcast(0.0f);
+      }
+      const int64_t last = smaller(first + group_tiles, tiles);
+      for (int64_t tile = first; tile < last; ++tile) {
+        const Element* xt = x + tile * kTileElements * R;
+        for_each_difference(
+            block, tile, lane, z,
+            [&](int i, const Register& w) {
+              for (int r = 0; r < R; ++r) {
+                acc[r][i % C] = multiply_add(w, Register::broadcast(xt[i * R + r]), acc[r][i % C]);
+              }
+            },
+            Element{});
+      }
+      const Vec s = block.scale(g, lane);
+      for (int r = 0; r < R; ++r) {
+        for (int c = 1; c < C; ++c) acc[r][0] = acc[r][0] + acc[r][c];
+        total[r] = madd(s, acc[r][0], total[r]);
+      }
+    }
+    for (int r = 0; r < R; ++r) total[r].store(y + r * kBlockN + lane);
+  }
+}
+
+template <int B, int R, typename Element>
+void direct_strip(const ConstMatrix& x, int64_t first, int64_t rows, const QuantWeight& w,
+                  const float* bias, const Matrix& y, int threads, Element* packed) {
+  pack_strip<B, R>(x, first, rows, packed);
+  parallel_for(y.cols / kBlockN, threads, [&](int64_t n, int) {
+    alignas(64) float out[R * kBlockN];
+    direct_block<B, R>(Block<B>(w, n), x.cols / kTileK, packed, out);
+    for (int64_t r = 0; r < rows; ++r) {
+      char* row = const_cast<char*>(row_pointer(y, first + r));
+      for (int64_t lane = 0; lane < kBlockN; lane += kWidth) {
+        Vec v = Vec::load(out + r * kBlockN + lane);
+        if (bias != nullptr) v = v + Vec::load(bias + n * kBlockN + lane);
+        store_as(v, row, y.dtype, n * kBlockN + lane);
+      }
+    }
+  });
+}
+
+inline size_t direct_workspace(int64_t k) { return static_cast<size_t>(k * kDirectStrip) * 4; }
+
+template <int B, typename Element>
+void direct_nt(const ConstMatrix& x, const QuantWeight& w, const float* bias, const Matrix& y,
+               int threads, void* workspace) {
+  Element* packed = static_cast<Element*>(workspace);
+  for (int64_t first = 0; first < x.rows; first += kDirectStrip) {
+    const int64_t rows = smaller(kDirectStrip, x.rows - first);
+    if (rows == 1) {
+      direct_strip<B, 1>(x, first, rows, w, bias, y, threads, packed);
+    } else if (rows == 2) {
+      direct_strip<B, 2>(x, first, rows, w, bias, y, threads, packed);
+    } else if (rows <= 4) {
+      direct_strip<B, 4>(x, first, rows, w, bias, y, threads, packed);
+    } else {
+      direct_strip<B, kDirectStrip>(x, first, rows, w, bias, y, threads, packed);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lowbitcore

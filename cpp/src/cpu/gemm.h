@@ -1,0 +1,269 @@
+// X W^T and dY W by panels of dequantised weights.
+//
+// A panel, `kPanel` columns wide and up to `kDepth` elements deep, is dequantised into L1 and
+// multiplied with a block of rows before the next one: its cost is shared by all those rows.
+#pragma once
+
+#include "common.h"
+
+namespace lowbitcore {
+namespace {
+
+constexpr int64_t kDepth = 128;     // elements of a panel's reduction: 16 KB, stays in L1
+constexpr int64_t kRowBlock = 480;  // activations' rows that share a dequantised panel
+constexpr int kColVecs = kCols / kWidth;
+
+static_assert(kPanel % kCols == 0 && kCols % kWidth == 0 && kBlockN % kWidth == 0, "tile shape");
+
+// ---- register tile ----
+
+// c[R][kCols] (+)= sum over i of a[i*a_step .. +R] (outer) b[i*kPanel .. +kCols]; rows of c lie
+// kPanel apart.
+template <typename Element, int R>
+void tile(int64_t depth, const Element* a, int64_t a_step, const Element* b, float* c,
+          bool accumulate) {
+  using Register = typename Operand<Element>::Register;
+  Vec acc[R][kColVecs];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kColVecs; ++v) {
+      acc[r][v] = accumulate ? Vec::load(c + r * kPanel + v * kWidth) : Vec::broadcast(0.0f);
+    }
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    Register bv[kColVecs];
+    for (int v = 0; v < kColVecs; ++v) bv[v] = Register::load(b + i * kPanel + v * kWidth);
+    for (int r = 0; r < R; ++r) {
+      const Register av = Register::broadcast(a[i * a_step + r]);
+      for (int v = 0; v < kColVecs; ++v) acc[r][v] = multiply_add(av, bv[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kColVecs; ++v) acc[r][v].store(c + r * kPanel + v * kWidth);
+  }
+}
+
+template <typename Element>
+using Tile = void (*)(int64_t, const Element*, int64_t, const Element*, float*, bool);
+
+template <typename Element, int... I>
+constexpr Tile<Element> tile_of(int rows, std::integer_sequence<int, I...>) {
+  constexpr Tile<Element> table[] = {tile<Element, I + 1>...};
+  return table[rows - 1];
+}
+
+// The whole panel for `rows` <= kRows rows.
+template <typename Element>
+inline void panel_tile(int64_t rows, int64_t depth, const Element* a, int64_t a_step,
+                       const Element* b, float* c, bool accumulate) {
+  const Tile<Element> kernel =
+      tile_of<Element>(static_cast<int>(rows), std::make_integer_sequence<int, kRows>());
+  for (int64_t col = 0; col < kPanel; col += kCols) {
+    kernel(depth, a, a_step, b + col, c + col, accumulate);
+  }
+}
+
+// ---- activations ----
+
+// Rows of x in strips of `height` rows, each strip stored [elements of a row][rows of the strip].
+inline void pack_row(const char* row, DType dtype, int64_t cols, int64_t rows, float* out) {
+  for (int64_t c = 0; c < cols; c += kWidth) {
+    alignas(64) float lane[kWidth];
+    load_as_float(row, dtype, c).store(lane);
+    for (int i = 0; i < kWidth; ++i) out[(c + i) * rows] = lane[i];
+  }
+}
+
+#ifdef LOWBITCORE_PAIRS
+inline void pack_row(const char* row, DType, int64_t cols, int64_t rows, uint32_t* out) {
+  for (int64_t p = 0; p < cols / 2; ++p) std::memcpy(out + p * rows, row + p * 4, 4);
+}
+#endif
+
+template <typename Element>
+void pack_rows(const ConstMatrix& x, int64_t first, int64_t count, Element* packed, int threads) {
+  const int64_t depth = x.cols / Operand<Element>::kPer;
+  parallel_for(divide_up(count, kRows), threads, [&](int64_t strip, int) {
+    const int64_t row0 = strip * kRows, rows = smaller(kRows, count - row0);
+    for (int64_t r = 0; r < rows; ++r) {
+      pack_row(row_pointer(x, first + row0 + r), x.dtype, x.cols, rows, packed + row0 * depth + r);
+    }
+  });
+}
+
+// ---- weights ----
+
+// Values of the 32 inputs of a tile for one vector of outputs: f(i, s (q - z)).
+template <int B, typename F>
+inline void for_each_weight(const Block<B>& block, int64_t tile, int lane, const F& f) {
+  const int64_t k0 = tile * kTileK;
+  if (block.g_idx == nullptr) {
+    const int64_t g = k0 / block.group_size;
+    const Vec s = block.scale(g, lane), z = block.zero(g, lane);
+    for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) { f(i, (q - z) * s); });
+  } else {
+    for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) {
+      const int64_t g = block.g_idx[k0 + i];
+      f(i, (q - block.zero(g, lane)) * block.scale(g, lane));
+    });
+  }
+}
+
+// W^T of one tile: out[i*step + n] for 32 inputs i and 16 outputs n.
+template <int B>
+void dequantize_tile(const Block<B>& block, int64_t tile, float* out, int64_t step) {
+  for (int lane = 0; lane < kBlockN; lane += kWidth) {
+    for_each_weight(block, tile, lane,
+                    [&](int i, const Vec& w) { w.store(out + i * step + lane); });
+  }
+}
+
+#ifdef LOWBITCORE_PAIRS
+// The same, rounded to bf16, two inputs to an element.
+template <int B>
+void dequantize_tile(const Block<B>& block, int64_t tile, uint32_t* out, int64_t step) {
+  for (int lane = 0; lane < kBlockN; lane += kWidth) {
+    Vec even;
+    for_each_weight(block, tile, lane, [&](int i, const Vec& w) {
+      if (i % 2 == 0) {
+        even = w;
+      } else {
+        bf16_pairs(even, w).store(out + i / 2 * step + lane);
+      }
+    });
+  }
+}
+#endif
+
+// W of one tile: 16 outputs by 32 inputs; as pairs, 8 elements by 32.
+template <int B>
+void dequantize_transposed(const Block<B>& block, int64_t tile, float* out) {
+  alignas(64) float t[kTileK * kBlockN];
+  dequantize_tile(block, tile, t, kBlockN);
+  transpose_tile(t, out);
+}
+
+#ifdef LOWBITCORE_PAIRS
+template <int B>
+void dequantize_transposed(const Block<B>& block, int64_t tile, uint32_t* out) {
+  alignas(64) float t[kTileK * kBlockN];
+  dequantize_tile(block, tile, t, kBlockN);
+  transpose_tile_pairs(t, out);
+}
+#endif
+
+// ---- products ----
+
+constexpr int64_t kTilesAhead = 8;
+
+// Asks for the tile of a block `ahead` of this one; harmless past the end of a weight.
+template <int B>
+inline void prefetch_tile(const Block<B>& block, int64_t tile, int64_t ahead) {
+  const char* p = reinterpret_cast<const char*>(block.tile_words(tile) + ahead * block.words_step);
+  for (int line = 0; line < B; ++line) __builtin_prefetch(p + line * 64);
+}
+
+constexpr int64_t kPanelElements = kDepth * kPanel;
+
+inline size_t gemm_workspace(int64_t m, int64_t depth, int threads) {
+  const int64_t rows = smaller(m, kRowBlock);
+  const int64_t shared = round_up(rows * depth, 16);
+  return static_cast<size_t>(shared + threads * (kPanelElements + rows * kPanel)) * 4;
+}
+
+// out [M,cols] = a [M,depth] P, where fill(panel, first, count, p) writes elements [first, first +
+// count) of columns [panel*32, +32) of P to p [count][32].
+template <typename Element, typename Fill>
+void panel_gemm(const ConstMatrix& a, const float* bias, const Matrix& out, int threads,
+                void* workspace, const Fill& fill) {
+  const int64_t depth = a.cols / Operand<Element>::kPer;
+  const int64_t block_rows = smaller(a.rows, kRowBlock);
+  Element* packed = static_cast<Element*>(workspace);
+  Element* scratch = packed + round_up(block_rows * depth, 16);
+  const int64_t scratch_elements = kPanelElements + block_rows * kPanel;
+  for (int64_t row0 = 0; row0 < a.rows; row0 += kRowBlock) {
+    const int64_t rows = smaller(kRowBlock, a.rows - row0);
+    pack_rows(a, row0, rows, packed, threads);
+    parallel_for(out.cols / kPanel, threads, [&](int64_t panel, int thread) {
+      Element* p = scratch + thread * scratch_elements;
+      float* c = reinterpret_cast<float*>(p + kPanelElements);
+      for (int64_t d = 0; d < depth; d += kDepth) {
+        const int64_t count = smaller(kDepth, depth - d);
+        fill(panel, d, count, p);
+        for (int64_t r = 0; r < rows; r += kRows) {
+          const int64_t height = smaller(kRows, rows - r);
+          panel_tile<Element>(height, count, packed + r * depth + d * height, height, p,
+                              c + r * kPanel, d > 0);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        char* y = const_cast<char*>(row_pointer(out, row0 + r));
+        for (int64_t col = 0; col < kPanel; col += kWidth) {
+          Vec v = Vec::load(c + r * kPanel + col);
+          if (bias != nullptr) v = v + Vec::load(bias + panel * kPanel + col);
+          store_as(v, y, out.dtype, panel * kPanel + col);
+        }
+      }
+    });
+  }
+}
+
+template <int B, typename Element>
+void panel_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y, int threads,
+              void* workspace) {
+  constexpr int64_t kTileElements = kTileK / Operand<Element>::kPer;
+  panel_gemm<Element>(
+      x, bias, y, threads, workspace, [&](int64_t panel, int64_t first, int64_t count, Element* p) {
+        for (int64_t half = 0; half < kPanel; half += kBlockN) {
+          const Block<B> block(w, (panel * kPanel + half) / kBlockN);
+          for (int64_t k = 0; k < count; k += kTileElements) {
+            dequantize_tile(block, (first + k) / kTileElements, p + k * kPanel + half, kPanel);
+          }
+        }
+      });
+}
+
+void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, int threads, void* workspace) {
+  with_bits(w.format.bits, [&](auto bits) {
+    constexpr int B = decltype(bits)::value;
+    with_element(dy.dtype == DType::bf16, [&](auto element) {
+      using Element = decltype(element);
+      constexpr int64_t kBlockElements = kBlockN / Operand<Element>::kPer;
+      panel_gemm<Element>(dy, nullptr, dx, threads, workspace,
+                          [&](int64_t panel, int64_t first, int64_t count, Element* p) {
+                            for (int64_t n = 0; n < count; n += kBlockElements) {
+                              const Block<B> block(w, (first + n) / kBlockElements);
+                              // The tiles of a panel lie far apart, beyond what the processor
+                              // prefetches itself.
+                              prefetch_tile(block, panel, kTilesAhead);
+                              dequantize_transposed(block, panel, p + n * kPanel);
+                            }
+                          });
+    });
+  });
+}
+
+size_t qgemm_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
+  return gemm_workspace(m, f.out_features, threads);
+}
+
+void dequantize(const QuantWeight& w, Matrix out, int threads) {
+  with_bits(w.format.bits, [&](auto bits) {
+    constexpr int B = decltype(bits)::value;
+    parallel_for(w.format.out_features / kBlockN, threads, [&](int64_t n, int) {
+      const Block<B> block(w, n);
+      for (int64_t tile = 0; tile < w.format.in_features / kTileK; ++tile) {
+        alignas(64) float rows[kBlockN * kTileK];
+        dequantize_transposed(block, tile, rows);
+        for (int64_t r = 0; r < kBlockN; ++r) {
+          char* y = const_cast<char*>(row_pointer(out, n * kBlockN + r));
+          for (int64_t c = 0; c < kTileK; c += kWidth) {
+            store_as(Vec::load(rows + r * kTileK + c), y, out.dtype, tile * kTileK + c);
+          }
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace lowbitcore

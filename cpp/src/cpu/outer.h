@@ -1,0 +1,198 @@
+// Products of two activations summed over tokens: scale gradients, Hessians, cross terms.
+#pragma once
+
+#include "gemm.h"
+
+namespace lowbitcore {
+namespace {
+
+constexpr int64_t kTokenBlock = 256;  // rows of both activations in one pass
+
+template <typename Element>
+constexpr int64_t token_elements(int64_t rows) {
+  return divide_up(rows, Operand<Element>::kPer);
+}
+
+// Columns [first_col, first_col + kPanel) of some rows of x, stored [elements][kPanel].
+inline void copy_panel(const ConstMatrix& x, int64_t first_row, int64_t rows, int64_t first_col,
+                       float* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* row = row_pointer(x, first_row + r);
+    for (int64_t c = 0; c < kPanel; c += kWidth) {
+      load_as_float(row, x.dtype, first_col + c).store(out + r * kPanel + c);
+    }
+  }
+}
+
+#ifdef LOWBITCORE_PAIRS
+// Two tokens to an element; the last of an odd number goes with zeros.
+inline void copy_panel(const ConstMatrix& x, int64_t first_row, int64_t rows, int64_t first_col,
+                       uint32_t* out) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    const auto* low = reinterpret_cast<const uint16_t*>(row_pointer(x, first_row + r)) + first_col;
+    const auto* high =
+        r + 1 < rows
+            ? reinterpret_cast<const uint16_t*>(row_pointer(x, first_row + r + 1)) + first_col
+            : nullptr;
+    for (int64_t c = 0; c < kPanel; c += kWidth) {
+      VecI pair = VecI::load_u16(low + c);
+      if (high != nullptr) pair = pair | VecI::load_u16(high + c).template left<16>();
+      pair.store(out + r / 2 * kPanel + c);
+    }
+  }
+}
+#endif
+
+// x in column panels: [cols/32][elements][32].
+template <typename Element>
+void pack_panels(const ConstMatrix& x, int64_t first, int64_t rows, Element* packed, int threads) {
+  parallel_for(x.cols / kPanel, threads, [&](int64_t panel, int) {
+    copy_panel(x, first, rows, panel * kPanel,
+               packed + panel * token_elements<Element>(rows) * kPanel);
+  });
+}
+
+// c [32][32] = a^T b over `depth` elements of two panels.
+template <typename Element>
+inline void outer_tile(int64_t depth, const Element* a, const Element* b, float* c) {
+  for (int64_t i = 0; i < kPanel; i += kRows) {
+    panel_tile<Element>(smaller(kRows, kPanel - i), depth, a + i, kPanel, b, c + i * kPanel, false);
+  }
+}
+
+// ---- scale gradients ----
+
+size_t qgemm_grad_scales_workspace(const QuantFormat& f, int64_t m, int threads) {
+  const int64_t rows = smaller(m, kTokenBlock);
+  return static_cast<size_t>(rows * f.in_features + threads * (rows + kPanel) * kPanel) * 4;
+}
+
+// ds[g, 16 outputs] += sum over the inputs of one tile of (q - z) * dw
+template <int B>
+void contract_tile(const Block<B>& block, int64_t tile, const float* dw, float* ds,
+                   int64_t stride) {
+  const int64_t k0 = tile * kTileK;
+  for (int lane = 0; lane < kBlockN; lane += kWidth) {
+    if (block.g_idx == nullptr) {
+      const int64_t g = k0 / block.group_size;
+      const Vec z = block.zero(g, lane);
+      Vec sum = Vec::broadcast(0.0f);
+      for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) {
+        sum = madd(q - z, Vec::load(dw + i * kPanel + lane), sum);
+      });
+      float* out = ds + g * stride + lane;
+      (Vec::load(out) + sum).store(out);
+    } else {
+      for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) {
+        const int64_t g = block.g_idx[k0 + i];
+        float* out = ds + g * stride + lane;
+        madd(q - block.zero(g, lane), Vec::load(dw + i * kPanel + lane), Vec::load(out)).store(out);
+      });
+    }
+  }
+}
+
+template <int B, typename Element>
+void grad_scales(const ConstMatrix& dy, const ConstMatrix& x, const QuantWeight& w,
+                 const View<float>& ds, int threads, Element* xp) {
+  const int64_t k = w.format.in_features, block_rows = smaller(dy.rows, kTokenBlock);
+  Element* scratch = xp + block_rows * k;
+  const int64_t scratch_elements = (block_rows + kPanel) * kPanel;
+  for (int64_t row0 = 0; row0 < dy.rows; row0 += kTokenBlock) {
+    const int64_t rows = smaller(kTokenBlock, dy.rows - row0);
+    const int64_t depth = token_elements<Element>(rows);
+    pack_panels(x, row0, rows, xp, threads);
+    parallel_for(ds.cols / kPanel, threads, [&](int64_t panel, int thread) {
+      Element* dyp = scratch + thread * scratch_elements;
+      float* dw = reinterpret_cast<float*>(dyp + block_rows * kPanel);
+      copy_panel(dy, row0, rows, panel * kPanel, dyp);
+      const Block<B> left(w, panel * 2), right(w, panel * 2 + 1);
+      for (int64_t tile = 0; tile < k / kTileK; ++tile) {
+        outer_tile(depth, xp + tile * depth * kPanel, dyp, dw);
+        float* out = ds.data + panel * kPanel;
+        contract_tile(left, tile, dw, out, ds.stride);
+        contract_tile(right, tile, dw + kBlockN, out + kBlockN, ds.stride);
+      }
+    });
+  }
+}
+
+void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View<float> ds,
+                       int threads, void* workspace) {
+  for (int64_t g = 0; g < w.format.groups(); ++g) {
+    std::memset(ds.data + g * ds.stride, 0, static_cast<size_t>(ds.cols) * sizeof(float));
+  }
+  with_bits(w.format.bits, [&](auto bits) {
+    with_element(dy.dtype == DType::bf16 && x.dtype == DType::bf16, [&](auto element) {
+      grad_scales<decltype(bits)::value>(dy, x, w, ds, threads,
+                                         static_cast<decltype(element)*>(workspace));
+    });
+  });
+}
+
+// ---- Hessians ----
+
+size_t accumulate_hessian_workspace(int64_t m, int64_t k) {
+  return static_cast<size_t>(smaller(m, kTokenBlock) * k) * 4;
+}
+
+size_t accumulate_cross_workspace(int64_t m, int64_t k) {
+  return 2 * accumulate_hessian_workspace(m, k);
+}
+
+// Row panel i of out += a^T b, from column panel `from` on; a and b as packed by pack_panels.
+template <typename Element>
+void accumulate_panel_row(const Element* a, const Element* b, int64_t depth, int64_t i,
+                          int64_t from, const View<float>& out) {
+  alignas(64) float c[kPanel * kPanel];
+  for (int64_t j = from; j < out.cols / kPanel; ++j) {
+    outer_tile(depth, a + i * depth * kPanel, b + j * depth * kPanel, c);
+    for (int64_t r = 0; r < kPanel; ++r) {
+      float* at = out.data + (i * kPanel + r) * out.stride + j * kPanel;
+      for (int64_t v = 0; v < kPanel; v += kWidth) {
+        (Vec::load(at + v) + Vec::load(c + r * kPanel + v)).store(at + v);
+      }
+    }
+  }
+}
+
+void accumulate_hessian(ConstMatrix x, View<float> h, int threads, void* workspace) {
+  const int64_t panels = x.cols / kPanel;
+  with_element(x.dtype == DType::bf16, [&](auto element) {
+    using Element = decltype(element);
+    Element* xp = static_cast<Element*>(workspace);
+    for (int64_t row0 = 0; row0 < x.rows; row0 += kTokenBlock) {
+      const int64_t rows = smaller(kTokenBlock, x.rows - row0);
+      pack_panels(x, row0, rows, xp, threads);
+      parallel_for(panels, threads, [&](int64_t i, int) {
+        accumulate_panel_row(xp, xp, token_elements<Element>(rows), i, i, h);
+      });
+    }
+  });
+  // The lower triangle mirrors the upper one.
+  parallel_for(panels, threads, [&](int64_t i, int) {
+    for (int64_t r = i * kPanel; r < (i + 1) * kPanel; ++r) {
+      for (int64_t c = 0; c < r; ++c) h.data[r * h.stride + c] = h.data[c * h.stride + r];
+    }
+  });
+}
+
+void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, int threads,
+                      void* workspace) {
+  with_element(a.dtype == DType::bf16 && b.dtype == DType::bf16, [&](auto element) {
+    using Element = decltype(element);
+    Element* ap = static_cast<Element*>(workspace);
+    for (int64_t row0 = 0; row0 < a.rows; row0 += kTokenBlock) {
+      const int64_t rows = smaller(kTokenBlock, a.rows - row0);
+      const int64_t depth = token_elements<Element>(rows);
+      Element* bp = ap + depth * a.cols;
+      pack_panels(a, row0, rows, ap, threads);
+      pack_panels(b, row0, rows, bp, threads);
+      parallel_for(a.cols / kPanel, threads,
+                   [&](int64_t i, int) { accumulate_panel_row(ap, bp, depth, i, 0, cross); });
+    }
+  });
+}
+
+}  // namespace
+}  // namespace lowbitcore
