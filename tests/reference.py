@@ -293,7 +293,7 @@ def gamma(terms: int) -> float:
 
 # Levels that multiply bf16 activations in pairs: with weights rounded to bf16 but for `nt` of up
 # to EXACT_ROWS rows without act-order, and with subnormals counted as zero.
-PAIR_LEVELS = ("avx512_bf16",)
+PAIR_LEVELS = ("avx512_bf16", "amx", "amx_emulated")
 EXACT_ROWS = 16
 
 

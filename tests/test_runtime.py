@@ -1,6 +1,7 @@
 """Choice of instruction set, threads, and how levels are kept apart in the library."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -43,7 +44,7 @@ def test_environment_forces_a_level(level: str) -> None:
 def test_unknown_level_is_an_error_that_lists_the_known() -> None:
     done = run_python("from lowbitcore import runtime; runtime.isa()", LOWBITCORE_ISA="mmx")
     assert done.returncode != 0
-    assert re.search(r"LOWBITCORE_ISA: expected a level .*\(scalar.*\), got mmx", done.stderr)
+    assert re.search(r"LOWBITCORE_ISA: expected a level .*\(.*scalar.*\), got mmx", done.stderr)
     with pytest.raises(Error, match="got mmx"):
         runtime.force_isa("mmx")
 
@@ -87,26 +88,41 @@ def test_one_openmp_runtime_is_shared_with_torch() -> None:
     assert int(done.stdout) == int(alone.stdout)
 
 
-def test_levels_share_no_code() -> None:
-    """Each kernels_*.o exports one function and nothing weak, so that linking cannot mix levels."""
-    if shutil.which("nm") is None:
-        pytest.skip("needs nm (binutils)")
+def members_of_library(tool: str, *arguments: str) -> dict[str, str]:
+    """What a tool of binutils prints on each kernels_<level>.o of the installed static library."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"needs {tool} (binutils)")
     library = Path(runtime.cmake_dir()).parents[1] / "liblowbitcore.a"
     listing = subprocess.run(
-        ["nm", "--demangle", "--defined-only", str(library)],
-        capture_output=True,
-        text=True,
-        check=True,
+        [tool, *arguments, str(library)], capture_output=True, text=True, check=True
     ).stdout
-    members = re.split(r"\n(?=\S+\.o:\n)", listing)
-    kernels = {
+    return {
         match[1]: member
-        for member in members
-        if (match := re.match(r"\n?kernels_(\w+)\.cpp", member))
+        for member in re.split(r"\n(?=\S+\.o:)", listing)
+        if (match := re.match(r"\s*kernels_(\w+)\.cpp", member))
     }
+
+
+def test_levels_share_no_code() -> None:
+    """Each kernels_*.o exports one function and nothing weak, so that linking cannot mix levels."""
+    kernels = members_of_library("nm", "--demangle", "--defined-only")
     assert set(runtime.available_isas()) <= set(kernels)
     for isa, member in kernels.items():
         symbols = re.findall(r"^\S+ ([A-Zu]) (.*)$", member, flags=re.MULTILINE)
         # The reference to the exception handler of C++ is data, the same in every object.
         exported = [name for _, name in symbols if name != "DW.ref.__gxx_personality_v0"]
         assert exported == [f"lowbitcore::{isa}_backend()"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")
+def test_levels_use_their_instructions() -> None:
+    """Also those of levels that this machine cannot run; and none of a higher level."""
+    code = members_of_library("objdump", "--disassemble", "--no-show-raw-insn")
+    instructions = ["vfmadd", "%zmm", "vdpbf16ps", "tdpbf16ps"]
+    levels = ["avx2", "avx512", "avx512_bf16", "amx"]
+    for level, own in zip(levels, instructions, strict=True):
+        assert own in code[level], level
+        # "tdpbf16ps" is no part of "vdpbf16ps".
+        for higher in instructions[levels.index(level) + 1 :]:
+            assert higher not in code[level], (level, higher)
+    assert "%ymm" not in code["scalar"]

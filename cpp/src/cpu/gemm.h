@@ -9,7 +9,12 @@
 namespace lowbitcore {
 namespace {
 
-constexpr int64_t kDepth = 128;     // elements of a panel's reduction: 16 KB, stays in L1
+#ifdef LOWBITCORE_TILES
+constexpr int64_t kDepth =
+    256;  // tiles go to memory and back once per panel: deeper ones, less often
+#else
+constexpr int64_t kDepth = 128;  // elements of a panel's reduction: 16 KB, stays in L1
+#endif
 constexpr int64_t kRowBlock = 480;  // activations' rows that share a dequantised panel
 constexpr int kColVecs = kCols / kWidth;
 
@@ -51,41 +56,70 @@ constexpr Tile<Element> tile_of(int rows, std::integer_sequence<int, I...>) {
   return table[rows - 1];
 }
 
-// The whole panel for `rows` <= kRows rows.
-template <typename Element>
-inline void panel_tile(int64_t rows, int64_t depth, const Element* a, int64_t a_step,
-                       const Element* b, float* c, bool accumulate) {
-  const Tile<Element> kernel =
-      tile_of<Element>(static_cast<int>(rows), std::make_integer_sequence<int, kRows>());
-  for (int64_t col = 0; col < kPanel; col += kCols) {
-    kernel(depth, a, a_step, b + col, c + col, accumulate);
-  }
-}
+// ---- left operands ----
 
-// ---- activations ----
-
-// Rows of x in strips of `height` rows, each strip stored [elements of a row][rows of the strip].
-inline void pack_row(const char* row, DType dtype, int64_t cols, int64_t rows, float* out) {
+// One row of activations, its elements `step` apart.
+inline void pack_row(const char* row, DType dtype, int64_t cols, int64_t step, float* out) {
   for (int64_t c = 0; c < cols; c += kWidth) {
     alignas(64) float lane[kWidth];
     load_as_float(row, dtype, c).store(lane);
-    for (int i = 0; i < kWidth; ++i) out[(c + i) * rows] = lane[i];
+    for (int i = 0; i < kWidth; ++i) out[(c + i) * step] = lane[i];
   }
 }
 
 #ifdef LOWBITCORE_PAIRS
-inline void pack_row(const char* row, DType, int64_t cols, int64_t rows, uint32_t* out) {
-  for (int64_t p = 0; p < cols / 2; ++p) std::memcpy(out + p * rows, row + p * 4, 4);
+inline void pack_row(const char* row, DType, int64_t cols, int64_t step, uint32_t* out) {
+  for (int64_t p = 0; p < cols / 2; ++p) std::memcpy(out + p * step, row + p * 4, 4);
 }
+#endif
+
+// How the left operand is stored: in strips of kHeight rows, each [elements][stored(rows)]. `tile`
+// multiplies a strip of `rows` rows with a panel.
+template <typename Element>
+struct Left {
+  static constexpr int64_t kHeight = kRows;
+  static constexpr int64_t kDepthMultiple = 1;  // elements of a reduction come in these numbers
+  static constexpr bool kTakesPanels = true;    // a panel's columns can be rows as they lie
+
+  static int64_t stored(int64_t rows) { return rows; }
+
+  static void tile(int64_t rows, int64_t depth, const Element* a, int64_t a_step, const Element* b,
+                   float* c, bool accumulate) {
+    const Tile<Element> kernel =
+        tile_of<Element>(static_cast<int>(rows), std::make_integer_sequence<int, kRows>());
+    for (int64_t col = 0; col < kPanel; col += kCols) {
+      kernel(depth, a, a_step, b + col, c + col, accumulate);
+    }
+  }
+
+  // Row r of a strip.
+  static void store_row(const char* row, DType dtype, int64_t cols, int64_t r, int64_t step,
+                        Element* strip) {
+    pack_row(row, dtype, cols, step, strip + r);
+  }
+};
+
+#ifdef LOWBITCORE_TILES
+template <>
+struct Left<uint32_t> : TileStrip {
+  static constexpr bool kTakesPanels = false;
+};
+#else
+// What a thread holds while it uses tiles.
+struct TileScope {
+  TileScope() {}
+};
 #endif
 
 template <typename Element>
 void pack_rows(const ConstMatrix& x, int64_t first, int64_t count, Element* packed, int threads) {
+  using L = Left<Element>;
   const int64_t depth = x.cols / Operand<Element>::kPer;
-  parallel_for(divide_up(count, kRows), threads, [&](int64_t strip, int) {
-    const int64_t row0 = strip * kRows, rows = smaller(kRows, count - row0);
+  parallel_for(divide_up(count, L::kHeight), threads, [&](int64_t strip, int) {
+    const int64_t row0 = strip * L::kHeight, rows = smaller(L::kHeight, count - row0);
     for (int64_t r = 0; r < rows; ++r) {
-      pack_row(row_pointer(x, first + row0 + r), x.dtype, x.cols, rows, packed + row0 * depth + r);
+      L::store_row(row_pointer(x, first + row0 + r), x.dtype, x.cols, r, L::stored(rows),
+                   packed + row0 * depth);
     }
   });
 }
@@ -164,8 +198,15 @@ inline void prefetch_tile(const Block<B>& block, int64_t tile, int64_t ahead) {
 
 constexpr int64_t kPanelElements = kDepth * kPanel;
 
+// Rows come in whole strips, of whichever element has the higher ones.
+#ifdef LOWBITCORE_PAIRS
+constexpr int64_t kStripRows = Left<uint32_t>::kHeight > kRows ? Left<uint32_t>::kHeight : kRows;
+#else
+constexpr int64_t kStripRows = kRows;
+#endif
+
 inline size_t gemm_workspace(int64_t m, int64_t depth, int threads) {
-  const int64_t rows = smaller(m, kRowBlock);
+  const int64_t rows = round_up(smaller(m, kRowBlock), kStripRows);
   const int64_t shared = round_up(rows * depth, 16);
   return static_cast<size_t>(shared + threads * (kPanelElements + rows * kPanel)) * 4;
 }
@@ -175,8 +216,9 @@ inline size_t gemm_workspace(int64_t m, int64_t depth, int threads) {
 template <typename Element, typename Fill>
 void panel_gemm(const ConstMatrix& a, const float* bias, const Matrix& out, int threads,
                 void* workspace, const Fill& fill) {
+  using L = Left<Element>;
   const int64_t depth = a.cols / Operand<Element>::kPer;
-  const int64_t block_rows = smaller(a.rows, kRowBlock);
+  const int64_t block_rows = round_up(smaller(a.rows, kRowBlock), kStripRows);
   Element* packed = static_cast<Element*>(workspace);
   Element* scratch = packed + round_up(block_rows * depth, 16);
   const int64_t scratch_elements = kPanelElements + block_rows * kPanel;
@@ -186,13 +228,13 @@ void panel_gemm(const ConstMatrix& a, const float* bias, const Matrix& out, int 
     parallel_for(out.cols / kPanel, threads, [&](int64_t panel, int thread) {
       Element* p = scratch + thread * scratch_elements;
       float* c = reinterpret_cast<float*>(p + kPanelElements);
+      const TileScope scope;
       for (int64_t d = 0; d < depth; d += kDepth) {
         const int64_t count = smaller(kDepth, depth - d);
         fill(panel, d, count, p);
-        for (int64_t r = 0; r < rows; r += kRows) {
-          const int64_t height = smaller(kRows, rows - r);
-          panel_tile<Element>(height, count, packed + r * depth + d * height, height, p,
-                              c + r * kPanel, d > 0);
+        for (int64_t r = 0; r < rows; r += L::kHeight) {
+          const int64_t height = smaller(L::kHeight, rows - r), step = L::stored(height);
+          L::tile(height, count, packed + r * depth + d * step, step, p, c + r * kPanel, d > 0);
         }
       }
       for (int64_t r = 0; r < rows; ++r) {

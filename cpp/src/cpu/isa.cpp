@@ -7,6 +7,12 @@
 
 #include "../parallel.h"
 
+#if defined(LOWBITCORE_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lowbitcore {
 
 namespace {
@@ -22,10 +28,29 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Tiles are large enough that Linux hands them out on request only, to a whole process at once.
+bool has_amx() {
+#ifdef __linux__
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
 const Level kLevels[] = {
+#ifdef LOWBITCORE_EMULATE_AMX
+    {amx_emulated_backend, has_avx512_bf16},
+#endif
     {scalar_backend, [] { return true; }},
 #ifdef LOWBITCORE_X86
     {avx2_backend,
@@ -34,7 +59,8 @@ const Level kLevels[] = {
               __builtin_cpu_supports("f16c");
      }},
     {avx512_backend, has_avx512},
-    {avx512_bf16_backend, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {avx512_bf16_backend, has_avx512_bf16},
+    {amx_backend, has_amx},
 #endif
 };
 

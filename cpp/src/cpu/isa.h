@@ -10,5 +10,7 @@ const Backend& scalar_backend();
 const Backend& avx2_backend();
 const Backend& avx512_backend();
 const Backend& avx512_bf16_backend();
+const Backend& amx_backend();
+const Backend& amx_emulated_backend();  // test builds only
 
 }  // namespace lowbitcore

@@ -8,9 +8,19 @@ namespace {
 
 constexpr int64_t kTokenBlock = 256;  // rows of both activations in one pass
 
+// Elements that a pass over `m` rows may take of any type.
+constexpr int64_t pass_elements(int64_t m) {
+  const int64_t rows = smaller(m, kTokenBlock);
+#ifdef LOWBITCORE_PAIRS
+  return rows + Left<uint32_t>::kDepthMultiple;
+#else
+  return rows;
+#endif
+}
+
 template <typename Element>
 constexpr int64_t token_elements(int64_t rows) {
-  return divide_up(rows, Operand<Element>::kPer);
+  return round_up(divide_up(rows, Operand<Element>::kPer), Left<Element>::kDepthMultiple);
 }
 
 // Columns [first_col, first_col + kPanel) of some rows of x, stored [elements][kPanel].
@@ -25,19 +35,17 @@ inline void copy_panel(const ConstMatrix& x, int64_t first_row, int64_t rows, in
 }
 
 #ifdef LOWBITCORE_PAIRS
-// Two tokens to an element; the last of an odd number goes with zeros.
+// Two tokens to an element; missing ones are zeros.
 inline void copy_panel(const ConstMatrix& x, int64_t first_row, int64_t rows, int64_t first_col,
                        uint32_t* out) {
-  for (int64_t r = 0; r < rows; r += 2) {
-    const auto* low = reinterpret_cast<const uint16_t*>(row_pointer(x, first_row + r)) + first_col;
-    const auto* high =
-        r + 1 < rows
-            ? reinterpret_cast<const uint16_t*>(row_pointer(x, first_row + r + 1)) + first_col
-            : nullptr;
+  const auto at = [&](int64_t r, int64_t c) {
+    if (r >= rows) return VecI::broadcast(0);
+    const char* row = row_pointer(x, first_row + r);
+    return VecI::load_u16(reinterpret_cast<const uint16_t*>(row) + first_col + c);
+  };
+  for (int64_t p = 0; p < token_elements<uint32_t>(rows); ++p) {
     for (int64_t c = 0; c < kPanel; c += kWidth) {
-      VecI pair = VecI::load_u16(low + c);
-      if (high != nullptr) pair = pair | VecI::load_u16(high + c).template left<16>();
-      pair.store(out + r / 2 * kPanel + c);
+      (at(2 * p, c) | at(2 * p + 1, c).template left<16>()).store(out + p * kPanel + c);
     }
   }
 }
@@ -52,19 +60,36 @@ void pack_panels(const ConstMatrix& x, int64_t first, int64_t rows, Element* pac
   });
 }
 
-// c [32][32] = a^T b over `depth` elements of two panels.
+// The same as left operands, the columns of x being their rows.
+template <typename Element>
+void pack_left_panels(const ConstMatrix& x, int64_t first, int64_t rows, Element* packed,
+                      int threads) {
+  if constexpr (Left<Element>::kTakesPanels) {
+    pack_panels(x, first, rows, packed, threads);
+  } else {
+    const int64_t depth = token_elements<Element>(rows);
+    parallel_for(x.cols / kPanel, threads, [&](int64_t panel, int) {
+      alignas(64) Element columns[kTokenBlock * kPanel];
+      copy_panel(x, first, rows, panel * kPanel, columns);
+      Left<Element>::store_panel(columns, depth, packed + panel * depth * kPanel);
+    });
+  }
+}
+
+// c [32][32] = a^T b over `depth` elements of two panels, a as a left operand.
 template <typename Element>
 inline void outer_tile(int64_t depth, const Element* a, const Element* b, float* c) {
-  for (int64_t i = 0; i < kPanel; i += kRows) {
-    panel_tile<Element>(smaller(kRows, kPanel - i), depth, a + i, kPanel, b, c + i * kPanel, false);
+  using L = Left<Element>;
+  for (int64_t i = 0; i < kPanel; i += L::kHeight) {
+    L::tile(smaller(L::kHeight, kPanel - i), depth, a + i, kPanel, b, c + i * kPanel, false);
   }
 }
 
 // ---- scale gradients ----
 
 size_t qgemm_grad_scales_workspace(const QuantFormat& f, int64_t m, int threads) {
-  const int64_t rows = smaller(m, kTokenBlock);
-  return static_cast<size_t>(rows * f.in_features + threads * (rows + kPanel) * kPanel) * 4;
+  const int64_t depth = pass_elements(m);
+  return static_cast<size_t>(depth * f.in_features + threads * (depth + kPanel) * kPanel) * 4;
 }
 
 // ds[g, 16 outputs] += sum over the inputs of one tile of (q - z) * dw
@@ -95,16 +120,17 @@ void contract_tile(const Block<B>& block, int64_t tile, const float* dw, float* 
 template <int B, typename Element>
 void grad_scales(const ConstMatrix& dy, const ConstMatrix& x, const QuantWeight& w,
                  const View<float>& ds, int threads, Element* xp) {
-  const int64_t k = w.format.in_features, block_rows = smaller(dy.rows, kTokenBlock);
-  Element* scratch = xp + block_rows * k;
-  const int64_t scratch_elements = (block_rows + kPanel) * kPanel;
+  const int64_t k = w.format.in_features, most = pass_elements(dy.rows);
+  Element* scratch = xp + most * k;
+  const int64_t scratch_elements = (most + kPanel) * kPanel;
   for (int64_t row0 = 0; row0 < dy.rows; row0 += kTokenBlock) {
     const int64_t rows = smaller(kTokenBlock, dy.rows - row0);
     const int64_t depth = token_elements<Element>(rows);
-    pack_panels(x, row0, rows, xp, threads);
+    pack_left_panels(x, row0, rows, xp, threads);
     parallel_for(ds.cols / kPanel, threads, [&](int64_t panel, int thread) {
+      const TileScope scope;
       Element* dyp = scratch + thread * scratch_elements;
-      float* dw = reinterpret_cast<float*>(dyp + block_rows * kPanel);
+      float* dw = reinterpret_cast<float*>(dyp + most * kPanel);
       copy_panel(dy, row0, rows, panel * kPanel, dyp);
       const Block<B> left(w, panel * 2), right(w, panel * 2 + 1);
       for (int64_t tile = 0; tile < k / kTileK; ++tile) {
@@ -133,11 +159,11 @@ void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View
 // ---- Hessians ----
 
 size_t accumulate_hessian_workspace(int64_t m, int64_t k) {
-  return static_cast<size_t>(smaller(m, kTokenBlock) * k) * 4;
+  return 2 * static_cast<size_t>(pass_elements(m) * k) * 4;
 }
 
 size_t accumulate_cross_workspace(int64_t m, int64_t k) {
-  return 2 * accumulate_hessian_workspace(m, k);
+  return accumulate_hessian_workspace(m, k);
 }
 
 // Row panel i of out += a^T b, from column panel `from` on; a and b as packed by pack_panels.
@@ -145,6 +171,7 @@ template <typename Element>
 void accumulate_panel_row(const Element* a, const Element* b, int64_t depth, int64_t i,
                           int64_t from, const View<float>& out) {
   alignas(64) float c[kPanel * kPanel];
+  const TileScope scope;
   for (int64_t j = from; j < out.cols / kPanel; ++j) {
     outer_tile(depth, a + i * depth * kPanel, b + j * depth * kPanel, c);
     for (int64_t r = 0; r < kPanel; ++r) {
@@ -163,10 +190,15 @@ void accumulate_hessian(ConstMatrix x, View<float> h, int threads, void* workspa
     Element* xp = static_cast<Element*>(workspace);
     for (int64_t row0 = 0; row0 < x.rows; row0 += kTokenBlock) {
       const int64_t rows = smaller(kTokenBlock, x.rows - row0);
+      const int64_t depth = token_elements<Element>(rows);
       pack_panels(x, row0, rows, xp, threads);
-      parallel_for(panels, threads, [&](int64_t i, int) {
-        accumulate_panel_row(xp, xp, token_elements<Element>(rows), i, i, h);
-      });
+      Element* left = xp;
+      if constexpr (!Left<Element>::kTakesPanels) {
+        left = xp + depth * x.cols;
+        pack_left_panels(x, row0, rows, left, threads);
+      }
+      parallel_for(panels, threads,
+                   [&](int64_t i, int) { accumulate_panel_row(left, xp, depth, i, i, h); });
     }
   });
   // The lower triangle mirrors the upper one.
@@ -186,7 +218,7 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, int threa
       const int64_t rows = smaller(kTokenBlock, a.rows - row0);
       const int64_t depth = token_elements<Element>(rows);
       Element* bp = ap + depth * a.cols;
-      pack_panels(a, row0, rows, ap, threads);
+      pack_left_panels(a, row0, rows, ap, threads);
       pack_panels(b, row0, rows, bp, threads);
       parallel_for(a.cols / kPanel, threads,
                    [&](int64_t i, int) { accumulate_panel_row(ap, bp, depth, i, 0, cross); });

@@ -1,0 +1,30 @@
+// AMX tiles of bf16, with AVX-512 and its BF16 for everything else.
+
+#include "isa.h"
+#include "tiles_amx.h"
+
+namespace lowbitcore {
+namespace {
+
+constexpr int kDirectRows = 16;
+
+}  // namespace
+}  // namespace lowbitcore
+
+#include "kernels_impl.h"
+
+namespace lowbitcore {
+
+#ifdef LOWBITCORE_EMULATED_TILES
+const Backend& amx_emulated_backend() {
+  static constexpr Backend backend = make_backend("amx_emulated");
+  return backend;
+}
+#else
+const Backend& amx_backend() {
+  static constexpr Backend backend = make_backend("amx");
+  return backend;
+}
+#endif
+
+}  // namespace lowbitcore

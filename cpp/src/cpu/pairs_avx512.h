@@ -1,0 +1,101 @@
+// Products of bf16 two at a time: AVX-512 with BF16.
+#pragma once
+
+#include <utility>
+
+#include "../layout.h"
+#include "vec_avx512.h"
+
+#define LOWBITCORE_PAIRS
+
+namespace lowbitcore {
+namespace {
+
+// Subnormal inputs count as zero here, and subnormal sums become zero: the instruction does so.
+inline Vec dot_pairs(const VecI& a, const VecI& b, const Vec& c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+
+inline VecI bf16_pairs(const Vec& low, const Vec& high) {
+  alignas(64) static constexpr std::uint16_t kInterleave[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves)};
+}
+
+// float [32 inputs][16 outputs] -> pairs of outputs [8][32]
+inline void transpose_tile_pairs(const float* in, std::uint32_t* out) {
+  // Inputs i and i + 16 share a register, 8 pairs of outputs each.
+  __m512 r[16];
+  for (int i = 0; i < 16; ++i) {
+    const __m512 low = _mm512_loadu_ps(in + i * 16), high = _mm512_loadu_ps(in + (i + 16) * 16);
+    r[i] = reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high, low));
+  }
+  transpose_16x16(r);
+  for (int p = 0; p < 8; ++p) {
+    _mm512_storeu_ps(out + p * 32, r[p]);
+    _mm512_storeu_ps(out + p * 32 + 16, r[8 + p]);
+  }
+}
+
+}  // namespace
+}  // namespace lowbitcore
+
+#include "common.h"
+
+namespace lowbitcore {
+namespace {
+
+// Elements p of a tile: two codes that lie 16 bits apart in a word (3 bits: 16 inputs apart), as
+// 16-bit integers.
+template <int B, int P>
+inline __m512i code_pair(const VecI (&w)[B]) {
+  if constexpr (B == 3) {
+    return (code<3, P>(w) | code<3, P + 16>(w).template left<16>()).v;
+  } else {
+    constexpr int kPerHalf = 16 / B;
+    return _mm512_and_si512(_mm512_srli_epi16(w[P / kPerHalf].v, P % kPerHalf * B),
+                            _mm512_set1_epi16((1 << B) - 1));
+  }
+}
+
+// The integers -16..15 as bf16.
+alignas(64) constexpr std::uint16_t kSmallIntegers[32] = {
+    0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0,
+    0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+    0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+
+// Differences of 16-bit codes and zeros, as bf16: all are exact.
+template <int B>
+inline VecI bf16_difference(__m512i codes, __m512i zeros) {
+  const __m512i d = _mm512_sub_epi16(codes, zeros);
+  if constexpr (B <= 4) {
+    // Of an index only the low five bits count, so that -16 and 16 are one.
+    return {_mm512_permutexvar_epi16(_mm512_xor_si512(d, _mm512_set1_epi16(16)),
+                                     _mm512_load_si512(kSmallIntegers))};
+  } else {
+    const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(d, 16), 16);
+    const __m512 l = _mm512_cvtepi32_ps(low), h = _mm512_cvtepi32_ps(_mm512_srai_epi32(d, 16));
+    return {_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(l), 16),
+                                    _mm512_castps_si512(h))};
+  }
+}
+
+template <int B, typename F, int... P>
+inline void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f,
+                               std::integer_sequence<int, P...>) {
+  VecI w[B];
+  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
+  const __m512i z = _mm512_cvtps_epi32(zero.v);
+  const __m512i zeros = _mm512_or_si512(z, _mm512_slli_epi32(z, 16));
+  (f(P, bf16_difference<B>(code_pair<B, P>(w), zeros)), ...);
+}
+
+template <int B, typename F>
+inline void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f) {
+  for_each_code_pair<B>(words, zero, f, std::make_integer_sequence<int, 16>());
+}
+
+}  // namespace
+}  // namespace lowbitcore
