@@ -2,7 +2,6 @@
 // while the core computes.
 #include <lowbitcore/lowbitcore.h>
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <optional>

@@ -33,9 +33,7 @@ void check_layout(const char* op, const char* argument, const Array& a) {
   if (a.device_type() != nb::device::cpu::value) {
     fail(op, argument, "a tensor on the CPU", "one on another device");
   }
-  if (a.ndim() != 1 && a.ndim() != 2) {
-    fail(op, argument, "1 or 2 dimensions", std::to_string(a.ndim()));
-  }
+  if (a.ndim() == 0) fail(op, argument, "at least 1 dimension", "0");
   const std::size_t last = a.ndim() - 1;
   if (a.shape(last) > 1 && a.size() > 0 && a.stride(last) != 1) {
     fail(op, argument, "contiguous columns (stride 1)", "stride " + std::to_string(a.stride(last)));
@@ -53,12 +51,21 @@ DType float_dtype(const char* op, const char* argument, const Array& a) {
 }
 
 template <typename V>
-V shaped(const Array& a) {
+V shaped(const char* op, const char* argument, const Array& a) {
   V v;
-  const bool is_matrix = a.ndim() == 2;
-  v.rows = is_matrix ? static_cast<std::int64_t>(a.shape(0)) : 1;
-  v.cols = static_cast<std::int64_t>(a.shape(a.ndim() - 1));
-  v.stride = is_matrix ? a.stride(0) : v.cols;
+  v.rows = 1;
+  v.cols = a.shape(a.ndim() - 1);
+  v.stride = v.cols;
+  for (std::size_t i = a.ndim() - 1; i-- > 0;) {
+    if (a.shape(i) == 1) continue;
+    if (v.rows == 1) {
+      v.stride = a.stride(i);
+    } else if (a.size() > 0 && a.stride(i) != v.stride * v.rows) {
+      fail(op, argument, "leading dimensions that one step runs through",
+           "stride " + std::to_string(a.stride(i)) + " in dimension " + std::to_string(i));
+    }
+    v.rows *= a.shape(i);
+  }
   return v;
 }
 
@@ -70,7 +77,7 @@ ConstMatrix const_matrix(const char* op, const char* argument, const Array& a) {
 
 Matrix matrix(const char* op, const char* argument, const Array& a) {
   check_layout(op, argument, a);
-  Matrix m = shaped<Matrix>(a);
+  Matrix m = shaped<Matrix>(op, argument, a);
   m.dtype = float_dtype(op, argument, a);
   m.data = a.data();
   return m;
@@ -82,7 +89,7 @@ View<T> view(const char* op, const char* argument, const Array& a) {
   if (a.dtype() != nb::dtype<T>()) {
     fail(op, argument, dtype_name(nb::dtype<T>()), dtype_name(a.dtype()));
   }
-  View<T> v = shaped<View<T>>(a);
+  View<T> v = shaped<View<T>>(op, argument, a);
   v.data = static_cast<T*>(a.data());
   return v;
 }

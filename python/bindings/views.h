@@ -3,20 +3,16 @@
 #pragma once
 
 #include <lowbitcore/lowbitcore.h>
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+
+#include "array.h"
 
 namespace lowbitcore::python {
-
-namespace nb = nanobind;
-
-// Whatever supports DLPack, never copied, converted or moved.
-using Array = nb::ndarray<>;
 
 ConstMatrix const_matrix(const char* op, const char* argument, const Array& array);
 Matrix matrix(const char* op, const char* argument, const Array& array);
 
-// A view of T with one or two dimensions (one dimension is a single row).
+// A view of T. One dimension is a single row; leading dimensions are rows, if one step leads from
+// each to the next.
 template <typename T>
 View<T> view(const char* op, const char* argument, const Array& array);
 

@@ -101,7 +101,9 @@ def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[..., C] as the core takes it: [rows, C], columns contiguous and rows not overlapping."""
+    """[..., C] as the core takes it: columns contiguous, rows not overlapping and a step apart."""
+    if tensor.is_contiguous() and not tensor.is_neg() and tensor.numel():
+        return tensor
     flat = (
         tensor.resolve_neg().reshape(-1, tensor.shape[-1])
         if tensor.numel()
@@ -439,7 +441,7 @@ def _(
         group_size,
         k,
         n,
-        y.view(-1, n) if y.numel() else y.new_empty(0, n),
+        y if y.numel() else y.new_empty(0, n),
     )
     return y
 
