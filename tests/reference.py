@@ -311,7 +311,9 @@ def pair_error(
     """
     if not multiplies_pairs(*operands):
         return 0.0
-    largest = [float(item.detach().float().abs().amax()) if item.numel() else 0.0 for item in operands]
+    largest = [
+        float(item.detach().float().abs().amax()) if item.numel() else 0.0 for item in operands
+    ]
     lost = terms * torch.finfo(torch.bfloat16).tiny * (1.0 + sum(largest)) * (1.0 + weights)
     return lost if rounded is None else lost + 1.01 * UNIT_ROUNDOFF[torch.bfloat16] * rounded
 

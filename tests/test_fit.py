@@ -125,7 +125,7 @@ def test_weight_is_the_damped_least_squares_solution(act_order: bool, dtype: tor
     difference = (wanted - x).double().numpy() @ w.T
     solution = np.linalg.solve(h + ridge * np.eye(96), x64.T @ difference).T
     expected = w + 400 / (400 + 2 * 96) * solution
-    assert np.abs(fitted - expected).max() < 1e-4 * np.abs(solution).max()
+    assert np.abs(fitted - expected).max() < 1e-3 * np.abs(solution).max()
     assert np.array_equal(fitted[:, 11], w[:, 11])
 
 

@@ -19,7 +19,8 @@ def fit_weight(weight: Tensor, cross: Tensor, factor: ops.GptqFactor, *, tokens:
     weight [N, K], cross float32 [K, K] = C, tokens = n.
     """
     order, k = factor.order.long(), weight.shape[1]
-    correction = (weight.float() @ cross)[:, order] @ factor.u.T @ factor.u
+    # In whichever order of products is cheapest for this shape.
+    correction = torch.linalg.multi_dot([weight.float(), cross[:, order], factor.u.T, factor.u])
     fitted = weight.float().clone()
     fitted[:, order] += tokens / (tokens + 2 * k) * correction
     return fitted
@@ -49,22 +50,24 @@ def fit_scales(
     groups = scales.shape[0]
     if g_idx is None:
         g_idx = ops.trivial_g_idx(k, group_size)
-    index = g_idx.long()
-    dead = hessian.diagonal() == 0
-    damped = hessian.clone()
+    # Groups side by side, so that half of the symmetric system is enough.
+    index, columns = g_idx.long().sort(stable=True)
+    dead = (hessian.diagonal() == 0)[columns]
+    damped = hessian[columns][:, columns]
     damped.diagonal().add_(percdamp * damped.diagonal()[~dead].mean() if not dead.all() else 1.0)
-    target = weight.float().masked_fill(dead, 0.0)
-    steps = codes.float() - zeros.float()[index].T
+    target = weight.float()[:, columns].masked_fill(dead, 0.0)
+    steps = codes.float()[:, columns] - zeros.float()[index].T
 
-    def sum_groups(matrix: Tensor) -> Tensor:
-        return matrix.new_zeros(n, groups).index_add_(1, index, matrix)
+    def sum_groups(matrix: Tensor, first: int) -> Tensor:
+        return matrix.new_zeros(n, groups).index_add_(1, index[first:], matrix)
 
-    right = sum_groups(steps * (target @ damped)).double()
+    right = sum_groups(steps * (target @ damped), 0).double()
     system = torch.empty(n, groups, groups, dtype=torch.float64)
-    for group in range(groups):
-        columns = (index == group).nonzero().squeeze(1)
-        system[:, group] = sum_groups(steps * (steps[:, columns] @ damped[columns]))
-    system = (system + system.mT) / 2
+    ends = torch.bincount(index, minlength=groups).cumsum(0).tolist()
+    for group, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        products = steps[:, first:end] @ damped[first:end, first:]
+        system[:, group] = sum_groups(steps[:, first:] * products, first)
+    system = system.triu() + system.triu(1).mT
     # A group whose integers are all at the zero point has no scale to find; this keeps it solvable.
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30

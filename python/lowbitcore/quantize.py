@@ -302,7 +302,7 @@ class Engine:
         for number, forward in enumerate(forwards):
             with self._report.timing("forward"):
                 output = forward.finish()
-            if not torch.isfinite(output).all():
+            if not all_finite(output):
                 raise ValueError(
                     f"quantize: {self._layout.prefix}.{index}: its output on the calibration data "
                     "holds NaN or Inf"
@@ -504,10 +504,15 @@ class Engine:
         self._report.bytes["quantized"] += (weights + scales) * linear.bits // 8 + scales * 2
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor Inf, which no sum can hide; much cheaper than isfinite."""
+    return bool(torch.isfinite(tensor.detach().sum(dtype=torch.float32)))
+
+
 def check_weights(prefix: str, linears: Mapping[str, nn.Module]) -> None:
     """ValueError where a weight holds NaN or Inf."""
     for path, module in linears.items():
-        if not torch.isfinite(cast(torch.Tensor, module.weight)).all():
+        if not all_finite(cast(torch.Tensor, module.weight)):
             raise ValueError(f"quantize: {prefix}.{path}.weight: holds NaN or Inf")
 
 

@@ -45,7 +45,7 @@ constexpr int64_t pair_step() {
 
 // `rows` rows of x as [elements][R], rows beyond it zero.
 template <int B, int R>
-void pack_strip(const ConstMatrix& x, int64_t first, int64_t rows, float* out) {
+void pack_few(const ConstMatrix& x, int64_t first, int64_t rows, float* out) {
   for (int64_t r = 0; r < R; ++r) {
     if (r >= rows) {
       for (int64_t k = 0; k < x.cols; ++k) out[k * R + r] = 0.0f;
@@ -62,7 +62,7 @@ void pack_strip(const ConstMatrix& x, int64_t first, int64_t rows, float* out) {
 
 #ifdef LOWBITCORE_PAIRS
 template <int B, int R>
-void pack_strip(const ConstMatrix& x, int64_t first, int64_t rows, uint32_t* out) {
+void pack_few(const ConstMatrix& x, int64_t first, int64_t rows, uint32_t* out) {
   for (int64_t r = 0; r < R; ++r) {
     const auto* row = reinterpret_cast<const uint16_t*>(row_pointer(x, first + r));
     for (int64_t tile = 0; tile < x.cols / kTileK; ++tile) {
@@ -117,7 +117,7 @@ void direct_block(const Block<B>& block, int64_t tiles, const Element* x, float*
 template <int B, int R, typename Element>
 void direct_strip(const ConstMatrix& x, int64_t first, int64_t rows, const QuantWeight& w,
                   const float* bias, const Matrix& y, int threads, Element* packed) {
-  pack_strip<B, R>(x, first, rows, packed);
+  pack_few<B, R>(x, first, rows, packed);
   parallel_for(y.cols / kBlockN, threads, [&](int64_t n, int) {
     alignas(64) float out[R * kBlockN];
     direct_block<B, R>(Block<B>(w, n), x.cols / kTileK, packed, out);

@@ -58,18 +58,21 @@ constexpr Tile<Element> tile_of(int rows, std::integer_sequence<int, I...>) {
 
 // ---- left operands ----
 
-// One row of activations, its elements `step` apart.
-inline void pack_row(const char* row, DType dtype, int64_t cols, int64_t step, float* out) {
-  for (int64_t c = 0; c < cols; c += kWidth) {
-    alignas(64) float lane[kWidth];
-    load_as_float(row, dtype, c).store(lane);
-    for (int i = 0; i < kWidth; ++i) out[(c + i) * step] = lane[i];
+// A strip of rows of x as [elements][rows].
+inline void pack_strip(const ConstMatrix& x, int64_t first, int64_t rows, float* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* row = row_pointer(x, first + r);
+    for (int64_t c = 0; c < x.cols; c += kWidth) {
+      alignas(64) float lane[kWidth];
+      load_as_float(row, x.dtype, c).store(lane);
+      for (int i = 0; i < kWidth; ++i) out[(c + i) * rows + r] = lane[i];
+    }
   }
 }
 
 #ifdef LOWBITCORE_PAIRS
-inline void pack_row(const char* row, DType, int64_t cols, int64_t step, uint32_t* out) {
-  for (int64_t p = 0; p < cols / 2; ++p) std::memcpy(out + p * step, row + p * 4, 4);
+inline void pack_strip(const ConstMatrix& x, int64_t first, int64_t rows, uint32_t* out) {
+  transpose_pairs(row_pointer(x, first), x.stride * 2, rows, x.cols / 2, out);
 }
 #endif
 
@@ -92,10 +95,8 @@ struct Left {
     }
   }
 
-  // Row r of a strip.
-  static void store_row(const char* row, DType dtype, int64_t cols, int64_t r, int64_t step,
-                        Element* strip) {
-    pack_row(row, dtype, cols, step, strip + r);
+  static void store(const ConstMatrix& x, int64_t first, int64_t rows, Element* strip) {
+    pack_strip(x, first, rows, strip);
   }
 };
 
@@ -117,10 +118,7 @@ void pack_rows(const ConstMatrix& x, int64_t first, int64_t count, Element* pack
   const int64_t depth = x.cols / Operand<Element>::kPer;
   parallel_for(divide_up(count, L::kHeight), threads, [&](int64_t strip, int) {
     const int64_t row0 = strip * L::kHeight, rows = smaller(L::kHeight, count - row0);
-    for (int64_t r = 0; r < rows; ++r) {
-      L::store_row(row_pointer(x, first + row0 + r), x.dtype, x.cols, r, L::stored(rows),
-                   packed + row0 * depth);
-    }
+    L::store(x, first + row0, rows, packed + row0 * depth);
   });
 }
 

@@ -13,6 +13,7 @@
 //
 //   dot_pairs(a,b,c)      c + a.low*b.low + a.high*b.high in each 32-bit lane
 //   bf16_pairs(low,high)  two Vec rounded to bf16, interleaved
+//   transpose_pairs       up to 16 rows of pairs -> [pairs][rows]
 //   transpose_tile_pairs  float [32][16] -> pairs, rounded to bf16, [8][32]
 //   for_each_code_pair    see direct.h
 //   VecI                  store, broadcast of any 32 bits, load_u16 (kWidth uint16, widened)

@@ -6,11 +6,14 @@
 namespace lowbitcore {
 namespace {
 
-constexpr int64_t kTokenBlock = 256;  // rows of both activations in one pass
+constexpr int64_t kPassElements = 512;  // at most, of the reduction in one pass over tokens
+
+template <typename Element>
+constexpr int64_t kPassRows = kPassElements * Operand<Element>::kPer;
 
 // Elements that a pass over `m` rows may take of any type.
 constexpr int64_t pass_elements(int64_t m) {
-  const int64_t rows = smaller(m, kTokenBlock);
+  const int64_t rows = smaller(m, kPassElements);
 #ifdef LOWBITCORE_PAIRS
   return rows + Left<uint32_t>::kDepthMultiple;
 #else
@@ -69,7 +72,7 @@ void pack_left_panels(const ConstMatrix& x, int64_t first, int64_t rows, Element
   } else {
     const int64_t depth = token_elements<Element>(rows);
     parallel_for(x.cols / kPanel, threads, [&](int64_t panel, int) {
-      alignas(64) Element columns[kTokenBlock * kPanel];
+      alignas(64) Element columns[kPassElements * kPanel];
       copy_panel(x, first, rows, panel * kPanel, columns);
       Left<Element>::store_panel(columns, depth, packed + panel * depth * kPanel);
     });
@@ -123,8 +126,8 @@ void grad_scales(const ConstMatrix& dy, const ConstMatrix& x, const QuantWeight&
   const int64_t k = w.format.in_features, most = pass_elements(dy.rows);
   Element* scratch = xp + most * k;
   const int64_t scratch_elements = (most + kPanel) * kPanel;
-  for (int64_t row0 = 0; row0 < dy.rows; row0 += kTokenBlock) {
-    const int64_t rows = smaller(kTokenBlock, dy.rows - row0);
+  for (int64_t row0 = 0; row0 < dy.rows; row0 += kPassRows<Element>) {
+    const int64_t rows = smaller(kPassRows<Element>, dy.rows - row0);
     const int64_t depth = token_elements<Element>(rows);
     pack_left_panels(x, row0, rows, xp, threads);
     parallel_for(ds.cols / kPanel, threads, [&](int64_t panel, int thread) {
@@ -188,8 +191,8 @@ void accumulate_hessian(ConstMatrix x, View<float> h, int threads, void* workspa
   with_element(x.dtype == DType::bf16, [&](auto element) {
     using Element = decltype(element);
     Element* xp = static_cast<Element*>(workspace);
-    for (int64_t row0 = 0; row0 < x.rows; row0 += kTokenBlock) {
-      const int64_t rows = smaller(kTokenBlock, x.rows - row0);
+    for (int64_t row0 = 0; row0 < x.rows; row0 += kPassRows<Element>) {
+      const int64_t rows = smaller(kPassRows<Element>, x.rows - row0);
       const int64_t depth = token_elements<Element>(rows);
       pack_panels(x, row0, rows, xp, threads);
       Element* left = xp;
@@ -214,8 +217,8 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, int threa
   with_element(a.dtype == DType::bf16 && b.dtype == DType::bf16, [&](auto element) {
     using Element = decltype(element);
     Element* ap = static_cast<Element*>(workspace);
-    for (int64_t row0 = 0; row0 < a.rows; row0 += kTokenBlock) {
-      const int64_t rows = smaller(kTokenBlock, a.rows - row0);
+    for (int64_t row0 = 0; row0 < a.rows; row0 += kPassRows<Element>) {
+      const int64_t rows = smaller(kPassRows<Element>, a.rows - row0);
       const int64_t depth = token_elements<Element>(rows);
       Element* bp = ap + depth * a.cols;
       pack_left_panels(a, row0, rows, ap, threads);

@@ -24,6 +24,20 @@ inline VecI bf16_pairs(const Vec& low, const Vec& high) {
   return {_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves)};
 }
 
+// Up to 16 rows of pairs, `step` bytes apart -> [pairs][rows]; pairs come in sixteens.
+inline void transpose_pairs(const char* rows, std::int64_t step, std::int64_t count,
+                            std::int64_t pairs, std::uint32_t* out) {
+  const auto lanes = static_cast<__mmask16>((1u << count) - 1);
+  for (std::int64_t p = 0; p < pairs; p += 16) {
+    __m512 r[16];
+    for (int i = 0; i < 16; ++i) {
+      r[i] = i < count ? _mm512_loadu_ps(rows + i * step + p * 4) : _mm512_setzero_ps();
+    }
+    transpose_16x16(r);
+    for (int i = 0; i < 16; ++i) _mm512_mask_storeu_ps(out + (p + i) * count, lanes, r[i]);
+  }
+}
+
 // float [32 inputs][16 outputs] -> pairs of outputs [8][32]
 inline void transpose_tile_pairs(const float* in, std::uint32_t* out) {
   // Inputs i and i + 16 share a register, 8 pairs of outputs each.

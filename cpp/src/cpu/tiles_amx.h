@@ -39,10 +39,15 @@ struct TileStrip {
 
   static std::int64_t stored(std::int64_t) { return kHeight; }
 
-  static void store_row(const char* row, DType, std::int64_t cols, std::int64_t r, std::int64_t,
-                        std::uint32_t* strip) {
-    std::uint32_t* out = strip + r / 16 * kTile + r % 16 * 16;
-    for (std::int64_t k = 0; k < cols / 32; ++k) std::memcpy(out + k * 2 * kTile, row + k * 64, 64);
+  static void store(const ConstMatrix& x, std::int64_t first, std::int64_t rows,
+                    std::uint32_t* strip) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const char* row = static_cast<const char*>(x.data) + (first + r) * x.stride * 2;
+      std::uint32_t* out = strip + r / 16 * kTile + r % 16 * 16;
+      for (std::int64_t k = 0; k < x.cols / 32; ++k) {
+        std::memcpy(out + k * 2 * kTile, row + k * 64, 64);
+      }
+    }
   }
 
   // The columns of a panel [depth][32] as the rows of a strip.
