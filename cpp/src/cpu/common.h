@@ -10,6 +10,11 @@
 #include "../layout.h"
 #include "../parallel.h"
 
+// For what is called once per integer: sums that live in registers must not go through memory, as
+// they do where a compiler leaves such a function out of line.
+#define LOWBITCORE_INLINE inline __attribute__((always_inline))
+#define LOWBITCORE_LAMBDA __attribute__((always_inline))
+
 namespace lowbitcore {
 namespace {
 
@@ -71,7 +76,9 @@ struct Operand<float> {
   static constexpr int kPer = 1;  // terms of the reduction in an element
 };
 
-inline Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return madd(a, b, c); }
+LOWBITCORE_INLINE Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
+  return madd(a, b, c);
+}
 
 #ifdef LOWBITCORE_PAIRS
 template <>
@@ -80,7 +87,9 @@ struct Operand<uint32_t> {
   static constexpr int kPer = 2;
 };
 
-inline Vec multiply_add(const VecI& a, const VecI& b, const Vec& c) { return dot_pairs(a, b, c); }
+LOWBITCORE_INLINE Vec multiply_add(const VecI& a, const VecI& b, const Vec& c) {
+  return dot_pairs(a, b, c);
+}
 #endif
 
 // Calls f with a value of the element type that serves these activations.
@@ -96,7 +105,7 @@ inline void with_element([[maybe_unused]] bool bf16, const F& f) {
 
 // Integer i of a tile whose `B` words per lane are w. It may straddle two words (3 bits only).
 template <int B, int I>
-inline VecI code(const VecI (&w)[B]) {
+LOWBITCORE_INLINE VecI code(const VecI (&w)[B]) {
   constexpr int bit = B * I, word = bit / 32, shift = bit % 32;
   VecI value = w[word].template right<shift>();
   if constexpr (shift + B > 32) value = value | w[word + 1].template left<32 - shift>();
@@ -106,12 +115,13 @@ inline VecI code(const VecI (&w)[B]) {
 
 // Calls f(i, integers of input i) for the 32 inputs of a tile, for the outputs of one vector.
 template <int B, typename F, int... I>
-inline void for_each_code(const VecI (&w)[B], const F& f, std::integer_sequence<int, I...>) {
+LOWBITCORE_INLINE void for_each_code(const VecI (&w)[B], const F& f,
+                                     std::integer_sequence<int, I...>) {
   (f(I, code<B, I>(w).to_float()), ...);
 }
 
 template <int B, typename F>
-inline void for_each_code(const uint32_t* words, int lane, const F& f) {
+LOWBITCORE_INLINE void for_each_code(const uint32_t* words, int lane, const F& f) {
   VecI w[B];
   for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN + lane);
   for_each_code<B>(w, f, std::make_integer_sequence<int, 32>());

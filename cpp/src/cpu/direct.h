@@ -17,15 +17,16 @@ constexpr int chains(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 // Calls f(element i of the tile, q - z) for the elements of a tile, lanes being outputs.
 template <int B, typename F>
-inline void for_each_difference(const Block<B>& block, int64_t tile, int lane, const Vec& z,
-                                const F& f, float) {
-  for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) { f(i, q - z); });
+LOWBITCORE_INLINE void for_each_difference(const Block<B>& block, int64_t tile, int lane,
+                                           const Vec& z, const F& f, float) {
+  for_each_code<B>(block.tile_words(tile), lane,
+                   [&](int i, const Vec& q) LOWBITCORE_LAMBDA { f(i, q - z); });
 }
 
 #ifdef LOWBITCORE_PAIRS
 template <int B, typename F>
-inline void for_each_difference(const Block<B>& block, int64_t tile, int lane, const Vec& z,
-                                const F& f, uint32_t) {
+LOWBITCORE_INLINE void for_each_difference(const Block<B>& block, int64_t tile, int lane,
+                                           const Vec& z, const F& f, uint32_t) {
   for_each_code_pair<B>(block.tile_words(tile) + lane, z, f);
 }
 #endif
@@ -97,7 +98,7 @@ void direct_block(const Block<B>& block, int64_t tiles, const Element* x, float*
         const Element* xt = x + tile * kTileElements * R;
         for_each_difference(
             block, tile, lane, z,
-            [&](int i, const Register& w) {
+            [&](int i, const Register& w) LOWBITCORE_LAMBDA {
               for (int r = 0; r < R; ++r) {
                 acc[r][i % C] = multiply_add(w, Register::broadcast(xt[i * R + r]), acc[r][i % C]);
               }

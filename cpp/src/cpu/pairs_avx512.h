@@ -64,7 +64,7 @@ namespace {
 // Elements p of a tile: two codes that lie 16 bits apart in a word (3 bits: 16 inputs apart), as
 // 16-bit integers.
 template <int B, int P>
-inline __m512i code_pair(const VecI (&w)[B]) {
+LOWBITCORE_INLINE __m512i code_pair(const VecI (&w)[B]) {
   if constexpr (B == 3) {
     return (code<3, P>(w) | code<3, P + 16>(w).template left<16>()).v;
   } else {
@@ -82,7 +82,7 @@ alignas(64) constexpr std::uint16_t kSmallIntegers[32] = {
 
 // Differences of 16-bit codes and zeros, as bf16: all are exact.
 template <int B>
-inline VecI bf16_difference(__m512i codes, __m512i zeros) {
+LOWBITCORE_INLINE VecI bf16_difference(__m512i codes, __m512i zeros) {
   const __m512i d = _mm512_sub_epi16(codes, zeros);
   if constexpr (B <= 4) {
     // Of an index only the low five bits count, so that -16 and 16 are one.
@@ -97,8 +97,8 @@ inline VecI bf16_difference(__m512i codes, __m512i zeros) {
 }
 
 template <int B, typename F, int... P>
-inline void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f,
-                               std::integer_sequence<int, P...>) {
+LOWBITCORE_INLINE void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f,
+                                          std::integer_sequence<int, P...>) {
   VecI w[B];
   for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
   const __m512i z = _mm512_cvtps_epi32(zero.v);
@@ -107,7 +107,7 @@ inline void for_each_code_pair(const std::uint32_t* words, const Vec& zero, cons
 }
 
 template <int B, typename F>
-inline void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f) {
+LOWBITCORE_INLINE void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f) {
   for_each_code_pair<B>(words, zero, f, std::make_integer_sequence<int, 16>());
 }
 
