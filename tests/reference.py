@@ -292,7 +292,7 @@ def gamma(terms: int) -> float:
 
 
 # Levels that multiply bf16 activations in pairs: with weights rounded to bf16 but for `nt` of up
-# to EXACT_ROWS rows without act-order, and with subnormals counted as zero.
+# to EXACT_ROWS rows, and with subnormals counted as zero.
 PAIR_LEVELS = ("avx512_bf16", "amx", "amx_emulated")
 EXACT_ROWS = 16
 
@@ -356,16 +356,14 @@ def assert_close(got: torch.Tensor, expected: F64, tolerance: F64) -> None:
         )
 
 
-def expect_nt(
-    x: torch.Tensor, w_hat: F64, bias: torch.Tensor | None = None, *, act_order: bool = False
-) -> tuple[F64, F64]:
+def expect_nt(x: torch.Tensor, w_hat: F64, bias: torch.Tensor | None = None) -> tuple[F64, F64]:
     """Expected Y [M, N] and its tolerance for x [M, K] of any dtype."""
     x64 = as_float64(x)
     bias64 = None if bias is None else as_float64(bias)
     expected = qgemm_nt(x64, w_hat, bias64)
     magnitude = qgemm_nt(np.abs(x64), np.abs(w_hat), None if bias64 is None else np.abs(bias64))
     terms = w_hat.shape[1] + (bias is not None)
-    rounded = magnitude if act_order or len(x) > EXACT_ROWS else None
+    rounded = magnitude if len(x) > EXACT_ROWS else None
     pairs = pair_error(x, terms=terms, weights=np.abs(w_hat).max(), rounded=rounded)
     return expected, error_bound(magnitude, expected, terms=terms, dtype=x.dtype) + pairs
 

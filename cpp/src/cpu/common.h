@@ -154,6 +154,23 @@ struct Block {
   Vec scale(int64_t g, int lane) const { return Vec::load(scales + g * stride + lane); }
 };
 
+// Values of the 32 inputs of a tile for one vector of outputs: f(i, s (q - z)).
+template <int B, typename F>
+LOWBITCORE_INLINE void for_each_weight(const Block<B>& block, int64_t tile, int lane, const F& f) {
+  const int64_t k0 = tile * kTileK;
+  if (block.g_idx == nullptr) {
+    const int64_t g = k0 / block.group_size;
+    const Vec s = block.scale(g, lane), z = block.zero(g, lane);
+    for_each_code<B>(block.tile_words(tile), lane,
+                     [&](int i, const Vec& q) LOWBITCORE_LAMBDA { f(i, (q - z) * s); });
+  } else {
+    for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) LOWBITCORE_LAMBDA {
+      const int64_t g = block.g_idx[k0 + i];
+      f(i, (q - block.zero(g, lane)) * block.scale(g, lane));
+    });
+  }
+}
+
 // The width of a layer becomes a constant of the kernel.
 template <typename F>
 inline void with_bits(int bits, const F& f) {

@@ -1,7 +1,8 @@
 // X W^T for few rows, straight from the packed integers: nothing dequantised is ever stored.
 //
 // Where bytes and decoding bound the time, each integer is decoded once for all rows, multiplied as
-// the exact q - z, and a group's scale is applied to its sums.
+// the exact q - z, and a group's scale is applied to its sums. Act-order layers have no runs of
+// inputs with one scale: there each weight is scaled, in fp32.
 #pragma once
 
 #include "common.h"
@@ -87,7 +88,18 @@ void direct_block(const Block<B>& block, int64_t tiles, const Element* x, float*
     Vec total[R];
     for (int r = 0; r < R; ++r) total[r] = Vec::broadcast(0.0f);
     const int64_t group_tiles = block.group_size / kTileK;
-    for (int64_t first = 0, g = 0; first < tiles; first += group_tiles, ++g) {
+    if constexpr (Operand<Element>::kPer == 1) {
+      for (int64_t tile = 0; block.g_idx != nullptr && tile < tiles; ++tile) {
+        const Element* xt = x + tile * kTileElements * R;
+        for_each_weight(block, tile, lane, [&](int i, const Vec& w) LOWBITCORE_LAMBDA {
+          for (int r = 0; r < R; ++r) {
+            total[r] = madd(w, Vec::broadcast(xt[i * R + r]), total[r]);
+          }
+        });
+      }
+    }
+    for (int64_t first = 0, g = 0; block.g_idx == nullptr && first < tiles;
+         first += group_tiles, ++g) {
       const Vec z = block.zero(g, lane);
       Vec acc[R][C];
       for (int r = 0; r < R; ++r) {

@@ -124,22 +124,6 @@ void pack_rows(const ConstMatrix& x, int64_t first, int64_t count, Element* pack
 
 // ---- weights ----
 
-// Values of the 32 inputs of a tile for one vector of outputs: f(i, s (q - z)).
-template <int B, typename F>
-inline void for_each_weight(const Block<B>& block, int64_t tile, int lane, const F& f) {
-  const int64_t k0 = tile * kTileK;
-  if (block.g_idx == nullptr) {
-    const int64_t g = k0 / block.group_size;
-    const Vec s = block.scale(g, lane), z = block.zero(g, lane);
-    for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) { f(i, (q - z) * s); });
-  } else {
-    for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) {
-      const int64_t g = block.g_idx[k0 + i];
-      f(i, (q - block.zero(g, lane)) * block.scale(g, lane));
-    });
-  }
-}
-
 // W^T of one tile: out[i*step + n] for 32 inputs i and 16 outputs n.
 template <int B>
 void dequantize_tile(const Block<B>& block, int64_t tile, float* out, int64_t step) {

@@ -29,18 +29,14 @@
 namespace lowbitcore {
 namespace {
 
-// Act-order layers have no runs of inputs with one scale; panels look scales up for each input.
-inline bool goes_direct(const QuantWeight& w, int64_t rows) {
-  return rows <= kDirectRows && w.g_idx == nullptr;
-}
-
 void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y, int threads,
               void* workspace) {
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
-    with_element(x.dtype == DType::bf16, [&](auto element) {
+    const bool direct = x.rows <= kDirectRows;
+    with_element(x.dtype == DType::bf16 && !(direct && w.g_idx != nullptr), [&](auto element) {
       using Element = decltype(element);
-      if (goes_direct(w, x.rows)) {
+      if (direct) {
         direct_nt<B, Element>(x, w, bias, y, threads, workspace);
       } else {
         panel_nt<B, Element>(x, w, bias, y, threads, workspace);
