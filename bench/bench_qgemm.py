@@ -11,6 +11,7 @@ At small M, weights rotate over copies larger than the last-level cache, ours an
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -55,6 +56,18 @@ def copies(tensor: torch.Tensor, m: int) -> itertools.cycle[torch.Tensor]:
     return itertools.cycle([tensor.clone() for _ in range(min(count, 64))])
 
 
+@functools.cache
+def read_gbytes_per_s() -> float:
+    """What this machine reads from memory at most: a sum over more than its caches hold."""
+    values = torch.ones(CACHE_BYTES, dtype=torch.float32)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        values.sum()
+        times.append(time.perf_counter() - start)
+    return 4 * CACHE_BYTES / min(times) / 1e9
+
+
 def compare(benchmark: Any, run: Callable[[], Any], **baselines: Callable[[], Any]) -> None:
     """Times `run` in turn with its baselines; `ratio_X` is the time of X over ours."""
     if not benchmark.disabled:
@@ -88,7 +101,9 @@ def describe(
     if "ms" in benchmark.extra_info:
         seconds = benchmark.extra_info["ms"] / 1e3
         benchmark.extra_info["gflops"] = 2 * m * n * k / seconds / 1e9
-        benchmark.extra_info["packed_gbytes_per_s"] = n * k * bits / 8 / seconds / 1e9
+        rate = n * k * bits / 8 / seconds / 1e9
+        benchmark.extra_info["packed_gbytes_per_s"] = rate
+        benchmark.extra_info["fraction_of_bandwidth"] = rate / read_gbytes_per_s()
 
 
 @pytest.mark.parametrize(("bits", "m", "n", "k", "dtype"), CASES)
