@@ -283,8 +283,8 @@ def test_truncated_model(workplace: Path, tmp_path: Path) -> None:
 
 def test_interrupt(workplace: Path) -> None:
     """Ctrl-C ends a run in one line, and what it leaves does not load but can be resumed."""
-    (workplace / "long.txt").write_text(text_of(60_000))
-    arguments = quantization(workplace, "interrupted", "--samples", 800)
+    (workplace / "long.txt").write_text(text_of(240_000))
+    arguments = quantization(workplace, "interrupted", "--samples", 3200)
     arguments[arguments.index("--calib") + 1] = workplace / "long.txt"
     process = start(*arguments)
     out = workplace / "interrupted"
@@ -296,7 +296,7 @@ def test_interrupt(workplace: Path) -> None:
     while process.poll() is None:  # Python swallows the exception if a destructor happens to run
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
+            process.wait(3)
     _, stderr = process.communicate()
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
