@@ -12,8 +12,13 @@
 
 // For what is called once per integer: sums that live in registers must not go through memory, as
 // they do where a compiler leaves such a function out of line.
+#ifdef __SANITIZE_ADDRESS__  // instrumented as well, they would take minutes to compile
+#define LOWBITCORE_INLINE inline
+#define LOWBITCORE_LAMBDA
+#else
 #define LOWBITCORE_INLINE inline __attribute__((always_inline))
 #define LOWBITCORE_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace lowbitcore {
 namespace {
