@@ -157,8 +157,8 @@ def calibration_for(
 @dataclass(frozen=True)
 class LinearReport:
     """`loss`: relative error tr(E H Et) / tr(W H Wt) on the calibration data (None for rtn), with W
-    as fitted to the config's target;
-    `percdamp`: the damping used, above the configured one where that had to be raised."""
+    as fitted to the config's target; `percdamp`: the damping used, above the configured one where
+    that had to be raised."""
 
     path: str
     loss: float | None
@@ -388,7 +388,8 @@ class Engine:
             size = inputs.shape[-1]
             seen += inputs.numel() // size
             if hessian is None:
-                hessian, cross = torch.zeros(2, size, size, dtype=torch.float32)
+                hessian = torch.zeros(size, size, dtype=torch.float32)
+                cross = torch.zeros_like(hessian) if references else None
             with self._report.timing("hessian"):
                 ops.accumulate_hessian_(hessian, inputs)
                 tokens = hidden[number].shape[0] * hidden[number].shape[1]

@@ -67,6 +67,33 @@ inline void store_as(const Vec& v, char* row, DType dtype, int64_t col) {
   }
 }
 
+// Rows of x as fp32 columns: out[k * step + r]. Missing rows, up to `step`, are 0.
+inline void load_columns(const ConstMatrix& x, int64_t first, int64_t rows, int64_t step,
+                         float* out) {
+  if (rows < step) std::memset(out, 0, static_cast<size_t>(x.cols * step) * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* row = row_pointer(x, first + r);
+    for (int64_t k = 0; k < x.cols; k += kWidth) {
+      alignas(64) float lane[kWidth];
+      load_as_float(row, x.dtype, k).store(lane);
+      for (int i = 0; i < kWidth; ++i) out[(k + i) * step + r] = lane[i];
+    }
+  }
+}
+
+// sums [rows][cols], plus the bias of these columns, to y from (first_row, first_col) on.
+inline void store_outputs(const float* sums, int64_t rows, int64_t cols, const float* bias,
+                          const Matrix& y, int64_t first_row, int64_t first_col) {
+  for (int64_t r = 0; r < rows; ++r) {
+    char* row = const_cast<char*>(row_pointer(y, first_row + r));
+    for (int64_t c = 0; c < cols; c += kWidth) {
+      Vec v = Vec::load(sums + r * cols + c);
+      if (bias != nullptr) v = v + Vec::load(bias + first_col + c);
+      store_as(v, row, y.dtype, first_col + c);
+    }
+  }
+}
+
 // ---- operands ----
 //
 // Sums run over 32-bit elements: floats, or, on levels that define LOWBITCORE_PAIRS, two bf16 that
@@ -96,6 +123,10 @@ LOWBITCORE_INLINE Vec multiply_add(const VecI& a, const VecI& b, const Vec& c) {
   return dot_pairs(a, b, c);
 }
 #endif
+
+// Elements of the 32 inputs of a tile.
+template <typename Element>
+constexpr int64_t kTileElements = kTileK / Operand<Element>::kPer;
 
 // Calls f with a value of the element type that serves these activations.
 template <typename F>

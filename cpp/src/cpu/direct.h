@@ -30,36 +30,21 @@ LOWBITCORE_INLINE void for_each_difference(const Block<B>& block, int64_t tile, 
                                            const Vec& z, const F& f, uint32_t) {
   for_each_code_pair<B>(block.tile_words(tile) + lane, z, f);
 }
-#endif
 
-#ifdef LOWBITCORE_PAIRS
-// The inputs that share element p of a tile: p itself, or p's two halves of a word.
+// Element p of a tile pairs input pair_first(p) with the one kPairStep after it.
+template <int B>
+constexpr int64_t kPairStep = B == 3 ? 16 : 16 / B;
+
 template <int B>
 constexpr int64_t pair_first(int64_t p) {
-  constexpr int64_t half = B == 3 ? 16 : 16 / B;
-  return p / half * 2 * half + p % half;
-}
-template <int B>
-constexpr int64_t pair_step() {
-  return B == 3 ? 16 : 16 / B;
+  return p / kPairStep<B> * 2 * kPairStep<B> + p % kPairStep<B>;
 }
 #endif
 
 // `rows` rows of x as [elements][R], rows beyond it zero.
 template <int B, int R>
 void pack_few(const ConstMatrix& x, int64_t first, int64_t rows, float* out) {
-  for (int64_t r = 0; r < R; ++r) {
-    if (r >= rows) {
-      for (int64_t k = 0; k < x.cols; ++k) out[k * R + r] = 0.0f;
-      continue;
-    }
-    const char* row = row_pointer(x, first + r);
-    for (int64_t k = 0; k < x.cols; k += kWidth) {
-      alignas(64) float lane[kWidth];
-      load_as_float(row, x.dtype, k).store(lane);
-      for (int i = 0; i < kWidth; ++i) out[(k + i) * R + r] = lane[i];
-    }
-  }
+  load_columns(x, first, rows, R, out);
 }
 
 #ifdef LOWBITCORE_PAIRS
@@ -71,57 +56,64 @@ void pack_few(const ConstMatrix& x, int64_t first, int64_t rows, uint32_t* out) 
       for (int64_t p = 0; p < kTileK / 2; ++p) {
         const int64_t k = tile * kTileK + pair_first<B>(p);
         out[(tile * kTileK / 2 + p) * R + r] =
-            r < rows ? row[k] | static_cast<uint32_t>(row[k + pair_step<B>()]) << 16 : 0;
+            r < rows ? row[k] | static_cast<uint32_t>(row[k + kPairStep<B>]) << 16 : 0;
       }
     }
   }
 }
 #endif
 
+// total[r] += the sums of one group over tiles [first, last), for one vector of outputs.
+template <int B, int R, typename Element>
+LOWBITCORE_INLINE void add_group(const Block<B>& block, int64_t g, int64_t first, int64_t last,
+                                 int lane, const Element* x, Vec (&total)[R]) {
+  using Register = typename Operand<Element>::Register;
+  constexpr int C = chains(R);
+  const Vec z = block.zero(g, lane), s = block.scale(g, lane);
+  Vec acc[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) acc[r][c] = Vec::broadcast(0.0f);
+  }
+  for (int64_t tile = first; tile < last; ++tile) {
+    const Element* xt = x + tile * kTileElements<Element> * R;
+    for_each_difference(
+        block, tile, lane, z,
+        [&](int i, const Register& w) LOWBITCORE_LAMBDA {
+          for (int r = 0; r < R; ++r) {
+            acc[r][i % C] = multiply_add(w, Register::broadcast(xt[i * R + r]), acc[r][i % C]);
+          }
+        },
+        Element{});
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 1; c < C; ++c) acc[r][0] = acc[r][0] + acc[r][c];
+    total[r] = madd(s, acc[r][0], total[r]);
+  }
+}
+
+// total[r] += the sums over one tile whose inputs may be of any groups.
+template <int B, int R>
+LOWBITCORE_INLINE void add_scaled(const Block<B>& block, int64_t tile, int lane, const float* x,
+                                  Vec (&total)[R]) {
+  const float* xt = x + tile * kTileK * R;
+  for_each_weight(block, tile, lane, [&](int i, const Vec& w) LOWBITCORE_LAMBDA {
+    for (int r = 0; r < R; ++r) total[r] = madd(w, Vec::broadcast(xt[i * R + r]), total[r]);
+  });
+}
+
 // y [R][16] = x W^T for one block of outputs.
 template <int B, int R, typename Element>
 void direct_block(const Block<B>& block, int64_t tiles, const Element* x, float* y) {
-  using Register = typename Operand<Element>::Register;
-  constexpr int C = chains(R);
-  constexpr int64_t kTileElements = kTileK / Operand<Element>::kPer;
+  const int64_t group_tiles = block.group_size / kTileK;
   for (int lane = 0; lane < kBlockN; lane += kWidth) {
     Vec total[R];
     for (int r = 0; r < R; ++r) total[r] = Vec::broadcast(0.0f);
-    const int64_t group_tiles = block.group_size / kTileK;
-    if constexpr (Operand<Element>::kPer == 1) {
-      for (int64_t tile = 0; block.g_idx != nullptr && tile < tiles; ++tile) {
-        const Element* xt = x + tile * kTileElements * R;
-        for_each_weight(block, tile, lane, [&](int i, const Vec& w) LOWBITCORE_LAMBDA {
-          for (int r = 0; r < R; ++r) {
-            total[r] = madd(w, Vec::broadcast(xt[i * R + r]), total[r]);
-          }
-        });
+    if (block.g_idx == nullptr) {
+      for (int64_t first = 0, g = 0; first < tiles; first += group_tiles, ++g) {
+        add_group(block, g, first, smaller(first + group_tiles, tiles), lane, x, total);
       }
-    }
-    for (int64_t first = 0, g = 0; block.g_idx == nullptr && first < tiles;
-         first += group_tiles, ++g) {
-      const Vec z = block.zero(g, lane);
-      Vec acc[R][C];
-      for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) acc[r][c] = Vec::broadcast(0.0f);
-      }
-      const int64_t last = smaller(first + group_tiles, tiles);
-      for (int64_t tile = first; tile < last; ++tile) {
-        const Element* xt = x + tile * kTileElements * R;
-        for_each_difference(
-            block, tile, lane, z,
-            [&](int i, const Register& w) LOWBITCORE_LAMBDA {
-              for (int r = 0; r < R; ++r) {
-                acc[r][i % C] = multiply_add(w, Register::broadcast(xt[i * R + r]), acc[r][i % C]);
-              }
-            },
-            Element{});
-      }
-      const Vec s = block.scale(g, lane);
-      for (int r = 0; r < R; ++r) {
-        for (int c = 1; c < C; ++c) acc[r][0] = acc[r][0] + acc[r][c];
-        total[r] = madd(s, acc[r][0], total[r]);
-      }
+    } else if constexpr (Operand<Element>::kPer == 1) {
+      for (int64_t tile = 0; tile < tiles; ++tile) add_scaled(block, tile, lane, x, total);
     }
     for (int r = 0; r < R; ++r) total[r].store(y + r * kBlockN + lane);
   }
@@ -134,14 +126,7 @@ void direct_strip(const ConstMatrix& x, int64_t first, int64_t rows, const Quant
   parallel_for(y.cols / kBlockN, threads, [&](int64_t n, int) {
     alignas(64) float out[R * kBlockN];
     direct_block<B, R>(Block<B>(w, n), x.cols / kTileK, packed, out);
-    for (int64_t r = 0; r < rows; ++r) {
-      char* row = const_cast<char*>(row_pointer(y, first + r));
-      for (int64_t lane = 0; lane < kBlockN; lane += kWidth) {
-        Vec v = Vec::load(out + r * kBlockN + lane);
-        if (bias != nullptr) v = v + Vec::load(bias + n * kBlockN + lane);
-        store_as(v, row, y.dtype, n * kBlockN + lane);
-      }
-    }
+    store_outputs(out, rows, kBlockN, bias, y, first, n * kBlockN);
   });
 }
 

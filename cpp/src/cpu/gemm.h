@@ -9,11 +9,11 @@
 namespace lowbitcore {
 namespace {
 
+// Elements of a panel's reduction.
 #ifdef LOWBITCORE_TILES
-constexpr int64_t kDepth =
-    256;  // tiles go to memory and back once per panel: deeper ones, less often
+constexpr int64_t kDepth = 256;  // tiles go to memory and back once a panel: the deeper, the rarer
 #else
-constexpr int64_t kDepth = 128;  // elements of a panel's reduction: 16 KB, stays in L1
+constexpr int64_t kDepth = 128;  // 16 KB, stays in L1
 #endif
 constexpr int64_t kRowBlock = 480;  // activations' rows that share a dequantised panel
 constexpr int kColVecs = kCols / kWidth;
@@ -60,14 +60,7 @@ constexpr Tile<Element> tile_of(int rows, std::integer_sequence<int, I...>) {
 
 // A strip of rows of x as [elements][rows].
 inline void pack_strip(const ConstMatrix& x, int64_t first, int64_t rows, float* out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const char* row = row_pointer(x, first + r);
-    for (int64_t c = 0; c < x.cols; c += kWidth) {
-      alignas(64) float lane[kWidth];
-      load_as_float(row, x.dtype, c).store(lane);
-      for (int i = 0; i < kWidth; ++i) out[(c + i) * rows + r] = lane[i];
-    }
-  }
+  load_columns(x, first, rows, rows, out);
 }
 
 #ifdef LOWBITCORE_PAIRS
@@ -219,14 +212,7 @@ void panel_gemm(const ConstMatrix& a, const float* bias, const Matrix& out, int 
           L::tile(height, count, packed + r * depth + d * step, step, p, c + r * kPanel, d > 0);
         }
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        char* y = const_cast<char*>(row_pointer(out, row0 + r));
-        for (int64_t col = 0; col < kPanel; col += kWidth) {
-          Vec v = Vec::load(c + r * kPanel + col);
-          if (bias != nullptr) v = v + Vec::load(bias + panel * kPanel + col);
-          store_as(v, y, out.dtype, panel * kPanel + col);
-        }
-      }
+      store_outputs(c, rows, kPanel, bias, out, row0, panel * kPanel);
     });
   }
 }
@@ -234,16 +220,16 @@ void panel_gemm(const ConstMatrix& a, const float* bias, const Matrix& out, int 
 template <int B, typename Element>
 void panel_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y, int threads,
               void* workspace) {
-  constexpr int64_t kTileElements = kTileK / Operand<Element>::kPer;
-  panel_gemm<Element>(
-      x, bias, y, threads, workspace, [&](int64_t panel, int64_t first, int64_t count, Element* p) {
-        for (int64_t half = 0; half < kPanel; half += kBlockN) {
-          const Block<B> block(w, (panel * kPanel + half) / kBlockN);
-          for (int64_t k = 0; k < count; k += kTileElements) {
-            dequantize_tile(block, (first + k) / kTileElements, p + k * kPanel + half, kPanel);
-          }
-        }
-      });
+  panel_gemm<Element>(x, bias, y, threads, workspace,
+                      [&](int64_t panel, int64_t first, int64_t count, Element* p) {
+                        for (int64_t half = 0; half < kPanel; half += kBlockN) {
+                          const Block<B> block(w, (panel * kPanel + half) / kBlockN);
+                          for (int64_t k = 0; k < count; k += kTileElements<Element>) {
+                            dequantize_tile(block, (first + k) / kTileElements<Element>,
+                                            p + k * kPanel + half, kPanel);
+                          }
+                        }
+                      });
 }
 
 void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, int threads, void* workspace) {

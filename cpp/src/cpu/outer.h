@@ -161,12 +161,17 @@ void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View
 
 // ---- Hessians ----
 
-size_t accumulate_hessian_workspace(int64_t m, int64_t k) {
+size_t accumulate_cross_workspace(int64_t m, int64_t k) {
   return 2 * static_cast<size_t>(pass_elements(m) * k) * 4;
 }
 
-size_t accumulate_cross_workspace(int64_t m, int64_t k) {
-  return accumulate_hessian_workspace(m, k);
+// As a left operand x needs a copy of its own on some levels.
+size_t accumulate_hessian_workspace(int64_t m, int64_t k) {
+#ifdef LOWBITCORE_TILES
+  return accumulate_cross_workspace(m, k);
+#else
+  return accumulate_cross_workspace(m, k) / 2;
+#endif
 }
 
 // Row panel i of out += a^T b, from column panel `from` on; a and b as packed by pack_panels.

@@ -97,22 +97,6 @@ inline Grid find_grid(const float* w, const int32_t* rows, const float* importan
   return best;
 }
 
-// Outputs [first, first + count) of a weight as fp32, transposed to [K][kLanes]; missing lanes are
-// 0.
-inline void load_strip(const ConstMatrix& w, int64_t first, int64_t count, float* out) {
-  if (count < kLanes) {
-    std::memset(out, 0, static_cast<size_t>(w.cols * kLanes) * sizeof(float));
-  }
-  for (int64_t n = 0; n < count; ++n) {
-    const char* row = row_pointer(w, first + n);
-    for (int64_t k = 0; k < w.cols; k += kWidth) {
-      alignas(64) float lane[kWidth];
-      load_as_float(row, w.dtype, k).store(lane);
-      for (int i = 0; i < kWidth; ++i) out[(k + i) * kLanes + n] = lane[i];
-    }
-  }
-}
-
 inline void store_grid(const Grid& grid, int64_t g, int64_t first, int64_t lane, int64_t count,
                        const View<float>& scales, const View<uint8_t>& zeros) {
   alignas(64) float s[kWidth], z[kWidth];
@@ -146,7 +130,7 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& f, const GridOptions& o
       ConstMatrix part = weight;
       part.data = row_pointer(weight, 0) + k0 * (weight.dtype == DType::f32 ? 4 : 2);
       part.cols = columns;
-      load_strip(part, first, count, w);
+      load_columns(part, first, count, kLanes, w);
       for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
         const Grid grid = find_grid(w + lane, nullptr, nullptr, columns, f.bits, options);
         store_grid(grid, g, first, lane, count, scales, zeros);
@@ -230,7 +214,7 @@ inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* err
   constexpr int kVecs = kLanes / kWidth;
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << f.bits) - 1));
 
-  load_strip(p.weight, first, count, w);
+  load_columns(p.weight, first, count, kLanes, w);
   for (int64_t i = 0; i < k; ++i) {
     if (p.dead[i]) std::memset(w + i * kLanes, 0, kLanes * sizeof(float));
   }

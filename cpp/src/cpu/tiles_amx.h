@@ -1,7 +1,6 @@
 // Register tiles of AMX: 16 rows of 16 pairs of bf16, or of 16 floats.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "pairs_avx512.h"
