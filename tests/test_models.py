@@ -402,6 +402,18 @@ def test_save_needs_a_quantized_model(tmp_path: Path) -> None:
         lbc.save(make_model("llama"), tmp_path)
 
 
+def test_other_kinds_of_objects(tmp_path: Path) -> None:
+    model, config = make_model("llama"), lbc.QuantConfig()
+    with pytest.raises(ValueError, match="model: expected a PreTrainedModel, got Linear"):
+        lbc.quantize_model(torch.nn.Linear(32, 32), None, windows(), config)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config: expected a QuantConfig, got dict"):
+        lbc.quantize_model(model, None, windows(), {"bits": 4})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model: expected a PreTrainedModel, got str"):
+        lbc.save("model", tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokenizer: expected a PreTrainedTokenizerBase, got None"):
+        lbc.perplexity(model, None, "text")
+
+
 def test_quantizing_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="got a quantized one"):
         lbc.quantize_model(quantized("llama"), None, windows(), lbc.QuantConfig(), progress=False)

@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -129,7 +130,7 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model, one block in memory at a time, into a GPTQ checkpoint."""
+    """Quantize a model into a GPTQ checkpoint, block by block."""
     from .quantize import QuantConfig
     from .streaming import quantize_checkpoint
 
@@ -216,7 +217,9 @@ def evaluate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity on a text, in full windows, each scored on its last context - 1 tokens."""
+    """Perplexity on a text.
+
+    The text is cut into full windows, each scored on its last context - 1 tokens."""
     from . import data
     from . import model as models
     from .evaluate import perplexity
@@ -275,7 +278,7 @@ def info(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """What a checkpoint holds and who can load it; or what this machine can do."""
+    """What a checkpoint holds and who can load it, or what this machine can do."""
     if device == (path is not None):
         raise ValueError("info: expected either PATH or --device")
     if path is None:
@@ -357,11 +360,37 @@ def demo(
     ] = "self",
     as_json: Json = False,
 ) -> None:
-    """Quantize a real model to 4, 3 and 2 bits and see what is left of it (under 10 minutes)."""
+    """Quantize a real model to 4, 3 and 2 bits (10 minutes)."""
     from .demo import run
 
     result, lines = run(out, lambda model: _calibration(model, calib, 32, 256, 0))
     _emit(as_json, result, lines)
+
+
+# What functions call their arguments, and what the options are called they come from.
+_OPTIONS = {
+    "bits": "--bits",
+    "group_size": "--group-size",
+    "percdamp": "--damp",
+    "texts": "--calib",
+    "samples": "--samples",
+    "length": "--length",
+    "context": "--context",
+    "windows": "--windows",
+    "stride": "--stride",
+    "prompt": "--prompt",
+    "text": "--text",
+    "max_new_tokens": "--max-new-tokens",
+    "chat": "--chat",
+}
+
+
+def _for_the_command_line(message: str) -> str:
+    """`function: argument: ...` on one line, the two replaced by the option."""
+    message = " ".join(message.split())
+    _, _, rest = message.partition(": ")
+    argument, _, what = rest.partition(": ")
+    return f"{_OPTIONS[argument]}: {what}" if argument in _OPTIONS else message
 
 
 def main() -> None:
@@ -371,7 +400,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, MemoryError, Error) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = _for_the_command_line(str(error)) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbitcore.data import check_unicode
+from lowbitcore.model import check_kind
 
 # Logits are made for this many tokens at a time: [tokens, vocabulary] in float32 is the largest
 # tensor of an evaluation otherwise.
@@ -45,8 +46,9 @@ def perplexity(
     Raises ValueError where the text is shorter than one window.
     """
     stride = context if stride is None else stride
-    if not isinstance(text, str):
-        raise ValueError(f"perplexity: text: expected a string, got {type(text).__name__}")
+    check_kind("perplexity: model", model, PreTrainedModel)
+    check_kind("perplexity: tokenizer", tokenizer, PreTrainedTokenizerBase)
+    check_kind("perplexity: text", text, str)
     check_unicode("perplexity: text", text)
     if context < 2:
         raise ValueError(f"perplexity: context: expected at least 2, got {context}")

@@ -330,6 +330,12 @@ def not_quantizable(block: nn.Module) -> dict[str, str]:
     return reasons
 
 
+def check_kind(where: str, value: object, kind: type) -> None:
+    """ValueError where a caller passes another kind of object than `kind`."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: expected a {kind.__name__}, got {type(value).__name__}")
+
+
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """All QuantLinear of a model by path."""
     return {
@@ -484,6 +490,7 @@ def save(
     Every file is written atomically and config.json last. Raises ValueError where the model is not
     quantized or fp16 cannot hold a scale, OSError where the disk is full.
     """
+    check_kind("save: model", model, PreTrainedModel)
     linears = quantized_linears(model)
     value = getattr(model.config, "quantization_config", None)
     if not linears or value is None:

@@ -39,6 +39,7 @@ from lowbitcore.formats import gptq
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.model import (
     BlockLayout,
+    check_kind,
     find_blocks,
     linear_shape,
     not_quantizable,
@@ -149,6 +150,7 @@ def calibration_for(
     model_config: Any,
 ) -> torch.Tensor:
     """The checked windows, int64 [n, length]; none where the method uses none."""
+    check_kind("quantize: config", config, QuantConfig)
     if config.method == "rtn":
         return torch.empty(0, 0, dtype=torch.int64)
     return checked_windows(calibration, load_tokenizer, model_config)
@@ -550,6 +552,7 @@ def quantize_model(
     file (128 windows of up to 2048 tokens; the only use of `tokenizer`); unused by method "rtn".
     `model.quantization_report` says what was done. Raises ValueError for bad input.
     """
+    check_kind("quantize_model: model", model, PreTrainedModel)
     if quantized_linears(model):
         raise ValueError("quantize_model: model: expected an unquantized one, got a quantized one")
     devices = {parameter.device.type for parameter in model.parameters()}
