@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lowbitcore import evaluate
+from lowbitcore import head
 from lowbitcore.data import alpaca_example, calibration_windows, read_texts, sample_from_model
 from lowbitcore.evaluate import perplexity
 from test_models import VOCABULARY, logits, make_model, quantized
@@ -128,7 +128,10 @@ def test_reading_stops_when_there_is_enough() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 4, "length": 30}, r"at least 120 tokens \(4 windows of 30\), got 100"),
+        (
+            {"samples": 4, "length": 30},
+            r"120 tokens \(4 windows of 30\), got enough for 3",
+        ),
         ({"samples": 0, "length": 30}, "samples: expected at least 1, got 0"),
         ({"samples": 1, "length": 1}, "length: expected at least 2, got 1"),
     ],
@@ -139,7 +142,7 @@ def test_texts_too_short(settings: dict[str, int], message: str) -> None:
 
 
 def test_no_texts() -> None:
-    with pytest.raises(ValueError, match="got 0"):
+    with pytest.raises(ValueError, match="got enough for 0"):
         calibration_windows([], make_tokenizer(), samples=1, length=8, seed=0)
 
 
@@ -196,7 +199,7 @@ def reference_loss(model: Any, ids: torch.Tensor, scored: int) -> float:
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt-neox", "gpt2"])
 @pytest.mark.parametrize("stride", [None, 5, 16])
 def test_perplexity(name: str, stride: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_CHUNK_TOKENS", 7)
+    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", 7 * VOCABULARY)
     model, tokenizer, text = make_model(name), make_tokenizer(), text_of(70)
     ids = torch.tensor(tokenizer(text)["input_ids"])
     step = stride or 16

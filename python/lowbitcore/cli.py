@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .quantize import QuantConfig, Report
+    from .recipes import Recipe
 
 app = typer.Typer(
     help="Fine-tune and repair low-bit language models while they stay packed.",
@@ -70,9 +71,20 @@ def _emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
         print(json.dumps(result))
 
 
-def _load(model: str, dtype: str, device: str) -> PreTrainedModel:
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR",
+        help="A LoRA adapter (ours or PEFT's) or a scales file's directory; more are stacked.",
+    ),
+]
+
+
+def _load(model: str, dtype: str, device: str, adapter: list[str] | None = None) -> PreTrainedModel:
     from . import model as models
     from . import runtime
+    from .adapters import load_adapter
 
     if device == "cuda":
         raise ValueError(
@@ -81,6 +93,8 @@ def _load(model: str, dtype: str, device: str) -> PreTrainedModel:
         )
     names = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
     loaded = models.load(model, dtype=names[dtype], device=device)
+    for directory in adapter or []:
+        load_adapter(loaded, directory)
     loaded.eval()
     return loaded
 
@@ -213,6 +227,7 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows (default: context, no overlap).")
     ] = None,
+    adapter: Adapters = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -226,7 +241,7 @@ def evaluate(
 
     content = "\n\n".join(data.read_texts(text))
     result = perplexity(
-        _load(model, dtype, device),
+        _load(model, dtype, device, adapter),
         models.load_tokenizer(model),
         content,
         context=context,
@@ -243,6 +258,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in a chat.")] = False,
+    adapter: Adapters = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -253,7 +269,7 @@ def generate(
     from . import model as models
     from .generate import complete
 
-    loaded = _load(model, dtype, device)
+    loaded = _load(model, dtype, device, adapter)
     tokenizer = models.load_tokenizer(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
@@ -263,6 +279,179 @@ def generate(
     seconds = time.perf_counter() - start
     print(f"{tokens} tokens, {tokens / seconds:.1f} a second", file=sys.stderr)
     _emit(as_json, {"text": text, "tokens": tokens, "seconds": seconds}, [])
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+Packed = Annotated[str, typer.Argument(metavar="QMODEL", help="A quantized model directory.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory for what is learnt; new.")]
+Data = Annotated[
+    str, typer.Option(metavar="FILE", help="Text, or .json/.jsonl with text or Alpaca's fields.")
+]
+Steps = Annotated[int | None, typer.Option(help="Train for so many steps, or")]
+Tokens = Annotated[int | None, typer.Option(help="on so many tokens, or")]
+Minutes = Annotated[float | None, typer.Option(help="for so long.")]
+Length = Annotated[int, typer.Option(help="Tokens in a sequence, at most.")]
+Batch = Annotated[int, typer.Option(help="Sequences in a step.")]
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Sequences at a time (default: all of a step's).")
+]
+Rate = Annotated[float, typer.Option(help="Learning rate of AdamW, after warming up.")]
+Seed = Annotated[int, typer.Option(help="Of the order of the data and what starts at random.")]
+EvalText = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Text to measure the perplexity on.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")]
+Under = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="DIR", help="A trained adapter to build upon, frozen."),
+]
+Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
+
+
+@app.command()
+def peqa(
+    model: Packed,
+    out: Out,
+    data: Data,
+    steps: Steps = None,
+    tokens: Tokens = None,
+    minutes: Minutes = None,
+    length: Length = 512,
+    batch: Batch = 2,
+    micro_batch: MicroBatch = None,
+    lr: Rate = 1e-4,
+    seed: Seed = 0,
+    eval_text: EvalText = None,
+    resume: Resume = False,
+    adapter: Under = None,
+    as_json: Json = False,
+) -> None:
+    """Train the scales of a packed model (PEQA).
+
+    OUT gets scales.safetensors, which any command takes as --adapter OUT.
+    """
+    from .recipes import Recipe, Schedule
+
+    schedule = Schedule(
+        data, steps, tokens, minutes, length, batch, micro_batch, lr, seed, eval_text=eval_text
+    )
+    _train(Recipe(model, schedule, adapters=tuple(adapter or ())), out, resume, as_json)
+
+
+@app.command()
+def emef(
+    model: Packed,
+    out: Out,
+    data: Data,
+    rank: Rank = 8,
+    alpha: Annotated[float, typer.Option(help="The adapter counts alpha / rank times.")] = 16,
+    targets: Annotated[str, typer.Option(help="Linears to adapt, by name.")] = "q_proj,v_proj",
+    dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.05,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt", help="Learn answers alone, not instructions.")
+    ] = False,
+    steps: Steps = None,
+    tokens: Tokens = None,
+    minutes: Minutes = None,
+    length: Length = 512,
+    batch: Batch = 2,
+    micro_batch: MicroBatch = None,
+    lr: Rate = 3e-4,
+    seed: Seed = 0,
+    eval_text: EvalText = None,
+    resume: Resume = False,
+    adapter: Under = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a packed model with LoRA (EMEF).
+
+    OUT gets an adapter in PEFT's format.
+    """
+    from .recipes import Lora, Recipe, Schedule
+
+    schedule = Schedule(
+        data,
+        steps,
+        tokens,
+        minutes,
+        length,
+        batch,
+        micro_batch,
+        lr,
+        seed,
+        mask_prompt=mask_prompt,
+        eval_text=eval_text,
+    )
+    lora = Lora(rank, alpha, tuple(targets.split(",")), dropout)
+    _train(Recipe(model, schedule, lora, adapters=tuple(adapter or ())), out, resume, as_json)
+
+
+@app.command()
+def lrec(
+    model: Packed,
+    out: Out,
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="The 16-bit model.")],
+    data: Data,
+    rank: Rank = 8,
+    lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
+    lambda_ce: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = 0.1,
+    kl: Annotated[
+        Literal["forward", "reverse"],
+        typer.Option(help="forward: KL(teacher || student); reverse: the other way round."),
+    ] = "forward",
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Run the teacher once and keep its states here."),
+    ] = None,
+    steps: Steps = None,
+    tokens: Tokens = None,
+    minutes: Minutes = None,
+    length: Length = 512,
+    batch: Batch = 2,
+    micro_batch: MicroBatch = None,
+    lr: Rate = 3e-4,
+    seed: Seed = 0,
+    eval_text: EvalText = None,
+    resume: Resume = False,
+    adapter: Under = None,
+    as_json: Json = False,
+) -> None:
+    """Repair a packed model with LoRA on every linear (LREC).
+
+    OUT gets an adapter in PEFT's format that brings the model's output near its teacher's.
+    """
+    from .recipes import Lora, Recipe, Schedule, Teacher
+
+    schedule = Schedule(
+        data, steps, tokens, minutes, length, batch, micro_batch, lr, seed, eval_text=eval_text
+    )
+    recipe = Recipe(
+        model,
+        schedule,
+        Lora(rank, rank, None, 0.0),
+        Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
+        tuple(adapter or ()),
+    )
+    _train(recipe, out, resume, as_json)
+
+
+def _train(recipe: Recipe, out: Path, resume: bool, as_json: bool) -> None:
+    from .recipes import train
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    result = train(recipe, out, resume=resume, say=say)
+    if result is None:
+        return
+    ppl = "" if result["ppl"] is None else f", perplexity {result['ppl']:.3f}"
+    speed = result["tokens"] / result["training_seconds"]
+    line = (
+        f"{out}: {result['tokens']:,} tokens in {result['steps']} steps, {speed:,.0f} tokens a "
+        f"second, loss {result['loss']:.4f}{ppl}; {_megabytes(result['adapter_bytes'])}"
+    )
+    _emit(as_json, result, [line])
 
 
 # ---- info ----------------------------------------------------------------------------------------
@@ -382,6 +571,13 @@ _OPTIONS = {
     "text": "--text",
     "max_new_tokens": "--max-new-tokens",
     "chat": "--chat",
+    "rank": "--rank",
+    "alpha": "--alpha",
+    "targets": "--targets",
+    "dropout": "--dropout",
+    "lambda_kl": "--lambda-kl",
+    "lambda_ce": "--lambda-ce",
+    "examples": "--data",
 }
 
 
@@ -399,7 +595,7 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, OSError, MemoryError, Error) as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError, Error) as error:
         message = _for_the_command_line(str(error)) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 # A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
 # special tokens apart, are its bytes and most frequent pieces.
 _COMMON_TOKENS = 2000
+
+
+# A label that no loss counts: that of torch.nn.functional.cross_entropy.
+IGNORED = -100
 
 
 class Example(NamedTuple):
@@ -45,7 +53,12 @@ def alpaca_example(instruction: str, context: str, output: str) -> Example:
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
-    """The documents of a text file.
+    """The documents of a text file, as `read_examples` reads it."""
+    return [example.text for example in read_examples(path)]
+
+
+def read_examples(path: str | os.PathLike[str]) -> list[Example]:
+    """The documents of a text file; those that are no instructions have an empty prompt.
 
     `.jsonl` (an object a line) and `.json` (a list of objects) hold `text`, or Alpaca's
     `instruction`, `input`, `output` (or `instances` of the last two); any other file is one
@@ -61,13 +74,13 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     if path.suffix not in (".json", ".jsonl"):
         if not content.strip():
             raise ValueError(f"{path}: holds no text")
-        return [content]
-    texts = []
+        return [Example("", content)]
+    examples = []
     for where, record in _records(path, content):
-        texts += _record_texts(where, record)
-    if not any(text.strip() for text in texts):
+        examples += _record_examples(where, record)
+    if not any(example.text.strip() for example in examples):
         raise ValueError(f"{path}: holds no text")
-    return texts
+    return examples
 
 
 def check_unicode(where: str, text: str) -> None:
@@ -118,10 +131,10 @@ def _parse_json(where: str, content: str) -> Any:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
 
 
-def _record_texts(where: str, record: Any) -> list[str]:
+def _record_examples(where: str, record: Any) -> list[Example]:
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
-            return [record["text"]]
+            return [Example("", record["text"])]
         instruction = record.get("instruction")
         instances = record.get("instances", [record])
         if isinstance(instruction, str) and isinstance(instances, list):
@@ -131,7 +144,7 @@ def _record_texts(where: str, record: Any) -> list[str]:
                 if isinstance(item, dict)
             ]
             if pairs and all(isinstance(text, str) for pair in pairs for text in pair):
-                return [alpaca_example(instruction, given, output).text for given, output in pairs]
+                return [alpaca_example(instruction, given, output) for given, output in pairs]
     raise ValueError(f"{where}: expected an object with text, or with instruction and output")
 
 
@@ -146,25 +159,101 @@ def calibration_windows(
     """
     _check_sizes("calibration_windows", samples, length)
     generator = torch.Generator().manual_seed(seed)
+    windows = _windows(texts, tokenizer, samples, length, generator)
+    if len(windows) < samples:
+        raise ValueError(
+            f"calibration_windows: texts: expected at least {samples * length} tokens ({samples} "
+            f"windows of {length}), got enough for {len(windows)}"
+        )
+    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+
+
+def _windows(
+    texts: Sequence[str], tokenizer: Any, count: int, length: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Windows of shuffled documents, at least `count` if there are so many: int64 [n, length]."""
     order = torch.randperm(len(texts), generator=generator).tolist()
-    needed = samples * length
     tokens: list[int] = []
     # In batches: a fast tokenizer then works in parallel, and reading stops when there is enough.
     for start in range(0, len(order), 64):
-        if len(tokens) >= needed:
+        if len(tokens) >= count * length:
             break
         batch = [texts[i] + "\n\n" for i in order[start : start + 64] if texts[i].strip()]
         if batch:
             encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
             tokens += [token for ids in encoded for token in ids]
     available = len(tokens) // length
-    if available < samples:
-        raise ValueError(
-            f"calibration_windows: texts: expected at least {needed} tokens ({samples} windows of "
-            f"{length}), got {len(tokens)}"
-        )
-    windows = torch.tensor(tokens[: available * length], dtype=torch.int64).view(-1, length)
-    return windows[torch.randperm(available, generator=generator)[:samples]]
+    return torch.tensor(tokens[: available * length], dtype=torch.int64).view(-1, length)
+
+
+class TrainingSet(Dataset[dict[str, torch.Tensor]]):
+    """`input_ids` and `labels`, int64 [at most length]; labels are IGNORED where nothing is learnt.
+
+    Texts are shuffled, joined and cut into windows, every token a label. Instructions are one
+    example each, in Alpaca's prompt, ended by the tokenizer's eos and cut off at `length`;
+    `mask_prompt` leaves the prompt out of the labels, and examples with nothing but a prompt are
+    left out. `limit` is the number of examples that are wanted: reading stops there.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        *,
+        length: int,
+        mask_prompt: bool = False,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check_sizes("TrainingSet", 1 if limit is None else limit, length)
+        generator = torch.Generator().manual_seed(seed)
+        if not any(example.prompt for example in examples):
+            texts = [example.text for example in examples]
+            windows = _windows(texts, tokenizer, limit or sys.maxsize, length, generator)
+            self.items = [(window, 0) for window in windows[:limit]]
+        else:
+            order = torch.randperm(len(examples), generator=generator).tolist()
+            kept = [_tokenize(examples[i], tokenizer, length, mask_prompt) for i in order]
+            self.items = [(ids, masked) for ids, masked in kept if masked < len(ids) > 1][:limit]
+        if not self.items:
+            raise ValueError(
+                f"TrainingSet: examples: expected text for a window of {length} tokens, or an "
+                f"instruction whose prompt is shorter, got none in {len(examples)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids, masked = self.items[index]
+        labels = ids.clone()
+        labels[:masked] = IGNORED
+        return {"input_ids": ids, "labels": labels}
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(ids) for ids, _ in self.items)
+
+    def digest(self) -> str:
+        """SHA-256 over all tokens and masks: what was computed from them can be told by it."""
+        digest = hashlib.sha256()
+        for ids, masked in self.items:
+            digest.update(f"{len(ids)} {masked} ".encode())
+            digest.update(ids.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _tokenize(
+    example: Example, tokenizer: Any, length: int, mask_prompt: bool
+) -> tuple[torch.Tensor, int]:
+    """The tokens of an instruction and its answer, and how many of them are not learnt."""
+    prompt, response = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for text in (example.prompt, example.response)
+    )
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = torch.tensor([*prompt, *response, *end][:length], dtype=torch.int64)
+    return ids, len(prompt) if mask_prompt else 0
 
 
 def _check_sizes(name: str, samples: int, length: int) -> None:

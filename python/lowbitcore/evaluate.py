@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbitcore.data import check_unicode
+from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.model import check_kind
-
-# Logits are made for this many tokens at a time: [tokens, vocabulary] in float32 is the largest
-# tensor of an evaluation otherwise.
-_CHUNK_TOKENS = 512
 
 
 class Perplexity(NamedTuple):
@@ -84,44 +80,11 @@ def perplexity(
 
 def _window_loss(model: PreTrainedModel, window: torch.Tensor, scored: int) -> float:
     """Summed cross-entropy of the last `scored` tokens of one window [context]."""
-    loss = 0.0
-    first = len(window) - scored
-    for begin, logits in _logit_chunks(model, window, first - 1):
-        targets = window[begin + 1 : begin + 1 + logits.shape[0]]
-        loss += torch.nn.functional.cross_entropy(
-            logits[: len(targets)].float(), targets, reduction="sum"
-        ).item()
-    return loss
-
-
-def _logit_chunks(
-    model: PreTrainedModel, window: torch.Tensor, begin: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(position, logits [chunk, vocabulary]) from position `begin` to the one before the last.
-
-    The body runs once. Then the model's own forward runs with the body replaced by a stub that
-    returns a slice of its output, so that whatever a model does to its logits is done here too.
-    """
-    body = model.get_decoder()
-    seen: list[Any] = []
-    handle = body.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
-        # One row of logits from this call: enough to make the body run.
-        model(input_ids=window[None], use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
-    output = seen[0]
-    hidden = output.last_hidden_state
-    own_forward = body.__dict__.get("forward")
-    for start in range(begin, len(window) - 1, _CHUNK_TOKENS):
-        stop = min(start + _CHUNK_TOKENS, len(window) - 1)
-        part = type(output)(last_hidden_state=hidden[:, start:stop])
-        body.forward = lambda *args, part=part, **kwargs: part
-        try:
-            logits = model(input_ids=window[None, start:stop], use_cache=False).logits[0]
-        finally:
-            if own_forward is None:
-                del body.forward
-            else:
-                body.forward = own_forward
-        yield start, logits
+    output = run_body(model, input_ids=window[None])
+    hidden, targets = output.last_hidden_state[0, -scored - 1 : -1], window[-scored:]
+    size = chunk_tokens(model)
+    with open_head(model, output) as logits:
+        return sum(
+            torch.nn.functional.cross_entropy(logits(part).float(), wanted, reduction="sum").item()
+            for part, wanted in zip(hidden.split(size), targets.split(size), strict=True)
+        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from lowbitcore.formats import checkpoint, gptq
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
-from lowbitcore.nn import QuantLinear
+from lowbitcore.nn import LoraLinear, QuantLinear
 
 
 class Weights(Protocol):
@@ -343,6 +344,26 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
     }
 
 
+def adapted_linears(model: nn.Module) -> dict[str, LoraLinear]:
+    """All linears with adapters, by path."""
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)
+    }
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The bare linears stand in their places for as long as this lasts."""
+    linears = adapted_linears(model)
+    for path, linear in linears.items():
+        set_module(model, path, linear.base)
+    try:
+        yield
+    finally:
+        for path, linear in linears.items():
+            set_module(model, path, linear)
+
+
 # --- Loading ---------------------------------------------------------------------------------
 
 
@@ -484,20 +505,26 @@ def save(
 ) -> None:
     """Writes a quantized model as a GPTQ directory that others can load too.
 
-    An earlier quantized model in `out` is replaced; a 16-bit one is refused.
+    An earlier quantized model in `out` is replaced; a 16-bit one is refused. Adapters are left out:
+    `save_adapter` writes them.
 
     Without `tokenizer`, that of the directory the model was loaded from is copied, if it has one.
     Every file is written atomically and config.json last. Raises ValueError where the model is not
     quantized or fp16 cannot hold a scale, OSError where the disk is full.
     """
     check_kind("save: model", model, PreTrainedModel)
+    with without_adapters(model):
+        _save(model, Path(out), tokenizer, max_shard_bytes)
+
+
+def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: int | None) -> None:
     linears = quantized_linears(model)
     value = getattr(model.config, "quantization_config", None)
     if not linears or value is None:
         raise ValueError("save: model: expected a quantized one, got none of its linears quantized")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"save: max_shard_bytes: expected at least 1, got {max_shard_bytes}")
-    present = Path(out) / "config.json"
+    present = out / "config.json"
     if present.is_file() and "quantization_config" not in checkpoint.read_json(present):
         raise ValueError(f"save: {out}: expected no 16-bit model there, got one: not overwritten")
     config = GptqConfig.from_dict(value, where="save: model.config.quantization_config")
@@ -577,6 +604,20 @@ def base_hash(canonical: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]])
             tensor = tensors[name].detach().cpu().contiguous()
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def packed_hash(model: PreTrainedModel) -> str | None:
+    """The base_hash of a model, computed once and kept in its config; None if nothing is packed."""
+    linears = quantized_linears(model)
+    if not linears:
+        return None
+    config = model.config.quantization_config
+    meta = config.setdefault("meta", {})
+    if "base_sha256" not in meta:
+        with without_adapters(model):
+            named = quantized_linears(model)
+            meta["base_sha256"] = base_hash({name: x.canonical for name, x in named.items()})
+    return str(meta["base_sha256"])
 
 
 def _with_hash(

@@ -1,16 +1,18 @@
-"""The layer that computes with packed weights."""
+"""Layers that compute with packed weights, and low-rank adapters on them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from . import ops
 
-__all__ = ["QuantLinear"]
+__all__ = ["LoraLinear", "LowRank", "QuantLinear"]
 
 
 class QuantLinear(nn.Module):
@@ -251,3 +253,52 @@ class QuantLinear(nn.Module):
             self.set_canonical(**found)  # type: ignore[arg-type]
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+
+
+class LowRank(nn.Module):
+    """One adapter of one linear: ``scaling * B A dropout(x)``.
+
+    `a` [r, K] and `b` [N, r] are float32 masters; products are in the type of the activations.
+    `a` starts as PEFT's does, `b` as zeros: an adapter starts out as nothing.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, rank: int, scaling: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout)
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [..., N] plus what the adapter makes of x [..., K]."""
+        low = functional.linear(self.dropout(x), self.a.to(x.dtype)).flatten(0, -2)
+        total = torch.addmm(y.flatten(0, -2), low, self.b.to(x.dtype).T, alpha=self.scaling)
+        return total.view(y.shape)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+class LoraLinear(nn.Module):
+    """A linear, packed or not, and the adapters stacked on it, the newest last:
+    ``base(x) + sum of (alpha / r) B A dropout(x)`` (Hu et al. 2106.09685)."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(y.dtype)
+        for adapter in self.adapters:
+            y = adapter.add_to(y, x)  # type: ignore[operator]
+        return y

@@ -15,7 +15,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,14 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{info.file}: tensor {name!r}: {_one_line(error)}") from error
 
+    def metadata(self) -> dict[str, str]:
+        """What the headers carry beside tensors."""
+        found: dict[str, str] = {}
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                found.update(file.metadata() or {})
+        return found
+
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and the ends of each file; cheap for any size."""
         digest = hashlib.sha256()
@@ -328,7 +336,11 @@ class Entry:
         return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
-def write_safetensors(path: str | os.PathLike[str], entries: Iterable[Entry]) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str],
+    entries: Iterable[Entry],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes one safetensors file atomically, holding one tensor in memory at a time.
 
     The library's own writer wants all tensors of a file at once, which for shards of 4 GB would
@@ -337,7 +349,7 @@ def write_safetensors(path: str | os.PathLike[str], entries: Iterable[Entry]) ->
     # The library's order, wide dtypes first: it keeps every tensor aligned.
     rank = {dtype: -number for number, dtype in enumerate(DTYPES.values())}
     ordered = sorted(entries, key=lambda entry: (rank[entry.dtype], entry.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for entry in ordered:
         if entry.name in header:

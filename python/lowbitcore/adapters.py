@@ -1,0 +1,159 @@
+"""What training leaves behind, on a model and on disk: LoRA adapters and scales."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lowbitcore.formats import peft, scales
+from lowbitcore.formats.peft import LowRankTensors
+from lowbitcore.lora import add_adapter, block_linears, linear_features, newest_adapters
+from lowbitcore.model import (
+    adapted_linears,
+    check_kind,
+    packed_hash,
+    quantized_linears,
+    without_adapters,
+)
+from lowbitcore.nn import QuantLinear
+from lowbitcore.peqa import prepare_peqa
+
+
+def save_adapter(model: PreTrainedModel, out: str | os.PathLike[str]) -> None:
+    """Writes what was trained: the newest LoRA adapter in PEFT's format or, without one, scales.
+
+    Raises ValueError where the model has neither.
+    """
+    check_kind("save_adapter: model", model, PreTrainedModel)
+    if adapted_linears(model):
+        _save_lora(model, Path(out))
+    elif quantized_linears(model):
+        save_scales(model, out)
+    else:
+        raise ValueError("save_adapter: model: expected adapters or packed linears, got neither")
+
+
+def _save_lora(model: PreTrainedModel, out: Path) -> None:
+    adapters = newest_adapters(model)
+    base = packed_hash(model)
+    peft.write(
+        out,
+        {
+            path: LowRankTensors(item.a.detach(), item.b.detach(), item.scaling)
+            for path, item in adapters.items()
+        },
+        dropout=next(iter(adapters.values())).dropout.p,
+        base_model=getattr(model.config, "name_or_path", None) or None,
+        metadata={} if base is None else {"base_sha256": base},
+    )
+
+
+def save_scales(model: PreTrainedModel, out: str | os.PathLike[str]) -> None:
+    """Writes `scales.safetensors`: one task's scales, without the integers."""
+    linears = _packed(model, "save_scales")
+    config = model.config.quantization_config
+    scales.write(
+        Path(out),
+        {path: linear.scales.detach() for path, linear in linears.items()},
+        bits=config["bits"],
+        group_size=config["group_size"],
+        base_sha256=str(packed_hash(model)),
+    )
+
+
+def load_adapter(
+    model: PreTrainedModel, path: str | os.PathLike[str], *, trainable: bool = False
+) -> PreTrainedModel:
+    """Puts a saved adapter on a model: LoRA goes on top of what is there, scales replace scales.
+
+    `path` is a directory with `adapter_config.json` (ours or PEFT's) or with `scales.safetensors`.
+    With `trainable` it goes on learning and everything else is frozen. All is checked before
+    anything changes. Raises ValueError for an adapter of another base.
+    """
+    check_kind("load_adapter: model", model, PreTrainedModel)
+    directory = Path(path)
+    if (directory / peft.CONFIG_FILE).is_file():
+        _load_lora(model, directory, trainable)
+    elif (directory / scales.FILE).is_file():
+        swap_scales(model, directory / scales.FILE)
+        if trainable:
+            prepare_peqa(model)
+    else:
+        raise ValueError(
+            f"load_adapter: {directory}: expected {peft.CONFIG_FILE} or {scales.FILE} in it"
+        )
+    return model
+
+
+def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None:
+    adapter = peft.read(directory)
+    _check_base(model, adapter.metadata.get("base_sha256"), directory)
+    linears = block_linears(model)
+    for path, (a, b, _) in adapter.linears.items():
+        if path not in linears:
+            raise ValueError(f"load_adapter: {directory}: {path}: the model has no such linear")
+        expected = linear_features(linears[path])
+        if (a.shape[1], b.shape[0]) != expected:
+            raise ValueError(
+                f"load_adapter: {directory}: {path}: expected a linear {expected[1]} x "
+                f"{expected[0]}, got an adapter for {b.shape[0]} x {a.shape[1]}"
+            )
+    if trainable:
+        model.requires_grad_(False)
+    for path, (a, b, scaling) in adapter.linears.items():
+        added = add_adapter(model, path, rank=a.shape[0], scaling=scaling, dropout=adapter.dropout)
+        with torch.no_grad():
+            added.a.copy_(a)
+            added.b.copy_(b)
+        added.requires_grad_(trainable)
+
+
+def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Gives a packed model another task's scales: all of them, or on any error none.
+
+    `path` is a scales file or its directory. Raises ValueError where they belong to other integers.
+    """
+    file = Path(path) / scales.FILE if Path(path).is_dir() else Path(path)
+    found = scales.read(file)
+    linears = _packed(model, "swap_scales")
+    _check_base(model, found.base_sha256, file)
+    if found.linears.keys() != linears.keys():
+        odd = sorted(found.linears.keys() ^ linears.keys())[0]
+        raise ValueError(f"swap_scales: {file}: {odd}: in the file or the model only")
+    for name, linear in linears.items():
+        if found.linears[name].shape != linear.scales.shape:
+            raise ValueError(
+                f"swap_scales: {file}: {name}: expected {list(linear.scales.shape)}, got "
+                f"{list(found.linears[name].shape)}"
+            )
+    old = {name: linear.scales.data for name, linear in linears.items()}
+    try:
+        _set_scales(linears, found.linears)
+    except BaseException:  # Ctrl-C between two linears
+        _set_scales(linears, old)
+        raise
+
+
+def _set_scales(linears: Mapping[str, QuantLinear], values: Mapping[str, torch.Tensor]) -> None:
+    for name, linear in linears.items():
+        # Parameters stay the same objects, for whoever holds them.
+        linear.scales.data = values[name].to(linear.scales.device)
+
+
+def _packed(model: PreTrainedModel, where: str) -> dict[str, QuantLinear]:
+    check_kind(f"{where}: model", model, PreTrainedModel)
+    with without_adapters(model):
+        linears = quantized_linears(model)
+    if not linears:
+        raise ValueError(f"{where}: model: expected a quantized one, got no packed linear in it")
+    return linears
+
+
+def _check_base(model: PreTrainedModel, base: str | None, where: Path) -> None:
+    """PEFT's own adapters do not say what they were trained on; then shapes have to do."""
+    if base is not None and base != packed_hash(model):
+        raise ValueError(f"{where}: belongs to another base: its integers are not this model's")

@@ -1,0 +1,144 @@
+"""PEFT's files of a LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
+
+Keys are `base_model.model.<path>.lora_A.weight` [r, K] and `.lora_B.weight` [N, r], float32.
+https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lowbitcore.formats import checkpoint
+from lowbitcore.formats.checkpoint import Checkpoint, Entry
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+# What would change the product and is not done here.
+_UNSUPPORTED = {
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "modules_to_save": ([], None),
+    "lora_bias": (False, None),
+    "trainable_token_indices": ([], {}, None),
+    "target_parameters": ([], None),
+}
+
+
+class LowRankTensors(NamedTuple):
+    """One linear's adapter: ``scaling * b a x`` with a [r, K], b [N, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+class PeftAdapter(NamedTuple):
+    """`metadata` is what the writer said of the model it was trained on."""
+
+    linears: dict[str, LowRankTensors]
+    dropout: float
+    metadata: dict[str, str]
+
+
+def write(
+    directory: Path,
+    linears: Mapping[str, LowRankTensors],
+    *,
+    dropout: float,
+    base_model: str | None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes an adapter; the config comes last, so nothing half-written loads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ranks = {path: item.a.shape[0] for path, item in linears.items()}
+    alphas = {path: item.scaling * item.a.shape[0] for path, item in linears.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": dropout,
+        "target_modules": _targets(linears),
+        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {path: _number(a) for path, a in alphas.items() if a != alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    entries = []
+    for path, item in linears.items():
+        entries.append(Entry.of(f"{_PREFIX}{path}.lora_A.weight", item.a))
+        entries.append(Entry.of(f"{_PREFIX}{path}.lora_B.weight", item.b))
+    checkpoint.write_safetensors(directory / WEIGHTS_FILE, entries, metadata)
+    checkpoint.write_json(directory / CONFIG_FILE, config)
+
+
+def _number(value: float) -> float | int:
+    """An integer where it is one: PEFT's files have them so."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _targets(linears: Mapping[str, LowRankTensors]) -> list[str]:
+    """Whole paths: last parts alone could name linears outside, such as a second `proj`."""
+    return sorted(linears)
+
+
+def read(directory: Path) -> PeftAdapter:
+    """Reads an adapter; ValueError where it is none, or is of a kind not known here."""
+    path = directory / CONFIG_FILE
+    config = checkpoint.read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type: expected LORA, got {config.get('peft_type')!r}")
+    for name, allowed in _UNSUPPORTED.items():
+        if config.get(name) not in allowed:
+            raise ValueError(f"{path}: {name}: expected {allowed[0]!r}, got {config[name]!r}")
+    weights = Checkpoint.from_file(directory / WEIGHTS_FILE)
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name in weights.names():
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
+        if match is None:
+            raise ValueError(f"{weights.files[0]}: expected LoRA matrices, got tensor {name!r}")
+        pairs.setdefault(match[1], {})[match[2]] = weights.tensor(name).float()
+    linears = {}
+    for module, pair in pairs.items():
+        where = f"{weights.files[0]}: {module}"
+        if set(pair) != {"A", "B"}:
+            raise ValueError(f"{where}: expected lora_A and lora_B, got lora_{next(iter(pair))}")
+        a, b = pair["A"], pair["B"]
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.numel():
+            raise ValueError(
+                f"{where}: expected [r, K] and [N, r], got {list(a.shape)} and {list(b.shape)}"
+            )
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{where}: holds NaN or Inf")
+        linears[module] = LowRankTensors(a, b, _scaling(config, module, a.shape[0], path))
+    if not linears:
+        raise ValueError(f"{weights.files[0]}: holds no adapter")
+    dropout = config.get("lora_dropout", 0.0)
+    return PeftAdapter(linears, float(dropout), weights.metadata())
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int, where: Path) -> float:
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        # PEFT's rule: a pattern matches a whole path or its end.
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+            break
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{where}: lora_alpha: expected a number, got {alpha!r}")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

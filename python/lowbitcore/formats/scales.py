@@ -1,0 +1,57 @@
+"""Scales files: what PEQA (2305.14152) trains, apart from the integers that all tasks share.
+
+`scales.safetensors` holds `<path>.scales` float32 [G, N] for every packed linear, and in its
+metadata `bits`, `group_size` and `base_sha256`, the hash of the integers they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lowbitcore.formats import checkpoint
+from lowbitcore.formats.checkpoint import Checkpoint, Entry
+
+FILE = "scales.safetensors"
+
+
+class Scales(NamedTuple):
+    linears: dict[str, torch.Tensor]
+    base_sha256: str
+
+
+def write(
+    directory: Path,
+    linears: Mapping[str, torch.Tensor],
+    *,
+    bits: int,
+    group_size: int,
+    base_sha256: str,
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"bits": str(bits), "group_size": str(group_size), "base_sha256": base_sha256}
+    entries = [Entry.of(f"{path}.scales", tensor) for path, tensor in linears.items()]
+    checkpoint.write_safetensors(directory / FILE, entries, metadata)
+
+
+def read(path: Path) -> Scales:
+    """Reads a scales file; ValueError where it is none or a scale is not a finite number."""
+    weights = Checkpoint.from_file(path)
+    base = weights.metadata().get("base_sha256")
+    if base is None:
+        raise ValueError(f"{path}: expected base_sha256 in its metadata, got none")
+    linears = {}
+    for name in weights.names():
+        tensor = weights.tensor(name)
+        if not name.endswith(".scales") or tensor.dtype != torch.float32 or tensor.dim() != 2:
+            raise ValueError(
+                f"{path}: expected float32 matrices called .scales, got {name!r}, {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name}: holds NaN or Inf")
+        linears[name.removesuffix(".scales")] = tensor
+    return Scales(linears, base)

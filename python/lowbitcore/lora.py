@@ -1,0 +1,135 @@
+"""Low-rank adapters on a model's linears, which stay packed: all that EMEF and LREC train.
+
+Adapters stack: one that corrects a model (LREC) stays frozen under one that teaches it something
+(EMEF), INT2.1 (2306.08162) appendix D.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lowbitcore.model import (
+    adapted_linears,
+    check_kind,
+    find_blocks,
+    linear_shape,
+    set_module,
+)
+from lowbitcore.nn import LoraLinear, LowRank, QuantLinear
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """All linears of a model's blocks by path, quantized or not, with their adapters if any."""
+    layout = find_blocks(model)
+    kinds = (QuantLinear, LoraLinear, nn.Linear, Conv1D)
+    found: dict[str, nn.Module] = {}
+    for path, module in layout.modules.named_modules(prefix=layout.prefix):
+        if isinstance(module, kinds) and path.rpartition(".")[0] not in found:
+            found[path] = module
+    return found
+
+
+def linear_features(linear: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of any of the block's linears."""
+    if isinstance(linear, LoraLinear):
+        linear = linear.base
+    if isinstance(linear, QuantLinear):
+        return linear.in_features, linear.out_features
+    return linear_shape(linear)
+
+
+def prepare_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] | None = ("q_proj", "v_proj"),
+    dropout: float = 0.0,
+) -> PreTrainedModel:
+    """Freezes the model and puts a new trainable adapter on its linears; returns the model.
+
+    `targets` are the last parts of paths, or whole paths, of linears in the model's blocks; None
+    takes them all, as LREC does. Adapters that are there already stay, frozen, under the new one.
+    Raises ValueError where no linear is called like one of the targets.
+    """
+    check_kind("prepare_lora: model", model, PreTrainedModel)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"prepare_lora: rank: expected a positive integer, got {rank!r}")
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"prepare_lora: alpha: expected a positive number, got {alpha!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"prepare_lora: dropout: expected 0 or more and below 1, got {dropout!r}")
+    linears = block_linears(model)
+    chosen = select(linears, targets, where="prepare_lora: targets")
+    model.requires_grad_(False)
+    for path in chosen:
+        add_adapter(model, path, rank=rank, scaling=alpha / rank, dropout=dropout)
+    return model
+
+
+def select(
+    linears: dict[str, nn.Module], targets: Sequence[str] | None, *, where: str
+) -> list[str]:
+    """The paths whose last part, or which themselves, are among `targets`."""
+    if targets is None:
+        return list(linears)
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"{where}: expected a list of names, got {targets!r}")
+    chosen = {path: {path, path.rpartition(".")[2]} & set(targets) for path in linears}
+    missing = set(targets) - set().union(*chosen.values())
+    if missing:
+        names = sorted({path.rpartition(".")[2] for path in linears})
+        raise ValueError(
+            f"{where}: expected names of linears ({', '.join(names)}), got {sorted(missing)[0]!r}"
+        )
+    return [path for path, hits in chosen.items() if hits]
+
+
+def add_adapter(
+    model: nn.Module, path: str, *, rank: int, scaling: float, dropout: float = 0.0
+) -> LowRank:
+    """Stacks an adapter onto the linear at `path`."""
+    module = model.get_submodule(path)
+    if not isinstance(module, LoraLinear):
+        module = LoraLinear(module).train(module.training)
+        set_module(model, path, module)
+    in_features, out_features = linear_features(module)
+    adapter = LowRank(in_features, out_features, rank=rank, scaling=scaling, dropout=dropout)
+    device = next(module.base.parameters()).device
+    module.adapters.append(adapter.to(device).train(module.training))
+    return adapter
+
+
+def newest_adapters(model: nn.Module) -> dict[str, LowRank]:
+    """The adapters that train or, where none does, those on top, by path of their linear."""
+    linears = adapted_linears(model)
+    tops: dict[str, LowRank] = {
+        path: linear.adapters[-1]  # type: ignore[misc]
+        for path, linear in linears.items()
+    }
+    training = {path: top for path, top in tops.items() if top.a.requires_grad}
+    return training or tops
+
+
+def fold_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes one adapter of rank r1 + r2 + ... out of those stacked on each linear, frozen.
+
+    A = [A1; A2], B = [s1 B1, s2 B2] with scaling 1: the same products, summed in another order.
+    """
+    for linear in adapted_linears(model).values():
+        stacked: list[LowRank] = list(linear.adapters)  # type: ignore[arg-type]
+        in_features, out_features = linear_features(linear)
+        rank = sum(adapter.rank for adapter in stacked)
+        folded = LowRank(in_features, out_features, rank=rank, scaling=1.0, dropout=0.0)
+        folded.a = nn.Parameter(torch.cat([x.a.detach() for x in stacked]), requires_grad=False)
+        folded.b = nn.Parameter(
+            torch.cat([x.scaling * x.b.detach() for x in stacked], dim=1), requires_grad=False
+        )
+        linear.adapters = nn.ModuleList([folded.train(linear.training)])
+    return model

@@ -1,0 +1,274 @@
+"""LREC (INT2.1, 2306.08162, section 3.2): low-rank adapters that make a quantized model say what
+its 16-bit teacher says.
+
+The loss is lambda_kl KL + lambda_ce CE, both means over scored tokens (the paper's equations 2 and
+3). KL(teacher || student) is "forward", the direction of the authors' public code; the paper's
+formula is written the other way round, "reverse".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lowbitcore.data import TrainingSet
+from lowbitcore.formats import checkpoint
+from lowbitcore.formats.checkpoint import Entry
+from lowbitcore.head import open_head, run_body
+from lowbitcore.model import check_kind
+from lowbitcore.training import Loss, PackedTrainer, TrainedModel
+
+Direction = Literal["forward", "reverse"]
+
+# Examples in a file of the cache: what a killed run may have to do again.
+_SHARD = 32
+
+
+class LrecTrainer(PackedTrainer):
+    """Trains the adapters of `prepare_lora(model, targets=None)` against a frozen teacher.
+
+    `teacher` is the 16-bit model, which then runs beside the student, or a `TeacherCache` of the
+    very `train_dataset`. Raises ValueError for lambdas below 0 or both 0, and where a cached
+    teacher's head is not the student's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: Any,
+        train_dataset: Dataset[Any],
+        *,
+        teacher: PreTrainedModel | TeacherCache,
+        lambda_kl: float = 1.0,
+        lambda_ce: float = 0.1,
+        kl: Direction = "forward",
+        **kwargs: Any,
+    ) -> None:
+        for name, value in (("lambda_kl", lambda_kl), ("lambda_ce", lambda_ce)):
+            if not value >= 0:
+                raise ValueError(f"LrecTrainer: {name}: expected 0 or more, got {value}")
+        if lambda_kl == lambda_ce == 0:
+            raise ValueError("LrecTrainer: lambda_kl: expected one lambda above 0, got 0 and 0")
+        if kl not in ("forward", "reverse"):
+            raise ValueError(f"LrecTrainer: kl: expected forward or reverse, got {kl!r}")
+        self._weights = (lambda_kl, lambda_ce, kl)
+        self._teacher: PreTrainedModel | None = None
+        if isinstance(teacher, TeacherCache):
+            teacher.check_head(model)
+            train_dataset = teacher.attach(train_dataset)
+        else:
+            check_kind("LrecTrainer: teacher", teacher, PreTrainedModel)
+            self._teacher = teacher.eval().requires_grad_(False)
+        super().__init__(model, args, train_dataset, **kwargs)
+
+    def _trained(self, model: PreTrainedModel) -> TrainedModel:
+        return _DistilledModel(model, self._teacher, *self._weights)
+
+
+class _DistilledModel(TrainedModel):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        lambda_kl: float,
+        lambda_ce: float,
+        kl: Direction,
+    ) -> None:
+        super().__init__(model)
+        # Not a submodule: it neither trains nor is it saved or wrapped.
+        self.__dict__["teacher"] = teacher
+        self._lambda_kl, self._lambda_ce, self._kl = lambda_kl, lambda_ce, kl
+
+    @torch.no_grad()
+    def loss(self, batch: dict[str, Tensor | None], scored: Tensor, output: Any) -> Loss:
+        teacher = self.__dict__["teacher"]
+        states = batch.pop("teacher_hidden", None)
+        if states is None:
+            output = run_body(teacher, **batch)
+            states = output.last_hidden_state
+        wanted = states[:, :-1][scored]
+        head = self.model if teacher is None else teacher
+
+        def loss(logits: Tensor, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            with torch.no_grad(), open_head(head, output) as teacher_logits:
+                log_t = teacher_logits(wanted[rows]).float().log_softmax(-1)
+            return distillation(
+                logits,
+                log_t,
+                targets,
+                lambda_kl=self._lambda_kl,
+                lambda_ce=self._lambda_ce,
+                kl=self._kl,
+            )
+
+        return loss
+
+
+def distillation(
+    logits: Tensor,
+    log_t: Tensor,
+    targets: Tensor,
+    *,
+    lambda_kl: float,
+    lambda_ce: float,
+    kl: Direction,
+) -> tuple[Tensor, Tensor]:
+    """lambda_kl KL + lambda_ce CE summed over tokens, and its gradient in the logits.
+
+    logits float32 [t, vocabulary] of the student, log_t the teacher's log-probabilities (is
+    overwritten), targets int64 [t].
+    """
+    rows = torch.arange(len(targets), device=targets.device)
+    log_s = logits.log_softmax(-1)
+    loss = -lambda_ce * log_s[rows, targets].sum()
+    p_s = log_s.exp()
+    if kl == "forward":  # sum of p_t (log p_t - log p_s); its gradient is p_s - p_t
+        p_t = log_t.exp()
+        loss = loss + lambda_kl * torch.sum(p_t * log_t.sub_(log_s))
+        gradient = p_s.mul_(lambda_kl + lambda_ce).sub_(p_t, alpha=lambda_kl)
+    else:  # sum of p_s (log p_s - log p_t); its gradient is p_s (log p_s - log p_t - KL)
+        ratio = log_s.sub_(log_t)
+        divergence = torch.sum(p_s * ratio, dim=-1, keepdim=True)
+        loss = loss + lambda_kl * divergence.sum()
+        gradient = p_s * ratio.sub_(divergence).mul_(lambda_kl).add_(lambda_ce)
+    gradient[rows, targets] -= lambda_ce
+    return loss, gradient
+
+
+# --- The teacher on disk -----------------------------------------------------------------------
+
+
+class TeacherCache:
+    """A teacher's last hidden states for every token of a training set, on disk.
+
+    Quantization leaves the head alone, so teacher and student share it, and logits made from the
+    stored states are the teacher's to the last bit: at the vocabulary's size over the features'
+    (8 times on LLaMA-7B) less than the logits that the paper stores. The directory is bound to the
+    teacher and to the tokens by hash, and a killed run goes on where it was.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], binding: dict[str, Any]) -> None:
+        self._directory, self._binding = Path(directory), binding
+
+    @staticmethod
+    def bytes_needed(teacher: PreTrainedModel, dataset: TrainingSet) -> int:
+        features = teacher.config.get_text_config().hidden_size
+        return dataset.tokens * features * teacher.dtype.itemsize
+
+    @classmethod
+    @torch.no_grad()
+    def fill(
+        cls,
+        directory: str | os.PathLike[str],
+        teacher: PreTrainedModel,
+        dataset: TrainingSet,
+        *,
+        progress: bool = True,
+    ) -> TeacherCache:
+        """Runs the teacher over the data, or over what an earlier call left to do.
+
+        Raises ValueError where the directory holds another teacher's or other data's states, and
+        OSError where the disk has no room for them.
+        """
+        check_kind("TeacherCache: teacher", teacher, PreTrainedModel)
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        binding = {
+            "teacher": fingerprint(teacher),
+            "head": fingerprint(teacher.get_output_embeddings()),
+            "data": dataset.digest(),
+            "dtype": str(teacher.dtype),
+            "examples": len(dataset),
+        }
+        record = path / "cache.json"
+        if record.exists():
+            found = checkpoint.read_json(record)
+            for name, value in binding.items():
+                if found.get(name) != value:
+                    raise ValueError(
+                        f"TeacherCache: {path}: holds states of another {name}: choose an empty "
+                        "directory, or delete it"
+                    )
+        elif any(path.iterdir()):
+            raise ValueError(f"TeacherCache: {path}: expected an empty or new directory")
+        else:
+            needed, free = cls.bytes_needed(teacher, dataset), shutil.disk_usage(path).free
+            if needed > free:
+                raise OSError(
+                    f"TeacherCache: {path}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free"
+                )
+            checkpoint.write_json(record, binding)
+        cache = cls(path, binding)
+        starts = range(0, len(dataset), _SHARD)
+        todo = [start for start in starts if not cache._shard(start).exists()]
+        teacher.eval()
+        for start in tqdm(todo, desc="teacher", unit="shard", disable=not progress):
+            entries = []
+            for index in range(start, min(start + _SHARD, len(dataset))):
+                ids = dataset[index]["input_ids"][None]
+                states = run_body(teacher, input_ids=ids.to(teacher.device)).last_hidden_state[0]
+                if not torch.isfinite(states).all():
+                    raise ValueError(
+                        f"TeacherCache: teacher: its states for example {index} are not finite"
+                    )
+                entries.append(Entry.of(str(index), states))
+            checkpoint.write_safetensors(cache._shard(start), entries)
+        return cache
+
+    def _shard(self, index: int) -> Path:
+        return self._directory / f"states-{index // _SHARD:05d}.safetensors"
+
+    def states(self, index: int) -> Tensor:
+        """The states of one example, [tokens, features]."""
+        with safe_open(self._shard(index), framework="pt") as file:
+            return cast(Tensor, file.get_tensor(str(index)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self._directory.glob("states-*.safetensors"))
+
+    def check_head(self, student: PreTrainedModel) -> None:
+        """ValueError unless the student's head is the teacher's."""
+        if fingerprint(student.get_output_embeddings()) != self._binding["head"]:
+            raise ValueError(
+                f"TeacherCache: {self._directory}: the student's head or its dtype is not the "
+                "teacher's: train without a cache"
+            )
+
+    def attach(self, dataset: Dataset[Any]) -> Dataset[Any]:
+        """The same examples with `teacher_hidden` beside their tokens."""
+        if not isinstance(dataset, TrainingSet) or dataset.digest() != self._binding["data"]:
+            raise ValueError(f"TeacherCache: {self._directory}: holds states of other data")
+        return _WithStates(dataset, self)
+
+
+class _WithStates(Dataset[dict[str, Tensor]]):
+    def __init__(self, dataset: TrainingSet, cache: TeacherCache) -> None:
+        self._dataset, self._cache = dataset, cache
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**self._dataset[index], "teacher_hidden": self._cache.states(index)}
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and up to 4,096 values of each tensor of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

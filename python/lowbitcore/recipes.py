@@ -1,0 +1,373 @@
+"""Training from files to files: what the commands peqa, emef and lrec do.
+
+A run writes checkpoints into its directory as it goes; one that was killed goes on from the last of
+them to the result it would have had. At its end the directory holds the adapter or the scales, a
+plot and the Trainer's log, and no checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from lowbitcore import adapters, data
+from lowbitcore import model as models
+from lowbitcore.data import TrainingSet
+from lowbitcore.evaluate import perplexity
+from lowbitcore.formats import checkpoint, peft, scales
+from lowbitcore.formats.checkpoint import atomic_path
+from lowbitcore.lora import prepare_lora
+from lowbitcore.lrec import LrecTrainer, TeacherCache
+from lowbitcore.peqa import prepare_peqa
+from lowbitcore.training import (
+    Deadline,
+    EmefTrainer,
+    PackedTrainer,
+    PeqaTrainer,
+    collate,
+    newest_checkpoint,
+)
+
+_RECORD = "training.json"
+_STATE = "trainer_state.json"
+# Evaluations during a training look at the start of the text; the last one at all of it.
+_EVALUATIONS, _EVALUATION_WINDOWS = 5, 4
+_CHECKPOINTS = 10
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, on what, and how fast. One of steps, tokens and minutes is given.
+
+    `batch` sequences of up to `length` tokens make a step, `micro_batch` of them at a time.
+    """
+
+    data: str
+    steps: int | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    length: int = 512
+    batch: int = 2
+    micro_batch: int | None = None
+    lr: float = 3e-4
+    seed: int = 0
+    mask_prompt: bool = False
+    eval_text: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.steps, self.tokens, self.minutes]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("--steps: expected one of --steps, --tokens and --minutes")
+        for name in ("steps", "tokens", "minutes", "length", "batch", "micro_batch", "lr"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: expected a positive number, got {value}")
+        if self.batch % (self.micro_batch or self.batch):
+            raise ValueError(
+                f"--micro-batch: expected a divisor of --batch {self.batch}, got {self.micro_batch}"
+            )
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int
+    alpha: float
+    targets: Sequence[str] | None
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Whom LREC learns from, and how; `cache` is a directory for its hidden states."""
+
+    model: str
+    lambda_kl: float
+    lambda_ce: float
+    kl: Literal["forward", "reverse"]
+    cache: str | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """PEQA without `lora`; with it EMEF or, given a `teacher`, LREC."""
+
+    model: str
+    schedule: Schedule
+    lora: Lora | None = None
+    teacher: Teacher | None = None
+    adapters: tuple[str, ...] = ()
+    dtype: str = "auto"
+
+    @property
+    def product(self) -> str:
+        return scales.FILE if self.lora is None else peft.CONFIG_FILE
+
+
+def train(
+    recipe: Recipe, out: Path, *, resume: bool, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Trains as the recipe says, into `out`; returns what the commands report.
+
+    Under torchrun it trains in several processes, and returns that in the first of them alone.
+    `say` is told what happens. Raises ValueError for bad input and for an `out` that exists, or
+    that a run with other settings began.
+    """
+    schedule = recipe.schedule
+    if schedule.minutes is not None and _processes() > 1:
+        raise ValueError("--minutes: expected --steps or --tokens where several processes train")
+    start = time.perf_counter()
+    planned = _open(recipe, out, resume)
+    model = models.load(recipe.model, dtype=recipe.dtype)
+    tokenizer = models.load_tokenizer(recipe.model)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and schedule.length > limit:
+        raise ValueError(
+            f"--length: expected at most {limit} for this model, got {schedule.length}"
+        )
+    for path in recipe.adapters:
+        adapters.load_adapter(model, path)
+    # Read before anything is trained, and not after hours of it.
+    text = None
+    if schedule.eval_text is not None:
+        text = "\n\n".join(data.read_texts(schedule.eval_text))
+
+    def measure(subject: PreTrainedModel, windows: int | None) -> float:
+        assert text is not None
+        context = min(1024, limit or 1024)
+        return perplexity(subject, tokenizer, text, context=context, windows=windows).ppl
+
+    steps = schedule.steps or planned.get("steps")
+    if schedule.tokens is not None:
+        steps = math.ceil(schedule.tokens / (schedule.batch * schedule.length))
+    examples = TrainingSet(
+        data.read_examples(schedule.data),
+        tokenizer,
+        length=schedule.length,
+        mask_prompt=schedule.mask_prompt,
+        limit=None if steps is None else steps * schedule.batch,
+        seed=schedule.seed,
+    )
+    torch.manual_seed(schedule.seed)
+    if recipe.lora is None:
+        prepare_peqa(model)
+    else:
+        prepare_lora(
+            model,
+            rank=recipe.lora.rank,
+            alpha=recipe.lora.alpha,
+            targets=recipe.lora.targets,
+            dropout=recipe.lora.dropout,
+        )
+    teacher = _teacher(recipe, model, examples, say)
+    evaluation = None if text is None else lambda m: measure(m, _EVALUATION_WINDOWS)
+
+    def trainer(steps: int) -> PackedTrainer:
+        arguments = _arguments(schedule, out, steps, evaluate=text is not None)
+        kwargs: dict[str, Any] = {"evaluation": evaluation}
+        if recipe.teacher is not None:
+            return LrecTrainer(
+                model,
+                arguments,
+                examples,
+                teacher=teacher,
+                lambda_kl=recipe.teacher.lambda_kl,
+                lambda_ce=recipe.teacher.lambda_ce,
+                kl=recipe.teacher.kl,
+                **kwargs,
+            )
+        kind = PeqaTrainer if recipe.lora is None else EmefTrainer
+        return kind(model, arguments, examples, **kwargs)
+
+    if steps is None:
+        assert schedule.minutes is not None
+        left = 60 * schedule.minutes
+        steps = max(1, int(left / _seconds_a_step(trainer(1), schedule, examples)))
+    run = trainer(steps)
+    _record(recipe, out, steps)
+    if schedule.minutes is not None:
+        run.add_callback(Deadline(schedule.minutes))
+    say(
+        f"training {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters "
+        f"for {steps} steps of {schedule.batch} sequences, {len(examples)} of them at hand"
+    )
+    before = time.perf_counter()
+    run.train(resume_from_checkpoint=newest_checkpoint(out) if resume else None)
+    training_seconds = time.perf_counter() - before
+    model.eval()
+    history = run.state.log_history
+    if not _is_main():
+        return None
+    losses = [item["loss"] for item in history if "loss" in item]
+    ppl = None if text is None else measure(model, None)
+    adapters.save_adapter(model, out)
+    draw(history, out / "training.png", final=ppl)
+    run.state.save_to_json(str(out / _STATE))
+    for old in out.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    product = peft.WEIGHTS_FILE if recipe.lora is not None else scales.FILE
+    return {
+        "out": str(out),
+        "steps": run.state.global_step,
+        "tokens": int(run.state.num_input_tokens_seen),
+        "seconds": time.perf_counter() - start,
+        "training_seconds": training_seconds,
+        "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
+        "ppl": ppl,
+        "adapter_bytes": (out / product).stat().st_size,
+    }
+
+
+# --- The directory of a run --------------------------------------------------------------------
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What a resumed run has to share with the one it goes on with."""
+    # As it is read back from disk: tuples have become lists.
+    return cast(dict[str, Any], json.loads(json.dumps(asdict(recipe))))
+
+
+def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
+    """Prepares `out`; what an unfinished run in it had planned."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: expected a directory, got a file")
+    record = out / _RECORD
+    if not _is_main():  # the first process may have begun already
+        return checkpoint.read_json(record) if resume and record.exists() else {}
+    if (out / recipe.product).exists():
+        raise ValueError(f"{out}: holds a finished training already")
+    if record.exists():
+        if not resume:
+            raise ValueError(f"{out}: holds an unfinished training: give --resume, or delete it")
+        found = checkpoint.read_json(record)
+        settings = _settings(recipe)
+        for name in settings.keys() | found.get("recipe", {}).keys():
+            if found.get("recipe", {}).get(name) != settings.get(name):
+                raise ValueError(f"{out}: cannot resume: {name} differs from the unfinished run's")
+        return found
+    strangers = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if strangers:
+        raise ValueError(f"{out}: expected an empty or new directory, got {strangers[0]!r} in it")
+    return {}
+
+
+def _is_main() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _record(recipe: Recipe, out: Path, steps: int) -> None:
+    if _is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(out / _RECORD, {"recipe": _settings(recipe), "steps": steps})
+
+
+# --- The parts of a run ------------------------------------------------------------------------
+
+
+def _teacher(
+    recipe: Recipe, model: PreTrainedModel, examples: TrainingSet, say: Callable[[str], None]
+) -> PreTrainedModel | TeacherCache | None:
+    if recipe.teacher is None:
+        return None
+    teacher = models.load(recipe.teacher.model, dtype=model.dtype)
+    if teacher.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+        raise ValueError(f"--teacher: {recipe.teacher.model}: its vocabulary is not the student's")
+    if recipe.teacher.cache is None:
+        return teacher
+    size = TeacherCache.bytes_needed(teacher, examples)
+    say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")
+    return TeacherCache.fill(recipe.teacher.cache, teacher, examples)
+
+
+def _arguments(schedule: Schedule, out: Path, steps: int, *, evaluate: bool) -> TrainingArguments:
+    processes = _processes()
+    micro = schedule.micro_batch or max(1, schedule.batch // processes)
+    if schedule.batch % (micro * processes):
+        raise ValueError(
+            f"--batch: expected a multiple of {micro} sequences on {processes} processes, got "
+            f"{schedule.batch}"
+        )
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=schedule.batch // (micro * processes),
+        learning_rate=schedule.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(20, steps // 10),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=schedule.seed,
+        logging_steps=max(1, steps // 200),
+        include_num_input_tokens_seen="all",
+        save_steps=max(1, steps // _CHECKPOINTS),
+        save_total_limit=2,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=max(1, steps // _EVALUATIONS) if evaluate else None,
+        report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        use_cpu=True,
+        ddp_backend="gloo" if processes > 1 else None,
+    )
+
+
+def _seconds_a_step(trainer: PackedTrainer, schedule: Schedule, examples: TrainingSet) -> float:
+    """What a step takes, from two micro-batches of which the first one warms up."""
+    model = trainer.model
+    micro = schedule.micro_batch or schedule.batch
+    batch = collate([trainer.train_dataset[i % len(examples)] for i in range(micro)])
+    model.train()
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        model(**batch)["loss"].backward()
+        seconds = time.perf_counter() - start
+    model.zero_grad()
+    return seconds * schedule.batch / micro
+
+
+def draw(history: list[dict[str, Any]], path: Path, *, final: float | None) -> None:
+    """Loss and perplexity against tokens, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    losses = [(item["num_input_tokens_seen"], item["loss"]) for item in history if "loss" in item]
+    points = [
+        (i.get("num_input_tokens_seen", 0), i["eval_ppl"]) for i in history if "eval_ppl" in i
+    ]
+    axes.plot(*zip(*losses, strict=True), color="tab:blue", label="training loss")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats a token)")
+    handles = axes.get_lines()
+    if points:
+        right = axes.twinx()
+        right.set_yscale("log")
+        right.set_ylabel("perplexity on the evaluation text (log scale)")
+        label = f"perplexity (first {_EVALUATION_WINDOWS} windows)"
+        handles = handles + right.plot(
+            *zip(*points, strict=True), color="tab:orange", marker="o", label=label
+        )
+    if final is not None:
+        axes.set_title(f"perplexity at the end, on all of the text: {final:,.2f}")
+    axes.legend(handles=handles)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    pyplot.close(figure)

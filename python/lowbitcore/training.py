@@ -1,0 +1,361 @@
+"""Training what is small on a model that stays packed, with transformers' Trainer underneath.
+
+The Trainer sees a `TrainedModel`, whose forward returns a loss; so accumulation, resuming, logging,
+evaluation and several processes work as for any model. Checkpoints hold the adapter or the scales,
+never the base. Neither the logits of a batch nor the dense gradient of a weight is ever in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lowbitcore import adapters
+from lowbitcore.data import IGNORED
+from lowbitcore.formats import peft, scales
+from lowbitcore.head import chunk_tokens, open_head, run_body
+from lowbitcore.lora import newest_adapters
+from lowbitcore.model import adapted_linears, check_kind
+
+Checkpointing = Literal["selective", "full", "none"]
+
+
+# --- Losses ----------------------------------------------------------------------------------
+
+
+class Loss(Protocol):
+    """A sum over tokens, with its gradient in closed form."""
+
+    def __call__(self, logits: Tensor, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The loss summed over a chunk, and its gradient in the logits.
+
+        logits float32 [t, vocabulary] (may be overwritten), targets int64 [t], rows: where the
+        chunk lies among the batch's scored tokens.
+        """
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """-log p(target): the loss of EMEF and PEQA."""
+    log_p = torch.log_softmax(logits, dim=-1)
+    loss = -log_p.gather(1, targets[:, None]).sum()
+    gradient = log_p.exp_()
+    gradient[torch.arange(len(targets)), targets] -= 1
+    return loss, gradient
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss of all tokens, and the gradient in their hidden states, a few logits at a time.
+
+    The head does not train, so its backward can run right after its forward, chunk by chunk: the
+    logits of a chunk are gone before those of the next are made.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Callable[[Tensor], Tensor],
+        loss: Loss,
+        size: int,
+        differentiate: bool,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if differentiate else None
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            part = hidden[rows].detach().requires_grad_(differentiate)
+            with torch.set_grad_enabled(differentiate):
+                logits = head(part)
+            value, wanted = loss(logits.detach().float(), targets[rows], rows)
+            total += value
+            if gradient is not None:
+                gradient[rows] = torch.autograd.grad(logits, part, wanted.to(logits.dtype))[0]
+            del logits, wanted
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient * grads[0], None, None, None, None, None
+
+
+class TrainedModel(nn.Module):
+    """A causal language model whose forward returns the mean loss over scored tokens.
+
+    A position is scored where the label of the next one is not -100.
+    """
+
+    accepts_loss_kwargs = True  # the Trainer then gives the number of scored tokens of a whole step
+    loss_type = "ForCausalLM"  # and counts labels as a causal language model shifts them
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def loss(self, batch: dict[str, Tensor | None], scored: Tensor, output: Any) -> Loss:
+        """The loss of a batch, given what the body made of it; `scored` bool [batch, length - 1]
+        are the positions that count."""
+        return cross_entropy
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **extra: Tensor,
+    ) -> dict[str, Tensor]:
+        output = run_body(self.model, input_ids=input_ids, attention_mask=attention_mask)
+        targets = labels[:, 1:]
+        scored = targets != IGNORED
+        hidden = output.last_hidden_state[:, :-1][scored]
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **extra}
+        loss = self.loss(batch, scored, output)
+        with open_head(self.model, output) as head:
+            total = _ChunkedLoss.apply(
+                hidden,
+                targets[scored],
+                head,
+                loss,
+                chunk_tokens(self.model),
+                torch.is_grad_enabled(),
+            )
+        count = len(hidden) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / count}
+
+
+# --- Activations -----------------------------------------------------------------------------
+
+
+def set_checkpointing(model: PreTrainedModel, kind: Checkpointing) -> None:
+    """What of a block's forward is kept for its backward.
+
+    "selective" keeps the outputs of packed products and of attention and computes the rest again,
+    which is cheap: a frozen packed linear needs none of its inputs for its backward. "full" keeps
+    a block's input alone and runs its forward twice; "none" keeps everything.
+    """
+    if kind == "none":
+        model.activation_checkpointing_disable()
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    elif kind != "full":
+        raise ValueError(f"checkpointing: expected selective, full or none, got {kind!r}")
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    # Wanted by PEFT and by reentrant checkpoints; here it would only differentiate the first block
+    # as far as the embeddings.
+    model.disable_input_require_grads()
+
+
+_KEPT = (
+    "lowbitcore::qgemm_nt",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = getattr(operator, "_schema", None) and operator._schema.name
+    return CheckpointPolicy.MUST_SAVE if name in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --- The Trainer -----------------------------------------------------------------------------
+
+
+class PackedTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer for what was prepared on a model: scales, or an adapter.
+
+    `model` comes from `prepare_peqa` or `prepare_lora`; `train_dataset` gives `input_ids` and
+    `labels`, int64 tensors (see `data.training_set`). `evaluation` returns the perplexity that is
+    logged as eval_ppl, with its logarithm as eval_loss, whenever `args` ask for an evaluation.
+    Everything else is the Trainer's.
+
+    Raises ValueError where nothing was prepared, and FloatingPointError at the first loss or
+    gradient that is NaN or Inf; the checkpoints before it are kept.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: Dataset[Any],
+        *,
+        evaluation: Callable[[PreTrainedModel], float] | None = None,
+        checkpointing: Checkpointing = "selective",
+        **kwargs: Any,
+    ) -> None:
+        check_kind(f"{type(self).__name__}: model", model, PreTrainedModel)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"{type(self).__name__}: model: expected one prepared for training, got one with "
+                "nothing to train"
+            )
+        set_checkpointing(model, checkpointing)
+        self._evaluation = evaluation
+        args.remove_unused_columns = False  # what a batch holds is for the loss to know
+        super().__init__(
+            model=self._trained(model),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=train_dataset if evaluation is not None else None,
+            data_collator=collate,
+            **kwargs,
+        )
+        self.add_callback(_GradientGuard())
+
+    def _trained(self, model: PreTrainedModel) -> TrainedModel:
+        return TrainedModel(model)
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return cast(TrainedModel, self.model).model
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"training: step {self.state.global_step + 1}: its loss is {float(loss)}"
+            )
+        return loss
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        if self._evaluation is None:
+            return {}
+        model = self.language_model
+        model.eval()
+        try:
+            ppl = self._evaluation(model)
+        finally:
+            model.train()
+        metrics = {f"{metric_key_prefix}_loss": math.log(ppl), f"{metric_key_prefix}_ppl": ppl}
+        self.log(metrics)
+        handler = self.callback_handler
+        self.control: TrainerControl = handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            adapters.save_adapter(self.language_model, output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.language_model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        restore(self.language_model, Path(str(self.state.best_model_checkpoint)))
+
+
+class PeqaTrainer(PackedTrainer):
+    """PEQA (2305.14152): cross-entropy, and of the model nothing but scales, which
+    `prepare_peqa` has thawed."""
+
+
+class EmefTrainer(PackedTrainer):
+    """EMEF (INT2.1, 2306.08162, section 3.1): cross-entropy, and a LoRA adapter on packed linears
+    from `prepare_lora`."""
+
+
+@torch.no_grad()
+def restore(model: PreTrainedModel, directory: Path) -> None:
+    """Puts what a checkpoint holds into the very parameters that train."""
+    if not adapted_linears(model):
+        adapters.swap_scales(model, directory / scales.FILE)
+        return
+    saved = peft.read(directory).linears
+    current = newest_adapters(model)
+    if saved.keys() != current.keys():
+        raise ValueError(f"{directory}: its adapter covers other linears than the one in training")
+    for path, adapter in current.items():
+        a, b, scaling = saved[path]
+        if a.shape != adapter.a.shape or b.shape != adapter.b.shape or scaling != adapter.scaling:
+            raise ValueError(f"{directory}: {path}: its adapter has another rank or alpha")
+        adapter.a.copy_(a)
+        adapter.b.copy_(b)
+
+
+class _GradientGuard(TrainerCallback):  # type: ignore[misc]
+    """A loss may be finite and its gradient not: that must not reach the parameters."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise FloatingPointError(
+                    f"training: step {state.global_step + 1}: the gradient of {name} holds NaN or "
+                    "Inf"
+                )
+
+
+class Deadline(TrainerCallback):  # type: ignore[misc]
+    """Ends a training that has used up its minutes, after the step it is at."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if time.monotonic() >= self._end:
+            control.should_training_stop = True
+
+
+def newest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """The last checkpoint that was written to its end: a kill may have cut off the newest."""
+    found = []
+    for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:  # the Trainer writes its state last
+            state = json.loads((path / "trainer_state.json").read_text())
+            found.append((int(state["global_step"]), path))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return max(found)[1] if found else None
+
+
+def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Pads on the right to the longest of a batch; the mask is left out where nothing is padded."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    longest = max(lengths)
+    batch = {
+        "input_ids": torch.zeros(len(examples), longest, dtype=torch.int64),
+        "labels": torch.full((len(examples), longest), IGNORED, dtype=torch.int64),
+    }
+    for row, example in enumerate(examples):
+        for name, target in batch.items():
+            target[row, : lengths[row]] = example[name]
+    if min(lengths) < longest:
+        positions = torch.arange(longest)
+        batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
+    for name in examples[0].keys() - batch.keys():
+        padded = [
+            nn.functional.pad(example[name], (0, 0, 0, longest - len(example[name])))
+            for example in examples
+        ]
+        batch[name] = torch.stack(padded)
+    return batch

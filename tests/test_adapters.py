@@ -1,0 +1,366 @@
+"""Adapters and scales: what they compute, their files, PEFT on the other side, and stacking."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import lowbitcore as lbc
+from lowbitcore.lora import block_linears, newest_adapters
+from lowbitcore.model import adapted_linears, quantized_linears, without_adapters
+from lowbitcore.nn import LoraLinear, QuantLinear
+from test_models import CONFIGS, LINEARS, dense_copy, logits, make_model, quantized
+
+
+def excite(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
+    """Gives the newest adapters values, as training would: fresh ones compute nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in newest_adapters(model).values():
+            adapter.b.copy_(0.2 * torch.randn(adapter.b.shape, generator=generator))
+    return model
+
+
+def trained(model: PreTrainedModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+# --- Layers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", ["static", "dynamic"])
+def test_lora_linear_against_float64(bits: int, act_order: str) -> None:
+    """Output and all gradients of two stacked adapters on a packed linear."""
+    model = quantized("llama", bits=bits, act_order=act_order)
+    lbc.prepare_lora(model, rank=4, alpha=8, targets=["up_proj"])
+    excite(model)
+    lbc.prepare_lora(model, rank=2, alpha=1, targets=["up_proj"])
+    excite(model, seed=1)
+    layer = adapted_linears(model)["model.layers.1.mlp.up_proj"]
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    y = layer(x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+
+    assert isinstance(layer.base, QuantLinear)
+    weight = layer.base.dequantize(torch.float32).double()
+    first, second = layer.adapters
+    low, top = (x.scaling * x.b.double() @ x.a.double() for x in (first, second))
+    whole = weight + low + top
+    torch.testing.assert_close(y.double(), x.double() @ whole.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), dy.double() @ whole, rtol=1e-5, atol=1e-5)
+    flat_x, flat_dy = x.detach().double().view(-1, 64), dy.double().view(-1, 96)
+    hidden = flat_x @ second.a.double().T
+    wanted = second.scaling * flat_dy.T @ hidden
+    torch.testing.assert_close(second.b.grad.double(), wanted, rtol=1e-4, atol=1e-5)
+    wanted = second.scaling * (flat_dy @ second.b.double()).T @ flat_x
+    torch.testing.assert_close(second.a.grad.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert first.a.grad is None and first.b.grad is None  # frozen under the second
+
+
+def test_dropout_is_of_training_alone() -> None:
+    model = quantized("llama")
+    lbc.prepare_lora(model, rank=4, targets=None, dropout=0.5)
+    excite(model)
+    assert torch.equal(logits(model.eval()), logits(model.eval()))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_fresh_adapter_changes_nothing(name: str) -> None:
+    model = quantized(name)
+    before = logits(model)
+    lbc.prepare_lora(model, rank=4, targets=None)
+    assert len(adapted_linears(model)) == LINEARS[name]
+    assert torch.equal(logits(model), before)
+    names = trained(model)
+    assert len(names) == 2 * LINEARS[name] and all(".adapters.0." in n for n in names)
+    with without_adapters(model):
+        assert len(quantized_linears(model)) == LINEARS[name]
+        assert not adapted_linears(model)
+    assert len(adapted_linears(model)) == LINEARS[name]
+
+
+def test_prepare_peqa() -> None:
+    model = quantized("llama")
+    lbc.prepare_peqa(model)
+    assert len(trained(model)) == 14 and all(n.endswith(".scales") for n in trained(model))
+    with pytest.raises(ValueError, match="got no packed linear"):
+        lbc.prepare_peqa(make_model("llama"))
+
+
+# --- The papers' arithmetic ------------------------------------------------------------------
+
+LLAMA = {
+    "7B": (4096, 11008, 32, 32),
+    "13B": (5120, 13824, 40, 40),
+    "30B": (6656, 17920, 60, 52),
+    "65B": (8192, 22016, 80, 64),
+}
+
+
+def llama(size: str, group_size: int) -> PreTrainedModel:
+    """The shape of LLaMA on the meta device, packed in 4 bits."""
+    hidden, intermediate, layers, heads = LLAMA[size]
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        for path, linear in block_linears(model).items():
+            parent, _, name = path.rpartition(".")
+            packed = QuantLinear(
+                linear.in_features, linear.out_features, bits=4, group_size=group_size
+            )
+            setattr(model.get_submodule(parent), name, packed)
+    return model
+
+
+def parameters(model: PreTrainedModel) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("7B", 1.36), ("13B", 2.13), ("30B", 4.15), ("65B", 6.80)]
+)
+def test_peqa_learnable_parameters(size: str, millions: float) -> None:
+    """PEQA's table 4: one scale for each output channel."""
+    model = lbc.prepare_peqa(llama(size, -1))
+    assert abs(parameters(model) / 1e6 - millions) < 0.0051
+
+
+def test_lora_learnable_parameters() -> None:
+    """PEQA's LoRA QV4 on 7B has 2.10 M, 1.54 times as many as PEQA; EMEF's rank 8 has 4,194,304."""
+    model = lbc.prepare_lora(llama("7B", -1), rank=4, targets=["q_proj", "v_proj"])
+    count = parameters(model)
+    assert count == 2_097_152
+    assert abs(count / parameters(lbc.prepare_peqa(llama("7B", -1))) - 1.54) < 0.005
+    model = lbc.prepare_lora(llama("7B", 128), rank=8, targets=["q_proj", "v_proj"])
+    assert parameters(model) == 4_194_304
+
+
+# --- PEFT --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt-neox", "gpt2"])
+def test_peft_loads_our_adapters(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = excite(lbc.prepare_lora(quantized(name), rank=4, alpha=6, targets=None))
+    lbc.save_adapter(model, tmp_path)
+    with without_adapters(model):
+        dense = dense_copy(name, model)
+    theirs = peft.PeftModel.from_pretrained(dense, tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model), logits(quantized(name)), atol=1e-2)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_adapters_load_here(rslora: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = quantized("llama")
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={"layers.1.mlp.down_proj": 3},
+        use_rslora=rslora,
+    )
+    theirs = peft.get_peft_model(dense_copy("llama", model), config)
+    for parameter_name, parameter in theirs.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    lbc.load_adapter(model, tmp_path)
+    assert len(adapted_linears(model)) == 4
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+# --- Files -------------------------------------------------------------------------------------
+
+
+def test_adapter_round_trip(tmp_path: Path) -> None:
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4, dropout=0.25))
+    lbc.save_adapter(model, tmp_path)
+    loaded = lbc.load_adapter(quantized("llama"), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(".adapters." in name for name in trained(loaded))
+    again = lbc.load_adapter(quantized("llama"), tmp_path, trainable=True)
+    assert len(trained(again)) == 8
+    layer = adapted_linears(again)["model.layers.0.self_attn.q_proj"]
+    assert layer.adapters[0].dropout.p == 0.25  # type: ignore[union-attr]
+
+
+def test_a_model_is_saved_without_its_adapters(tmp_path: Path) -> None:
+    model = quantized("llama")
+    lbc.save(model, tmp_path / "plain")
+    excite(lbc.prepare_lora(model, rank=4, targets=None))
+    lbc.save(model, tmp_path / "adapted")
+    files = (tmp_path / name / "model.safetensors" for name in ("plain", "adapted"))
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_stacked_adapters(tmp_path: Path) -> None:
+    """Side by side, or folded into one of rank r1 + r2: the same logits."""
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4, alpha=4, targets=None))
+    lbc.save_adapter(model, tmp_path / "lrec")
+    lbc.prepare_lora(model, rank=2, alpha=6)
+    assert len(trained(model)) == 8
+    excite(model, seed=1)
+    lbc.save_adapter(model, tmp_path / "emef")
+    assert len(load_file(tmp_path / "emef" / "adapter_model.safetensors")) == 8
+    expected = logits(model)
+    both = quantized("llama")
+    for name in ("lrec", "emef"):
+        lbc.load_adapter(both, tmp_path / name)
+    assert torch.equal(logits(both), expected)
+    lbc.fold_adapters(both)
+    ranks = {path: item.rank for path, item in newest_adapters(both).items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 6
+    assert ranks["model.layers.0.mlp.up_proj"] == 4
+    torch.testing.assert_close(logits(both), expected, rtol=1e-4, atol=1e-4)
+    lbc.save_adapter(both, tmp_path / "folded")
+    folded = lbc.load_adapter(quantized("llama"), tmp_path / "folded")
+    assert torch.equal(logits(folded), logits(both))
+
+
+def test_swapping_scales(tmp_path: Path) -> None:
+    model = quantized("llama")
+    original = logits(model)
+    lbc.save_adapter(model, tmp_path / "original")
+    with torch.no_grad():
+        for linear in quantized_linears(model).values():
+            linear.scales.mul_(1.1)
+    tuned = logits(model)
+    lbc.save_adapter(model, tmp_path / "tuned")
+    parameters = [linear.scales for linear in quantized_linears(model).values()]
+    lbc.swap_scales(model, tmp_path / "original")
+    assert torch.equal(logits(model), original)
+    lbc.load_adapter(model, tmp_path / "tuned")
+    assert torch.equal(logits(model), tuned) and not torch.equal(tuned, original)
+    after = [linear.scales for linear in quantized_linears(model).values()]
+    assert all(a is b for a, b in zip(parameters, after, strict=True))
+
+
+def test_scales_of_another_base_are_refused(tmp_path: Path) -> None:
+    lbc.save_adapter(quantized("llama"), tmp_path)
+    other = quantized("llama", bits=3)
+    before = logits(other)
+    with pytest.raises(ValueError, match="belongs to another base"):
+        lbc.load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), before)
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
+    lbc.save_adapter(excite(lbc.prepare_lora(quantized("llama"), rank=4)), tmp_path)
+    other = quantized("llama", bits=3)
+    with pytest.raises(ValueError, match="belongs to another base"):
+        lbc.load_adapter(other, tmp_path)
+    assert not adapted_linears(other)
+    with pytest.raises(ValueError, match="no such linear"):
+        lbc.load_adapter(quantized("opt"), strip_metadata(tmp_path))
+
+
+def strip_metadata(directory: Path) -> Path:
+    file = directory / "adapter_model.safetensors"
+    save_file(load_file(file), file)
+    return directory
+
+
+def test_an_interrupted_swap_leaves_the_old_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized("llama")
+    before = logits(model)
+    changed = deepcopy(model)
+    with torch.no_grad():
+        for linear in quantized_linears(changed).values():
+            linear.scales.mul_(2)
+    lbc.save_adapter(changed, tmp_path)
+    last = list(quantized_linears(model))[-1]
+    real = lbc.adapters._set_scales  # type: ignore[attr-defined]
+    calls = []
+
+    def interrupted(linears: dict[str, QuantLinear], values: dict[str, torch.Tensor]) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            real({path: x for path, x in linears.items() if path != last}, values)
+            raise KeyboardInterrupt
+        real(linears, values)
+
+    monkeypatch.setattr(lbc.adapters, "_set_scales", interrupted)  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        lbc.swap_scales(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank: expected a positive integer, got 0"),
+        ({"rank": True}, "rank: expected a positive integer, got True"),
+        ({"alpha": 0}, "alpha: expected a positive number"),
+        ({"alpha": float("nan")}, "alpha: expected a positive number"),
+        ({"dropout": 1.0}, "dropout: expected 0 or more and below 1"),
+        ({"targets": ["q_proj", "qproj"]}, r"names of linears \(down_proj, .*\), got 'qproj'"),
+        ({"targets": []}, "targets: expected a list of names"),
+        ({"targets": "q_proj"}, "targets: expected a list of names, got 'q_proj'"),
+    ],
+)
+def test_bad_lora_settings(settings: dict[str, object], message: str) -> None:
+    model = quantized("llama")
+    with pytest.raises(ValueError, match=message):
+        lbc.prepare_lora(model, **settings)  # type: ignore[arg-type]
+    assert not adapted_linears(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: expected LORA, got 'IA3'"),
+        ({"use_dora": True}, "use_dora: expected False, got True"),
+        ({"bias": "all"}, "bias: expected 'none', got 'all'"),
+        ({"lora_alpha": "x"}, "lora_alpha: expected a number, got 'x'"),
+    ],
+)
+def test_unsupported_adapters(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    lbc.save_adapter(lbc.prepare_lora(quantized("llama"), rank=4), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    model = quantized("llama")
+    with pytest.raises(ValueError, match=message):
+        lbc.load_adapter(model, tmp_path)
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_poisoned_files(value: float, tmp_path: Path) -> None:
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4))
+    next(iter(newest_adapters(model).values())).b.data[0, 0] = value
+    lbc.save_adapter(model, tmp_path / "lora")
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        lbc.load_adapter(quantized("llama"), tmp_path / "lora")
+    packed = quantized("llama")
+    next(iter(quantized_linears(packed).values())).scales.data[0, 0] = value
+    lbc.save_adapter(packed, tmp_path / "scales")
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        lbc.load_adapter(quantized("llama"), tmp_path / "scales")
+
+
+def test_no_adapter_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected adapter_config.json or scales.safetensors"):
+        lbc.load_adapter(quantized("llama"), tmp_path)
+    with pytest.raises(ValueError, match="got neither"):
+        lbc.save_adapter(make_model("llama"), tmp_path)

@@ -1,0 +1,517 @@
+"""Losses against autograd, and the Trainer: learning, resuming, several processes, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
+
+import lowbitcore as lbc
+from lowbitcore import head, lrec, training
+from lowbitcore.data import IGNORED, Example, TrainingSet
+from lowbitcore.model import quantized_linears
+from lowbitcore.training import TrainedModel, collate, newest_checkpoint
+from test_adapters import excite
+from test_cli import fail, start, succeed
+from test_data import make_tokenizer, text_of
+from test_models import VOCABULARY, logits, make_model, quantized, windows
+
+# --- Losses ------------------------------------------------------------------------------------
+
+
+def batch_of(lengths: list[int], *, masked: int = 0) -> dict[str, torch.Tensor]:
+    ids = windows(len(lengths), seed=3)
+    items = []
+    for row, length in zip(ids, lengths, strict=True):
+        labels = row[:length].clone()
+        labels[:masked] = IGNORED
+        items.append({"input_ids": row[:length], "labels": labels})
+    return collate(items)
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def whole_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    output = model(
+        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+    )
+    return output.logits[:, :-1]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", 7 * VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full", "none"])
+def test_cross_entropy(name: str, checkpointing: Any, small_chunks: None) -> None:
+    """Loss and gradients, chunk by chunk, are those of torch on all logits at once."""
+    model = excite(lbc.prepare_lora(quantized(name), rank=4, targets=None)).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    batch = batch_of([48, 20, 33], masked=5)
+    targets = batch["labels"][:, 1:]
+    expected = functional.cross_entropy(whole_logits(model, batch).transpose(1, 2), targets)
+    expected.backward()
+    wanted = gradients(model)
+    training.set_checkpointing(model, checkpointing)
+    loss = TrainedModel(model)(**batch)["loss"]
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    found = gradients(model)
+    assert found.keys() == wanted.keys() and found
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+@pytest.mark.parametrize(("lambda_kl", "lambda_ce"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
+def test_distillation(kl: Any, lambda_kl: float, lambda_ce: float, small_chunks: None) -> None:
+    model = excite(lbc.prepare_lora(quantized("llama", bits=2), rank=4, targets=None)).train()
+    teacher = make_model("llama")
+    batch = batch_of([48, 20, 33])
+    targets = batch["labels"][:, 1:]
+    student = whole_logits(model, batch).log_softmax(-1)
+    with torch.no_grad():
+        wanted_log = whole_logits(teacher, batch).log_softmax(-1)
+    p, q = (wanted_log, student) if kl == "forward" else (student, wanted_log)
+    scored = targets != IGNORED
+    divergence = ((p.exp() * (p - q)).sum(-1) * scored).sum() / scored.sum()
+    entropy = functional.cross_entropy(student.transpose(1, 2), targets)
+    expected = lambda_kl * divergence + lambda_ce * entropy
+    expected.backward()
+    wanted = gradients(model)
+    distilled = lrec._DistilledModel(model, teacher, lambda_kl, lambda_ce, kl)
+    loss = distilled(**batch)["loss"]
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    found = gradients(model)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6)
+
+
+def test_the_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", 5 * VOCABULARY)
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
+    batch = batch_of([48, 48])
+    TrainedModel(model)(**batch)["loss"].backward()
+    assert max(sizes) == 5 and sum(sizes) == 2 * 47 + 1
+
+
+# --- Data ------------------------------------------------------------------------------------
+
+
+def test_training_windows() -> None:
+    items = TrainingSet(
+        [Example("", text_of(100, seed=i)) for i in range(5)], make_tokenizer(), length=16
+    )
+    assert len(items) == 5 * 100 // 16
+    assert all(torch.equal(item["input_ids"], item["labels"]) for item in items)
+    assert {len(item["input_ids"]) for item in items} == {16}
+    limited = TrainingSet([Example("", text_of(100))], make_tokenizer(), length=16, limit=2)
+    assert len(limited) == 2 and limited.tokens == 32
+    assert limited.digest() != items.digest()
+
+
+def test_training_instructions() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "</s>"
+    examples = [Example(text_of(6) + " ", text_of(4)), Example(text_of(30) + " ", text_of(4))]
+    plain = TrainingSet(examples, tokenizer, length=20)
+    assert sorted(len(item["input_ids"]) for item in plain) == [11, 20]
+    masked = TrainingSet(examples, tokenizer, length=20, mask_prompt=True)
+    (item,) = list(masked)  # the other's answer lies behind the cut
+    assert item["labels"].tolist()[:6] == [IGNORED] * 6
+    assert item["labels"].tolist()[6:] == item["input_ids"].tolist()[6:]
+    assert item["input_ids"][-1] == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="an instruction whose prompt is shorter, got none in 2"):
+        TrainingSet(examples, tokenizer, length=5, mask_prompt=True)
+
+
+# --- The Trainer -------------------------------------------------------------------------------
+
+
+def arguments(out: Path, **settings: Any) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": str(out),
+            "max_steps": 12,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **settings,
+        }
+    )
+
+
+def lesson(count: int = 64) -> TrainingSet:
+    """The same sentence over and over: quickly learnt."""
+    text = " ".join([text_of(8)] * (2 * count))
+    return TrainingSet([Example("", text)], make_tokenizer(), length=16, limit=count)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [item["loss"] for item in trainer.state.log_history if "loss" in item]
+
+
+def test_peqa_learns_with_scales_alone(tmp_path: Path) -> None:
+    model = lbc.prepare_peqa(quantized("llama"))
+    frozen = {
+        name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad
+    }
+    codes = [linear.packed.clone() for linear in quantized_linears(model).values()]
+    trainer = lbc.PeqaTrainer(model, arguments(tmp_path, learning_rate=3e-3), lesson())
+    trainer.train()
+    assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
+    current = dict(model.named_parameters())
+    assert all(torch.equal(current[name], value) for name, value in frozen.items())
+    after = [linear.packed for linear in quantized_linears(model).values()]
+    assert all(torch.equal(a, b) for a, b in zip(codes, after, strict=True))
+    lbc.save_adapter(model, tmp_path / "task")
+    other = quantized("llama")
+    lbc.swap_scales(other, tmp_path / "task")
+    assert torch.equal(logits(other.eval()), logits(model.eval()))
+    lbc.save(model, tmp_path / "exported")  # scales rounded to fp16
+    exported = lbc.load(tmp_path / "exported")
+    torch.testing.assert_close(logits(exported), logits(model), rtol=2e-2, atol=2e-2)
+
+
+def test_emef_learns(tmp_path: Path) -> None:
+    model = lbc.prepare_lora(quantized("llama", bits=3), rank=4)
+    trainer = lbc.EmefTrainer(model, arguments(tmp_path), lesson())
+    trainer.train()
+    assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
+
+
+def test_lrec_repairs(tmp_path: Path) -> None:
+    """The student comes nearer to its teacher, the same from a live and from a stored one."""
+    data = TrainingSet([Example("", text_of(40 * 32))], make_tokenizer(), length=32)
+    teacher = make_model("llama")
+    unseen = text_of(200, seed=8)
+    ids = torch.tensor([make_tokenizer()(unseen)["input_ids"][:100]])
+
+    @torch.no_grad()
+    def distance(model: PreTrainedModel) -> float:
+        p, q = (m.eval()(input_ids=ids).logits.log_softmax(-1) for m in (teacher, model))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    runs = []
+    cache = lbc.TeacherCache.fill(tmp_path / "cache", teacher, data, progress=False)
+    for source in (teacher, cache):
+        torch.manual_seed(0)
+        model = lbc.prepare_lora(quantized("llama", bits=2), rank=8, alpha=8, targets=None)
+        before = distance(model)
+        settings = arguments(tmp_path / "run", max_steps=60, learning_rate=3e-3)
+        trainer = lbc.LrecTrainer(model, settings, data, teacher=source, lambda_ce=0.0)
+        trainer.train()
+        assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
+        assert distance(model) < 0.95 * before  # the teacher is random: little carries over
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1]
+
+
+def test_accumulation_and_unequal_lengths(tmp_path: Path) -> None:
+    """A step's loss is the mean over all its tokens, however it is cut into micro-batches."""
+    tokenizer = make_tokenizer()
+    examples = [Example(text_of(3 + i % 5) + " ", text_of(2 + i, seed=i)) for i in range(16)]
+    data = TrainingSet(examples, tokenizer, length=24, mask_prompt=True)
+    runs = []
+    for micro, steps in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        model = lbc.prepare_lora(quantized("llama"), rank=4)
+        settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
+        trainer = lbc.EmefTrainer(model, arguments(tmp_path, max_steps=4, **settings), data)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_evaluation_and_early_stop(tmp_path: Path) -> None:
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    values = iter([9.0, 8.0, 8.5, 8.6, 8.7, 8.8])
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+    }
+    trainer = lbc.EmefTrainer(
+        model,
+        arguments(tmp_path, **settings),
+        lesson(),
+        evaluation=lambda model: next(values),
+        callbacks=[EarlyStoppingCallback(2)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert [x["eval_ppl"] for x in trainer.state.log_history if "eval_ppl" in x] == [9, 8, 8.5, 8.6]
+    saved = lbc.load_adapter(quantized("llama"), tmp_path / "checkpoint-4")
+    assert torch.equal(logits(saved), logits(model.eval()))
+
+
+def poison(model: PreTrainedModel, step: int) -> Callable[..., None]:
+    count = [0]
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        count[0] += 1
+        return output * float("nan") if count[0] == step else None
+
+    return hook
+
+
+def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    trainer = lbc.EmefTrainer(
+        model, arguments(tmp_path, save_strategy="steps", save_steps=2), lesson()
+    )
+    model.model.norm.register_forward_hook(poison(model, 6))
+    with pytest.raises(FloatingPointError, match="step 6: its loss is nan"):
+        trainer.train()
+    good = newest_checkpoint(tmp_path)
+    assert good is not None and good.name == "checkpoint-4"
+    lbc.load_adapter(quantized("llama"), good)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    before = parameter.detach().clone()
+    trainer = lbc.EmefTrainer(model, arguments(tmp_path), lesson())
+    with pytest.raises(FloatingPointError, match=f"step 1: the gradient of model.{name} holds NaN"):
+        trainer.train()
+    assert torch.equal(parameter, before)
+
+
+def test_nothing_to_train(tmp_path: Path) -> None:
+    model = quantized("llama").requires_grad_(False)
+    with pytest.raises(ValueError, match="got one with nothing to train"):
+        lbc.EmefTrainer(model, arguments(tmp_path), lesson())
+
+
+def test_newest_checkpoint_passes_over_what_a_kill_cut_off(tmp_path: Path) -> None:
+    for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-14").mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert newest_checkpoint(tmp_path / "none") is None
+
+
+# --- The teacher's cache -----------------------------------------------------------------------
+
+
+def test_a_cache_is_bound_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lrec, "_SHARD", 8)
+    teacher, data = make_model("llama"), lesson(20)
+    size = lbc.TeacherCache.bytes_needed(teacher, data)
+    assert size == 20 * 16 * 64 * 4
+    cache = lbc.TeacherCache.fill(tmp_path, teacher, data, progress=False)
+    assert size < cache.nbytes < 1.1 * size
+    shards = sorted(tmp_path.glob("states-*"))
+    assert len(shards) == 3
+    kept, lost = shards[0].stat().st_mtime_ns, shards[1].read_bytes()
+    shards[1].unlink()
+    lbc.TeacherCache.fill(tmp_path, teacher, data, progress=False)
+    assert shards[0].stat().st_mtime_ns == kept and shards[1].read_bytes() == lost
+    with pytest.raises(ValueError, match="another teacher"):
+        lbc.TeacherCache.fill(tmp_path, make_model("llama", seed=1), data, progress=False)
+    with pytest.raises(ValueError, match="another data"):
+        lbc.TeacherCache.fill(tmp_path, teacher, lesson(19), progress=False)
+    with pytest.raises(ValueError, match="holds states of other data"):
+        cache.attach(lesson(19))
+    with pytest.raises(ValueError, match="head or its dtype is not the teacher's"):
+        cache.check_head(make_model("llama", seed=1))
+
+
+def test_a_cache_with_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(lrec.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"needs 0\.00 GB"):
+        lbc.TeacherCache.fill(tmp_path / "cache", make_model("llama"), lesson(), progress=False)
+
+
+# --- The commands ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `model`, `quantized` (2 bits), `text.txt` and `alpaca.json`."""
+    directory = tmp_path_factory.mktemp("training")
+    model = make_model("llama", dtype=torch.bfloat16)
+    model.save_pretrained(directory / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(directory / "model")
+    (directory / "text.txt").write_text(text_of(6000))
+    records = [
+        {"instruction": text_of(4, seed=i), "input": "", "output": text_of(6, seed=i)}
+        for i in range(50)
+    ]
+    (directory / "alpaca.json").write_text(json.dumps(records))
+    calibration = ("--calib", directory / "text.txt", "--samples", 8, "--length", 64)
+    succeed(
+        *("quantize", directory / "model", directory / "quantized"),
+        *("--bits", 2, "--group-size", 32, *calibration),
+    )
+    return directory
+
+
+def command(place: Path, method: str, out: str, *more: object) -> list[object]:
+    data = place / ("alpaca.json" if method == "emef" else "text.txt")
+    common = ["--data", data, "--length", 32, "--batch", 4, "--lr", 0.003]
+    if method == "lrec":
+        common += ["--teacher", place / "model"]
+    return [method, place / "quantized", place / out, *common, *more]
+
+
+@pytest.mark.parametrize("method", ["peqa", "emef", "lrec"])
+def test_commands(method: str, place: Path) -> None:
+    more = ["--mask-prompt"] if method == "emef" else []
+    out, result = succeed(
+        *command(place, method, method, "--steps", 20, "--eval-text", place / "text.txt", *more)
+    )
+    directory = place / method
+    product = "scales.safetensors" if method == "peqa" else "adapter_model.safetensors"
+    assert result["adapter_bytes"] == (directory / product).stat().st_size
+    assert result["steps"] == 20
+    assert 0 < result["tokens"] <= 20 * 4 * 32
+    assert "20 steps" in out
+    left = {path.name for path in directory.iterdir() if not path.name.startswith("runs")}
+    expected = {product, "training.png", "trainer_state.json", "training.json"}
+    assert left == expected | ({"adapter_config.json"} if method != "peqa" else set())
+    _, evaluated = succeed(
+        *("eval", place / "quantized", "--text", place / "text.txt", "--context", 128),
+        *("--adapter", directory),
+    )
+    assert evaluated["ppl"] == pytest.approx(result["ppl"], rel=1e-6)
+    _, plain = succeed(
+        *("eval", place / "quantized", "--text", place / "text.txt", "--context", 128)
+    )
+    if method != "emef":  # which saw other text
+        assert evaluated["ppl"] < plain["ppl"]
+    assert "holds a finished training" in fail(*command(place, method, method, "--steps", 20))
+
+
+def test_stack_of_commands(place: Path) -> None:
+    """INT2.1, D.2: correct, freeze, fine-tune on top; both are given to the other commands."""
+    succeed(*command(place, "lrec", "below", "--tokens", 1000, "--cache", place / "cache"))
+    succeed(*command(place, "emef", "above", "--steps", 5, "--adapter", place / "below"))
+    stack = ["--adapter", place / "below", "--adapter", place / "above"]
+    _, result = succeed(
+        *("eval", place / "quantized", "--text", place / "text.txt", "--context", 128, *stack)
+    )
+    assert result["ppl"] > 1
+
+
+def test_minutes(place: Path) -> None:
+    begin = time.monotonic()
+    _, result = succeed(*command(place, "emef", "minutes", "--minutes", 0.05))
+    assert result["steps"] >= 1 and time.monotonic() - begin < 60
+
+
+def history(directory: Path) -> list[tuple[int, float]]:
+    state = json.loads((directory / "trainer_state.json").read_text())
+    return [(item["step"], item["loss"]) for item in state["log_history"] if "loss" in item]
+
+
+@pytest.mark.parametrize("method", ["emef", "lrec"])
+def test_a_killed_run_goes_on_bit_for_bit(method: str, place: Path) -> None:
+    straight, killed = place / f"straight-{method}", place / f"killed-{method}"
+    more = ("--steps", 60, "--micro-batch", 2, "--seed", 5)
+    process = start(*command(place, method, straight.name, *more))
+    assert process.wait(timeout=300) == 0, process.communicate()
+    seconds = random.Random(os.urandom(8)).uniform(0.0, 1.0)
+    process = start(*command(place, method, killed.name, *more))
+    while newest_checkpoint(killed) is None:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if (killed / "training.png").exists():
+        pytest.fail("the run was over before it could be killed")
+    assert "give --resume" in fail(*command(place, method, killed.name, *more))
+    other = fail(*command(place, method, killed.name, *more, "--lr", 0.1, "--resume"))
+    assert "schedule differs" in other
+    process = start(*command(place, method, killed.name, *more, "--resume"))
+    assert process.wait(timeout=300) == 0, process.communicate()
+    assert history(killed) == history(straight)
+    weights = [path / "adapter_model.safetensors" for path in (straight, killed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes(), f"killed after {seconds} s"
+
+
+def test_two_processes(place: Path) -> None:
+    """Over gloo: a global batch cut in two gives the losses of one process."""
+    more = ("--steps", 8, "--seed", 3)
+    single, double = place / "single", place / "double"
+    succeed(*command(place, "emef", single.name, "--dropout", 0, *more))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [
+            *torchrun,
+            *("--master-port", str(20000 + os.getpid() % 20000), "-m", "lowbitcore"),
+            *map(str, command(place, "emef", double.name, "--dropout", 0, *more)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = history(single), history(double)
+    assert [step for step, _ in one] == [step for step, _ in two]
+    assert [x for _, x in two] == pytest.approx([x for _, x in one], rel=5e-3)  # bf16
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "message"),
+    [
+        ("peqa", [], "--steps: expected one of --steps, --tokens and --minutes"),
+        ("peqa", ["--steps", 5, "--minutes", 1], "--steps: expected one of"),
+        ("peqa", ["--steps", 0], "--steps: expected a positive number, got 0"),
+        ("peqa", ["--steps", 5, "--length", 500], "--length: expected at most 128"),
+        ("peqa", ["--steps", 5, "--micro-batch", 3], "--micro-batch: expected a divisor of"),
+        ("peqa", ["--steps", 5, "--lr", "nan"], "--lr: expected a positive number, got nan"),
+        ("emef", ["--steps", 5, "--rank", 0], "--rank: expected a positive integer, got 0"),
+        ("emef", ["--steps", 5, "--targets", "x"], "--targets: expected names of linears"),
+        ("emef", ["--steps", 5, "--length", 8, "--mask-prompt"], "--data: .*got none in 50"),
+        ("lrec", ["--steps", 5, "--lambda-kl", -1], "--lambda-kl: expected 0 or more"),
+        ("lrec", ["--steps", 5, "--adapter", "/nowhere"], "/nowhere: expected adapter_config"),
+        ("lrec", ["--steps", 5, "--eval-text", "/nowhere"], "/nowhere: cannot be read"),
+    ],
+)
+def test_bad_commands(method: str, more: list[object], message: str, place: Path) -> None:
+    assert re.search(message, fail(*command(place, method, "bad", *more)))
+    assert not (place / "bad").exists()
