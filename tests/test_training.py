@@ -232,7 +232,7 @@ def test_lrec_repairs(tmp_path: Path) -> None:
         settings = arguments(tmp_path / "run", max_steps=60, learning_rate=3e-3)
         trainer = lbc.LrecTrainer(model, settings, data, teacher=source, lambda_ce=0.0)
         trainer.train()
-        assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
+        assert losses(trainer)[-1] < 0.6 * losses(trainer)[0]
         assert distance(model) < 0.95 * before  # the teacher is random: little carries over
         runs.append(losses(trainer))
     assert runs[0] == runs[1]
