@@ -184,7 +184,7 @@ def test_info_device() -> None:
         ),
         (
             lambda d: ["quantize", d / "model", d / "x", "--bits", 4, "--group-size", 48],
-            "--group-size: expected -1 or a multiple of 32, got 48",
+            "--group-size: expected -1 or a multiple of 32, .*got 48",
         ),
         (lambda d: ["quantize", d / "model", d / "x", "--bits", 4], "--calib: expected"),
         (
@@ -219,6 +219,11 @@ def test_info_device() -> None:
         ),
         (lambda d: ["info"], "expected either PATH or --device"),
         (lambda d: ["info", ""], "path: expected a directory"),
+        # Said before the model writes its calibration text.
+        (
+            lambda d: ["quantize", d / "model", d / "quantized", "--bits", 4, "--calib", "self"],
+            "holds a finished model already",
+        ),
     ],
 )
 def test_bad_input(
@@ -236,6 +241,25 @@ def test_two_runs_into_one_directory(workplace: Path) -> None:
         assert "another run is writing there" in fail(*quantization(workplace, "shared"))
     _, result = succeed(*quantization(workplace, "shared"))
     assert result["linears"] == 14
+
+
+def test_a_tokenizer_with_too_many_tokens(workplace: Path, tmp_path: Path) -> None:
+    for file in (workplace / "quantized").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: i + 1000 * (i > 10) for word, i in words.items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = workplace / "text.txt"
+    message = fail("eval", tmp_path, "--text", text, "--context", 64)
+    assert re.search("expected a tokenizer of the model's 96 tokens, got token 1", message)
+
+
+def test_info_wants_what_the_config_promises(workplace: Path, tmp_path: Path) -> None:
+    for file in (workplace / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_bytes((workplace / "quantized/config.json").read_bytes())
+    assert "there is no qweight" in fail("info", tmp_path)
 
 
 def test_version() -> None:
@@ -305,6 +329,7 @@ def test_interrupt(workplace: Path) -> None:
             process.wait(3)
     _, stderr = process.communicate()
     assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
     assert "Traceback" not in stderr
     with pytest.raises(ValueError, match="config.json"):
         lbc.load(out)

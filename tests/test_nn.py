@@ -436,3 +436,52 @@ def test_an_input_that_does_not_fit_is_named(columns: int) -> None:
     """The commonest mistake of all: the message has to speak of x, not of packed bytes."""
     with pytest.raises(ValueError, match=rf"x.*160.*{columns}"):
         layer_of(a_problem())(torch.zeros(2, columns))
+
+
+def test_refused_tensors_leave_the_layer_as_it_was() -> None:
+    layer = layer_of(a_problem())
+    x = an_input()
+    before, state = layer(x), {name: t.clone() for name, t in layer.state_dict().items()}
+    transposed = state["qweight"].T.contiguous()
+    with pytest.raises(ValueError, match="qweight: expected shape"):
+        layer.set_canonical(transposed, state["qzeros"], state["scales"])
+    with pytest.raises(ValueError, match="scales: expected finite values"):
+        layer.set_canonical(state["qweight"], state["qzeros"], state["scales"] * float("nan"))
+    with pytest.raises(RuntimeError, match="scales: expected shape"):
+        layer.load_state_dict({**state, "scales": state["scales"][:1]})
+    assert torch.equal(layer(x), before)
+
+
+def test_parts_of_a_state_dict_load() -> None:
+    layer = layer_of(a_problem())
+    y = layer(an_input())
+    doubled = {"scales": layer.scales.detach() * 2}
+    result = layer.load_state_dict(doubled, strict=False)
+    assert set(result.missing_keys) == {"qweight", "qzeros", "g_idx"}
+    assert torch.equal(layer(an_input()), 2 * y)
+    with pytest.raises(RuntimeError, match="expected qweight and qzeros together"):
+        layer.load_state_dict({"qweight": layer.canonical()["qweight"]}, strict=False)
+
+
+def test_loading_keeps_the_parameters() -> None:
+    """An optimizer that was made before goes on training after."""
+    layer = trainable_layer()
+    scales, bias = layer.scales, layer.bias
+    layer.load_state_dict({name: t.clone() for name, t in layer.state_dict().items()})
+    assert layer.scales is scales and layer.bias is bias
+    assert scales.requires_grad and bias is not None and bias.requires_grad
+
+
+def test_g_idx_wants_integers_in_range() -> None:
+    layer = layer_of(a_problem())
+    tensors = layer.canonical()
+    g_idx = tensors["g_idx"]
+    with pytest.raises(ValueError, match="g_idx: expected integers"):
+        layer.set_canonical(**{**tensors, "g_idx": g_idx + 0.5})
+    with pytest.raises(ValueError, match="g_idx: expected entries from 0"):
+        layer.set_canonical(**{**tensors, "g_idx": g_idx.long() + 2**32})
+
+
+def test_forward_on_the_meta_device() -> None:
+    layer = QuantLinear(64, 32, bits=3, group_size=32, device="meta")
+    assert layer(torch.empty(2, 64, device="meta")).shape == (2, 32)

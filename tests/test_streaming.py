@@ -192,7 +192,9 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resume_refuses_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_source("llama", tmp_path / "in")
     killed_run(source, tmp_path / "out", 1, monkeypatch)
-    with pytest.raises(ValueError, match="unfinished quantization: resume it, or delete"):
+    with pytest.raises(
+        ValueError, match="unfinished quantization: resume it \(--resume\), or delete"
+    ):
         run(source, tmp_path / "out")
     with pytest.raises(ValueError, match="the config differs"):
         run(source, tmp_path / "out", lbc.QuantConfig(bits=3, group_size=32), resume=True)

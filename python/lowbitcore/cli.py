@@ -140,13 +140,15 @@ def quantize(
         typer.Option(help="Tokens in a window (default: 2048, or what the model can take)."),
     ] = None,
     damp: Annotated[float, typer.Option(help="Damping, a fraction of the mean diagonal.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Of the calibration windows.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the calibration windows.", min=0, max=2**63 - 1)
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model into a GPTQ checkpoint, block by block."""
     from .quantize import QuantConfig
-    from .streaming import quantize_checkpoint
+    from .streaming import check_output, quantize_checkpoint
 
     config = QuantConfig(
         bits=bits,
@@ -157,6 +159,7 @@ def quantize(
         true_sequential=not no_true_sequential,
         percdamp=damp,
     )
+    check_output(out, resume=resume)  # before text is made for it
     windows = None
     if method == "gptq":
         if calib is None:
@@ -297,7 +300,10 @@ MicroBatch = Annotated[
     int | None, typer.Option(help="Sequences at a time (default: all of a step's).")
 ]
 Rate = Annotated[float, typer.Option(help="Learning rate of AdamW, after warming up.")]
-Seed = Annotated[int, typer.Option(help="Of the order of the data and what starts at random.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Of the order of the data and what starts at random.", min=0, max=2**63 - 1),
+]
 EvalText = Annotated[
     str | None, typer.Option(metavar="FILE", help="Text to measure the perplexity on.")
 ]
@@ -581,6 +587,9 @@ _OPTIONS = {
 }
 
 
+_INTERRUPTED = 130  # what typer exits with after Ctrl-C
+
+
 def _for_the_command_line(message: str) -> str:
     """`function: argument: ...` on one line, the two replaced by the option."""
     message = " ".join(message.split())
@@ -599,6 +608,7 @@ def main() -> None:
         message = _for_the_command_line(str(error)) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        raise

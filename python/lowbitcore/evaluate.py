@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbitcore.data import check_unicode
 from lowbitcore.head import chunk_tokens, open_head, run_body
-from lowbitcore.model import check_kind
+from lowbitcore.model import check_kind, check_tokens
 
 
 class Perplexity(NamedTuple):
@@ -46,6 +46,9 @@ def perplexity(
     check_kind("perplexity: tokenizer", tokenizer, PreTrainedTokenizerBase)
     check_kind("perplexity: text", text, str)
     check_unicode("perplexity: text", text)
+    for name, value in (("context", context), ("stride", stride), ("windows", windows)):
+        if value is not None and type(value) is not int:
+            raise ValueError(f"perplexity: {name}: expected an integer, got {value!r}")
     if context < 2:
         raise ValueError(f"perplexity: context: expected at least 2, got {context}")
     if not 1 <= stride <= context:
@@ -62,6 +65,7 @@ def perplexity(
         raise ValueError(
             f"perplexity: text: expected at least one window of {context} tokens, got {len(ids)}"
         )
+    check_tokens("perplexity: tokenizer", ids, model)
     starts = list(range(0, len(ids) - context + 1, stride))[:windows]
     total, tokens = 0.0, 0
     for number, start in enumerate(

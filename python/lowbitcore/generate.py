@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from .data import check_unicode
+from .model import check_tokens
 
 
 def complete(
@@ -26,14 +28,18 @@ def complete(
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError("generate: chat: expected a model with a chat template")
-        encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        except TemplateError as error:
+            raise ValueError(f"generate: chat: the model's chat template fails: {error}") from error
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
+    check_tokens("generate: prompt", encoded["input_ids"], model)
     length = encoded["input_ids"].shape[1] + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -46,6 +52,7 @@ def complete(
             **encoded.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,
             streamer=streamer,
         )
     new = output[0, encoded["input_ids"].shape[1] :]

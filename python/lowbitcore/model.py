@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,6 +25,7 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -132,7 +134,8 @@ def _causal_config(config: PretrainedConfig, path: Path) -> PretrainedConfig:
     """A copy without quantization_config, checked to be of a causal language model."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     architectures = config.architectures or [name]
-    if name is None or name not in architectures or config.is_encoder_decoder:
+    known = isinstance(architectures, list) and name in architectures
+    if name is None or not known or config.is_encoder_decoder:
         raise ValueError(
             f"{path}: not a causal language model: model_type {config.model_type!r}, "
             f"architectures {config.architectures}"
@@ -294,6 +297,18 @@ def find_blocks(model: nn.Module) -> BlockLayout:
     return best[1]
 
 
+def check_depth(model: nn.Module, source: Source) -> None:
+    """ValueError where the checkpoint has more blocks than its config speaks of."""
+    layout = find_blocks(model)
+    pattern = re.compile(rf"(?:^|\.){re.escape(layout.prefix.rpartition('.')[2])}\.(\d+)\.")
+    found = [int(match[1]) for name in source.weights.names() if (match := pattern.search(name))]
+    if found and max(found) >= len(layout.modules):
+        raise ValueError(
+            f"{source.path}: expected {len(layout.modules)} blocks by its config, got tensors of "
+            f"block {max(found)}"
+        )
+
+
 def _linear_size(module: nn.Module) -> int:
     if isinstance(module, nn.Linear | Conv1D):
         return module.weight.numel()
@@ -337,6 +352,16 @@ def check_kind(where: str, value: object, kind: type) -> None:
         raise ValueError(f"{where}: expected a {kind.__name__}, got {type(value).__name__}")
 
 
+def check_tokens(where: str, ids: torch.Tensor, model: PreTrainedModel) -> None:
+    """ValueError where a tokenizer makes tokens that the model does not have."""
+    size = model.get_input_embeddings().weight.shape[0]
+    largest = int(ids.max()) if ids.numel() else 0
+    if largest >= size:
+        raise ValueError(
+            f"{where}: expected a tokenizer of the model's {size} tokens, got token {largest}"
+        )
+
+
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """All QuantLinear of a model by path."""
     return {
@@ -378,11 +403,12 @@ def load(
     `dtype` is that of activations and of all weights that are not quantized; "auto" is the
     checkpoint's own. Raises ValueError (one line) for whatever does not fit together.
     """
-    if torch.device(device).type != "cpu":
+    if str(device) not in ("cpu", "cpu:0"):
         raise ValueError(f"load: device: expected cpu (no CUDA kernels yet), got {device}")
     source = open_source(path)
     chosen = _parse_dtype(dtype, source.dtype)
     model = build_skeleton(source.config, chosen)
+    check_depth(model, source)
     if source.gptq is not None:
         _place_quantized(model, source, chosen)
     done = {
@@ -393,8 +419,9 @@ def load(
     fill(model, source.weights, [n for n in model.state_dict() if n not in done], dtype=chosen)
     model.tie_weights()
     if source.gptq is not None:
-        # Its presence must not make transformers look for a quantizer: a plain dict does not.
-        model.config.quantization_config = source.gptq.to_dict()
+        # Its presence must not make transformers look for a quantizer: a plain dict does not. The
+        # state_dict has v2 zeros, whatever the file had.
+        model.config.quantization_config = replace(source.gptq, checkpoint_format=gptq.V2).to_dict()
     model.generation_config = load_generation_config(source)
     model.config.name_or_path = str(source.path)
     return cast(PreTrainedModel, model.to(device))
@@ -411,8 +438,12 @@ def _parse_dtype(dtype: torch.dtype | str, default: torch.dtype) -> torch.dtype:
 
 def load_generation_config(source: Source) -> GenerationConfig:
     """The directory's generation_config.json, or what the model's config implies."""
-    if (source.path / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source.path)
+    path = source.path / "generation_config.json"
+    if path.is_file():
+        try:
+            return GenerationConfig.from_pretrained(source.path)
+        except Exception as error:  # whatever strange values do to transformers
+            raise ValueError(f"{path}: not a generation config: {_one_line(error)}") from error
     return GenerationConfig.from_model_config(source.config)
 
 
@@ -513,6 +544,10 @@ def save(
     quantized or fp16 cannot hold a scale, OSError where the disk is full.
     """
     check_kind("save: model", model, PreTrainedModel)
+    if not isinstance(out, str | os.PathLike):
+        raise ValueError(f"save: out: expected a path, got {type(out).__name__}")
+    if tokenizer is not None:
+        check_kind("save: tokenizer", tokenizer, PreTrainedTokenizerBase)
     with without_adapters(model):
         _save(model, Path(out), tokenizer, max_shard_bytes)
 

@@ -82,10 +82,11 @@ class QuantLinear(nn.Module):
         bias: Tensor | None = None,
     ) -> QuantLinear:
         """A layer from GPTQ's tensors, with "gptq_v2" zeros; see the class for shapes."""
-        if bits not in (2, 3, 4, 8) or qweight.dim() != 2 or qweight.shape[0] % bits != 0:
+        shape = tuple(getattr(qweight, "shape", ()))
+        if bits not in (2, 3, 4, 8) or len(shape) != 2 or shape[0] % bits != 0:
             raise ValueError(
                 "QuantLinear.from_canonical: qweight: expected [in_features*bits/32, out_features] "
-                f"with bits 2, 3, 4 or 8, got {tuple(qweight.shape)} with bits {bits}"
+                f"with bits 2, 3, 4 or 8, got {shape} with bits {bits}"
             )
         layer = cls(
             qweight.shape[0] * 32 // bits,
@@ -106,35 +107,42 @@ class QuantLinear(nn.Module):
         g_idx: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> None:
-        """Replace everything the layer holds. A trivial ``g_idx`` is dropped."""
-        where = "QuantLinear.set_canonical"
-        shape = (ops.group_count(self.in_features, self.group_size), self.out_features)
-        if tuple(scales.shape) != shape:
-            raise ValueError(f"{where}: scales: expected shape {shape}, got {tuple(scales.shape)}")
-        if not scales.is_floating_point():
-            raise ValueError(f"{where}: scales: expected floating point, got {scales.dtype}")
-        if bias is not None and tuple(bias.shape) != (self.out_features,):
-            raise ValueError(
-                f"{where}: bias: expected shape {(self.out_features,)}, got {tuple(bias.shape)}"
-            )
+        """Replace everything the layer holds, or on bad input nothing. A trivial ``g_idx`` is
+        dropped."""
+        self._check(qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
         if g_idx is not None:
             g_idx = self._nontrivial(g_idx)
         self.packed = ops.prepack(qweight, qzeros, bits=self.bits, group_size=self.group_size)
-        if self.packed.numel() != ops.packed_size(
-            bits=self.bits,
-            group_size=self.group_size,
-            in_features=self.in_features,
-            out_features=self.out_features,
-        ):
-            raise ValueError(
-                f"{where}: qweight: expected a weight [{self.out_features}, {self.in_features}] of "
-                f"{self.bits} bits, got {tuple(qweight.shape)}"
-            )
         self.g_idx = g_idx
         trains = self.scales.requires_grad
         self.scales = nn.Parameter(scales.detach().float().clone(), requires_grad=trains)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def _check(self, **tensors: Tensor | None) -> None:
+        """ValueError unless each tensor has the shape and kind that this layer's format wants."""
+        groups = ops.group_count(self.in_features, self.group_size)
+        shapes = {
+            "qweight": (self.in_features * self.bits // 32, self.out_features),
+            "qzeros": (groups, self.out_features * self.bits // 32),
+            "scales": (groups, self.out_features),
+            "bias": (self.out_features,),
+        }
+        for name, tensor in tensors.items():
+            if tensor is None and name == "bias":
+                continue
+            where = f"QuantLinear: {name}: expected"
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{where} a tensor, got {type(tensor).__name__}")
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{where} shape {shapes[name]}, got {tuple(tensor.shape)}")
+            if name in ("scales", "bias"):
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{where} floating point, got {tensor.dtype}")
+                if not tensor.is_meta and not torch.isfinite(tensor).all():
+                    raise ValueError(f"{where} finite values, got NaN or Inf")
+            elif tensor.dtype != torch.int32:
+                raise ValueError(f"{where} torch.int32, got {tensor.dtype}")
 
     def _nontrivial(self, g_idx: Tensor) -> Tensor | None:
         groups = ops.group_count(self.in_features, self.group_size)
@@ -143,14 +151,16 @@ class QuantLinear(nn.Module):
                 f"QuantLinear: g_idx: expected shape {(self.in_features,)}, "
                 f"got {tuple(g_idx.shape)}"
             )
-        g_idx = g_idx.to(torch.int32).contiguous()
+        if g_idx.is_floating_point() or g_idx.is_complex():
+            raise ValueError(f"QuantLinear: g_idx: expected integers, got {g_idx.dtype}")
         if g_idx.is_meta:
-            return g_idx
+            return g_idx.to(torch.int32)
         low, high = int(g_idx.min()), int(g_idx.max())
         if low < 0 or high >= groups:
             raise ValueError(
                 f"QuantLinear: g_idx: expected entries from 0 to {groups - 1}, got {low} to {high}"
             )
+        g_idx = g_idx.to(torch.int32).contiguous()
         return None if torch.equal(g_idx, self._trivial_g_idx(g_idx.device)) else g_idx.clone()
 
     def _trivial_g_idx(self, device: torch.device) -> Tensor:
@@ -190,7 +200,9 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise ValueError(f"QuantLinear: x: expected a tensor, got {type(x).__name__}")
-        if torch.is_autocast_enabled(x.device.type):
+        # As torch does for its own linears: double stays double, and is then refused.
+        castable = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if castable and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return ops.qgemm_nt(
             x,
@@ -238,21 +250,39 @@ class QuantLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         wanted = ["qweight", "qzeros", "scales", "g_idx"] + ["bias"] * (self.bias is not None)
-        found = {name: state_dict.get(prefix + name) for name in wanted}
-        absent = [prefix + name for name in wanted if found[name] is None]
-        missing_keys.extend(absent)
+        found = {name: state_dict[prefix + name] for name in wanted if prefix + name in state_dict}
+        missing_keys.extend(prefix + name for name in wanted if name not in found)
         unexpected_keys.extend(
             key
             for key in state_dict
             if key.startswith(prefix) and key.removeprefix(prefix) not in wanted
         )
-        if absent:
-            return
         try:
-            # No in-place copy: the packed layout is rebuilt, scales keep being a parameter.
-            self.set_canonical(**found)  # type: ignore[arg-type]
+            if ("qweight" in found) != ("qzeros" in found):
+                raise ValueError("expected qweight and qzeros together, got one of them")
+            self._check(**{name: x for name, x in found.items() if name != "g_idx"})
+            g_idx = self._nontrivial(found["g_idx"]) if "g_idx" in found else self.g_idx
+            if "qweight" in found:
+                self.packed = ops.prepack(
+                    found["qweight"], found["qzeros"], bits=self.bits, group_size=self.group_size
+                )
+            self.g_idx = g_idx
+            for name in ("scales", "bias"):
+                if name in found:
+                    self._load_parameter(name, found[name])
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+
+    @torch.no_grad()
+    def _load_parameter(self, name: str, value: Tensor) -> None:
+        """In place, as any module does it: an optimizer may hold the parameter."""
+        own = getattr(self, name)
+        if own.is_meta:
+            dtype = torch.float32 if name == "scales" else value.dtype
+            value = value.detach().to(dtype).clone()
+            setattr(self, name, nn.Parameter(value, requires_grad=own.requires_grad))
+        else:
+            own.copy_(value)
 
 
 class LowRank(nn.Module):
@@ -297,8 +327,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(y.dtype)
+        x = x.to(y.dtype)  # autocast's, if it is on
         for adapter in self.adapters:
             y = adapter.add_to(y, x)  # type: ignore[operator]
         return y

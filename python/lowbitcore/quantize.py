@@ -92,7 +92,7 @@ class QuantConfig:
         check(
             "group_size",
             type(size) is int and (size == -1 or (0 < size <= 2**30 and size % 32 == 0)),
-            "-1 or a multiple of 32",
+            "-1 or a multiple of 32, at most 2^30",
         )
         check("method", self.method in ("gptq", "rtn"), "'gptq' or 'rtn'")
         check(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -25,6 +25,7 @@ from lowbitcore.model import (
     Source,
     base_hash,
     build_skeleton,
+    check_depth,
     fill,
     find_blocks,
     find_name,
@@ -82,6 +83,42 @@ def quantize_checkpoint(
     return run.quantize(progress=progress)
 
 
+def check_output(out: Path, *, resume: bool) -> None:
+    """ValueError unless a quantization can write to `out`, or go on there."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"quantize_checkpoint: {out}: expected a directory, got a file")
+    if (out / "config.json").exists():
+        raise ValueError(f"quantize_checkpoint: {out}: holds a finished model already")
+    partial = out / _PARTIAL
+    if (partial / "progress.json").exists():
+        if not resume:
+            _lock(partial).close()  # that of a living run must not be deleted
+            raise ValueError(
+                f"quantize_checkpoint: {out}: holds an unfinished quantization: resume it "
+                f"(--resume), or delete {partial}"
+            )
+        return
+    strangers = (
+        [path.name for path in out.iterdir() if path.name != _PARTIAL] if out.exists() else []
+    )
+    if strangers:
+        raise ValueError(
+            f"quantize_checkpoint: {out}: expected an empty or new directory, "
+            f"got {sorted(strangers)[0]!r} in it"
+        )
+
+
+def _lock(partial: Path) -> IO[str]:
+    """The lock of a run, held until it is closed."""
+    file = (partial / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(f"{partial.parent}: another run is writing there") from error
+    return file
+
+
 class _StreamingRun:
     """One streamed quantization: its source, its `.partial` directory and its progress."""
 
@@ -95,6 +132,8 @@ class _StreamingRun:
         self._model = build_skeleton(source.config, source.dtype)
         self._layout = find_blocks(self._model)
         self._names = list(self._model.state_dict())
+        check_depth(self._model, source)
+        self._generation_config = load_generation_config(source)
         self._report = Report(tokens=windows.numel())
         self._done = 0
 
@@ -102,37 +141,21 @@ class _StreamingRun:
 
     def open(self, *, resume: bool) -> None:
         """Prepares `out`, or takes up what an earlier run left there."""
-        out, progress = self._out, self._partial / "progress.json"
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"quantize_checkpoint: {out}: expected a directory, got a file")
-        if (out / "config.json").exists():
-            raise ValueError(f"quantize_checkpoint: {out}: holds a finished model already")
+        check_output(self._out, resume=resume)
+        progress = self._partial / "progress.json"
         if progress.exists():
-            if not resume:
-                raise ValueError(
-                    f"quantize_checkpoint: {out}: holds an unfinished quantization: resume it, or "
-                    f"delete {self._partial}"
-                )
             self._lock()
             self._take_up(checkpoint.read_json(progress), progress)
+            for leftover in self._out.glob(".*.tmp"):  # of a run killed while it wrote
+                leftover.unlink()
             return
-        strangers = [p.name for p in out.iterdir() if p.name != _PARTIAL] if out.exists() else []
-        if strangers:
-            raise ValueError(
-                f"quantize_checkpoint: {out}: expected an empty or new directory, "
-                f"got {sorted(strangers)[0]!r} in it"
-            )
         self._partial.mkdir(parents=True, exist_ok=True)
         self._lock()
         self._save_progress()
 
     def _lock(self) -> None:
         """Keeps other runs out of `out` for as long as this process lives."""
-        self._lock_file = (self._partial / "lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{self._out}: another run is writing there") from error
+        self._lock_file = _lock(self._partial)
 
     def _take_up(self, state: dict[str, Any], where: Path) -> None:
         for name, value in self._binding().items():
@@ -305,7 +328,7 @@ class _StreamingRun:
             entries,
             model_config=self._model.config,
             gptq_config=config,
-            generation_config=load_generation_config(self._source),
+            generation_config=self._generation_config,
             tokenizer=tokenizer,
         )
         shutil.rmtree(self._partial)

@@ -235,6 +235,9 @@ def half_scales(scales: torch.Tensor, *, where: str) -> torch.Tensor:
     if not torch.isfinite(half).all():
         worst = float(scales.abs().max())
         raise ValueError(f"{where}.scales: expected values within fp16 (65504), got {worst:g}")
+    if ((half == 0) & (scales != 0)).any():
+        least = float(scales[scales != 0].abs().min())
+        raise ValueError(f"{where}.scales: expected 0 or values within fp16 (6e-8), got {least:g}")
     return half
 
 
