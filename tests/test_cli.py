@@ -352,9 +352,10 @@ def test_demo_text_is_real_and_long_enough() -> None:
 
 @pytest.mark.full
 def test_demo(tmp_path: Path) -> None:
-    """The real thing, from PyPI: 2 bits collapse, 4 bits do not."""
-    _, result = succeed("demo", "--out", tmp_path)
+    """The real thing, from PyPI: 2 bits collapse and are repaired, 4 bits do not collapse."""
+    _, result = succeed("demo", "--out", tmp_path, "--minutes", 1)
     rows = {row["model"]: row for row in result["models"]}
     assert rows["4-bit"]["ppl"] < 1.25 * rows["bf16"]["ppl"]
     assert rows["2-bit"]["ppl"] > 5 * rows["bf16"]["ppl"]
+    assert rows["2-bit+LREC"]["ppl"] < 0.7 * rows["2-bit"]["ppl"]
     assert (tmp_path / "demo.png").stat().st_size > 10_000

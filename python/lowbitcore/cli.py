@@ -547,6 +547,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for models, chart and results.")] = Path(
         "lowbitcore-demo"
     ),
+    minutes: Annotated[float, typer.Option(help="What training the 2-bit model may take.")] = 5.0,
     calib: Annotated[
         str,
         typer.Option(
@@ -555,10 +556,12 @@ def demo(
     ] = "self",
     as_json: Json = False,
 ) -> None:
-    """Quantize a real model to 4, 3 and 2 bits (10 minutes)."""
+    """Quantize a real model to 4, 3 and 2 bits, and repair it (10 minutes)."""
     from .demo import run
 
-    result, lines = run(out, lambda model: _calibration(model, calib, 32, 256, 0))
+    if not (minutes > 0 and minutes < float("inf")):
+        raise ValueError(f"--minutes: expected a positive number, got {minutes}")
+    result, lines = run(out, lambda model: _calibration(model, calib, 32, 256, 0), minutes=minutes)
     _emit(as_json, result, lines)
 
 

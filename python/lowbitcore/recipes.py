@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lowbitcore import adapters, data
 from lowbitcore import model as models
@@ -195,6 +202,8 @@ def train(
         left = 60 * schedule.minutes
         steps = max(1, int(left / _seconds_a_step(trainer(1), schedule, examples)))
     run = trainer(steps)
+    run.remove_callback(PrinterCallback)
+    run.add_callback(_Bar())
     _record(recipe, out, steps)
     if schedule.minutes is not None:
         run.add_callback(Deadline(schedule.minutes))
@@ -320,10 +329,36 @@ def _arguments(schedule: Schedule, out: Path, steps: int, *, evaluate: bool) -> 
         save_total_limit=2,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=max(1, steps // _EVALUATIONS) if evaluate else None,
+        disable_tqdm=True,  # its bar prints every log on stdout
         report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
         use_cpu=True,
         ddp_backend="gloo" if processes > 1 else None,
     )
+
+
+class _Bar(TrainerCallback):  # type: ignore[misc]
+    """Progress on stderr, with what was logged last."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        shown = {"loss": "loss", "eval_ppl": "perplexity"}
+        self._bar.set_postfix({shown[k]: f"{v:.3f}" for k, v in logs.items() if k in shown})
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._bar.close()
 
 
 def _seconds_a_step(trainer: PackedTrainer, schedule: Schedule, examples: TrainingSet) -> float:
