@@ -100,9 +100,9 @@ def add_adapter(
         module = LoraLinear(module).train(module.training)
         set_module(model, path, module)
     in_features, out_features = linear_features(module)
-    adapter = LowRank(in_features, out_features, rank=rank, scaling=scaling, dropout=dropout)
-    device = next(module.base.parameters()).device
-    module.adapters.append(adapter.to(device).train(module.training))
+    with next(module.base.parameters()).device:
+        adapter = LowRank(in_features, out_features, rank=rank, scaling=scaling, dropout=dropout)
+    module.adapters.append(adapter.train(module.training))
     return adapter
 
 
