@@ -3,16 +3,14 @@
     python bench/memory.py [--sizes 7B:4 13B:4 30B:4 65B:2] [--checkpointing full]
 
 LLaMA's shapes, groups of 128, LoRA of rank 8 on q_proj and v_proj, micro-batch 1 of 256 tokens,
-AdamW; forward, backward and optimizer step. Each size runs in a process of its own, with
-MALLOC_MMAP_THRESHOLD_=1048576: otherwise glibc keeps some hundred MB of freed tensors for later.
-Beside it the figures of INT2.1 (2306.08162), table 1, measured on a GPU.
+AdamW; forward, backward and optimizer step. Each size runs in a process of its own. Beside it the
+figures of INT2.1 (2306.08162), table 1, measured on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -32,10 +30,11 @@ GROUP_SIZE, RANK = 128, 8
 
 def build(size: str, bits: int) -> torch.nn.Module:
     """A packed LLaMA with random integers, tensor by tensor: no 16-bit block is ever made."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     from lowbitcore.lora import block_linears, linear_features
     from lowbitcore.model import set_module
     from lowbitcore.nn import QuantLinear
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
     hidden, intermediate, layers, heads = SHAPES[size]
     config = LlamaConfig(
@@ -69,12 +68,15 @@ def build(size: str, bits: int) -> torch.nn.Module:
 
 def measure(size: str, bits: int, checkpointing: str) -> dict[str, float]:
     import lowbitcore as lbc
+    from lowbitcore.heap import return_tensors_at_once
     from lowbitcore.training import TrainedModel, set_checkpointing
 
     model = build(size, bits)
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     lbc.prepare_lora(model, rank=RANK, alpha=2 * RANK)
     set_checkpointing(model, checkpointing)
+    if checkpointing == "full":  # as the commands do
+        return_tensors_at_once()
     trained = TrainedModel(model).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(32000, (1, 256))
@@ -102,10 +104,7 @@ def main() -> None:
     for name in arguments.sizes:
         command = [sys.executable, __file__, "--one", name]
         command += ["--checkpointing", arguments.checkpointing]
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{name:>10}  failed: {(done.stderr.splitlines() or ['killed'])[-1]}")
             continue

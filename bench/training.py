@@ -44,11 +44,14 @@ def measure(contender: str, path: str, steps: int) -> dict[str, float]:
         vocabulary = dense.config.vocab_size
     else:
         import lowbitcore as lbc
+        from lowbitcore.heap import return_tensors_at_once
         from lowbitcore.training import TrainedModel, set_checkpointing
 
         packed = lbc.load(path)
         lbc.prepare_lora(packed, rank=RANK, alpha=2 * RANK, dropout=0.05)
         set_checkpointing(packed, contender)  # type: ignore[arg-type]
+        if contender == "full":  # as the commands do
+            return_tensors_at_once()
         model = TrainedModel(packed)
         vocabulary = packed.config.vocab_size
     model.train()

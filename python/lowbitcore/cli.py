@@ -313,6 +313,14 @@ Under = Annotated[
     typer.Option("--adapter", metavar="DIR", help="A trained adapter to build upon, frozen."),
 ]
 Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
+Checkpoints = Annotated[
+    Literal["selective", "full", "none"],
+    typer.Option(
+        "--checkpointing",
+        help="What of a forward is kept for its backward: products and attention; next to nothing, "
+        "for the least memory; all, for the most speed.",
+    ),
+]
 
 
 @app.command()
@@ -331,6 +339,7 @@ def peqa(
     eval_text: EvalText = None,
     resume: Resume = False,
     adapter: Under = None,
+    checkpointing: Checkpoints = "selective",
     as_json: Json = False,
 ) -> None:
     """Train the scales of a packed model (PEQA).
@@ -340,7 +349,17 @@ def peqa(
     from .recipes import Recipe, Schedule
 
     schedule = Schedule(
-        data, steps, tokens, minutes, length, batch, micro_batch, lr, seed, eval_text=eval_text
+        data,
+        steps,
+        tokens,
+        minutes,
+        length,
+        batch,
+        micro_batch,
+        lr,
+        seed,
+        eval_text=eval_text,
+        checkpointing=checkpointing,
     )
     _train(Recipe(model, schedule, adapters=tuple(adapter or ())), out, resume, as_json)
 
@@ -368,6 +387,7 @@ def emef(
     eval_text: EvalText = None,
     resume: Resume = False,
     adapter: Under = None,
+    checkpointing: Checkpoints = "selective",
     as_json: Json = False,
 ) -> None:
     """Fine-tune a packed model with LoRA (EMEF).
@@ -388,6 +408,7 @@ def emef(
         seed,
         mask_prompt=mask_prompt,
         eval_text=eval_text,
+        checkpointing=checkpointing,
     )
     lora = Lora(rank, alpha, tuple(targets.split(",")), dropout)
     _train(Recipe(model, schedule, lora, adapters=tuple(adapter or ())), out, resume, as_json)
@@ -421,6 +442,7 @@ def lrec(
     eval_text: EvalText = None,
     resume: Resume = False,
     adapter: Under = None,
+    checkpointing: Checkpoints = "selective",
     as_json: Json = False,
 ) -> None:
     """Repair a packed model with LoRA on every linear (LREC).
@@ -430,7 +452,17 @@ def lrec(
     from .recipes import Lora, Recipe, Schedule, Teacher
 
     schedule = Schedule(
-        data, steps, tokens, minutes, length, batch, micro_batch, lr, seed, eval_text=eval_text
+        data,
+        steps,
+        tokens,
+        minutes,
+        length,
+        batch,
+        micro_batch,
+        lr,
+        seed,
+        eval_text=eval_text,
+        checkpointing=checkpointing,
     )
     recipe = Recipe(
         model,
@@ -440,6 +472,66 @@ def lrec(
         tuple(adapter or ()),
     )
     _train(recipe, out, resume, as_json)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model; its config.json is enough.")
+    ],
+    method: Annotated[Literal["peqa", "emef", "lrec"], typer.Option(help="What to train.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")],
+    group_size: Annotated[int, typer.Option(help="A multiple of 32, or -1 for whole rows.")] = 64,
+    rank: Rank = 8,
+    targets: Annotated[
+        str | None, typer.Option(help="Linears that emef adapts (default: q_proj,v_proj).")
+    ] = None,
+    length: Length = 512,
+    micro_batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Of lrec's data, for the teacher's cache.")] = 100_000,
+    memory: Annotated[
+        str | None, typer.Option(metavar="8GB", help="What there is (default: this machine's).")
+    ] = None,
+    checkpointing: Checkpoints = "selective",
+    as_json: Json = False,
+) -> None:
+    """What a training will need, before anything is loaded."""
+    from . import plan as plans
+    from .model import read_config
+
+    result = plans.plan(
+        read_config(model),
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        rank=rank,
+        targets=None if targets is None else targets.split(","),
+        length=length,
+        micro_batch=micro_batch,
+        tokens=tokens,
+        memory=plans.parse_memory(memory),
+        checkpointing=checkpointing,
+    )
+    rows = [
+        ("weights, packed", result.weights_bytes),
+        ("adapter and optimizer", result.optimizer_bytes),
+        (f"activations, {micro_batch} x {length} tokens", result.activation_bytes),
+        ("loss", result.loss_bytes),
+        ("kept by the C library's heap", result.held_bytes),
+        ("Python and its libraries", result.runtime_bytes),
+        ("peak", result.peak_bytes),
+    ]
+    lines = [f"{name:<34}{size / 1e9:>9.3f} GB" for name, size in rows]
+    lines.append(f"trainable parameters: {result.trainable_parameters:,}")
+    if method == "lrec":
+        lines.append(
+            f"teacher cache on disk for {tokens:,} tokens: {result.cache_bytes / 1e9:.3f} GB"
+        )
+    lines.append(
+        f"{'fits' if result.fits else 'does not fit'}; the largest micro-batch that does: "
+        f"{result.largest_micro_batch}"
+    )
+    _emit(as_json, result._asdict(), lines)
 
 
 def _train(recipe: Recipe, out: Path, resume: bool, as_json: bool) -> None:
@@ -587,6 +679,8 @@ _OPTIONS = {
     "lambda_kl": "--lambda-kl",
     "lambda_ce": "--lambda-ce",
     "examples": "--data",
+    "memory": "--memory",
+    "micro_batch": "--micro-batch",
 }
 
 

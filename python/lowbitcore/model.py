@@ -85,13 +85,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         local = _download(str(path))
     if not local.is_dir():
         raise ValueError(f"{path}: expected a model directory, a .gguf file or a hub id")
-    raw = _read_config(local)
-    gptq_config = _gptq_config(raw, local)
-    try:
-        config = AutoConfig.from_pretrained(local)
-    except Exception as error:  # transformers raises many kinds, with messages of many lines
-        raise ValueError(f"{local}: config.json is not usable: {_one_line(error)}") from error
-    config = _causal_config(config, local)
+    gptq_config = _gptq_config(_read_json_config(local), local)
+    config = _directory_config(local)
     weights = Checkpoint(local)
     return Source(local, config, _main_dtype(config, weights), gptq_config, weights)
 
@@ -109,7 +104,23 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(path: str | os.PathLike[str]) -> PretrainedConfig:
+    """The config of a causal language model, whose directory need hold no more than that."""
+    if Path(path).is_dir():
+        return _directory_config(Path(path))
+    return open_source(path).config
+
+
+def _directory_config(directory: Path) -> PretrainedConfig:
+    _read_json_config(directory)  # for its messages
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # transformers raises many kinds, with messages of many lines
+        raise ValueError(f"{directory}: config.json is not usable: {_one_line(error)}") from error
+    return _causal_config(config, directory)
+
+
+def _read_json_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         partial = directory / ".partial"

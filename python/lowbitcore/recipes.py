@@ -34,10 +34,12 @@ from lowbitcore.data import TrainingSet
 from lowbitcore.evaluate import perplexity
 from lowbitcore.formats import checkpoint, peft, scales
 from lowbitcore.formats.checkpoint import atomic_path
+from lowbitcore.heap import return_tensors_at_once
 from lowbitcore.lora import prepare_lora
 from lowbitcore.lrec import LrecTrainer, TeacherCache
 from lowbitcore.peqa import prepare_peqa
 from lowbitcore.training import (
+    Checkpointing,
     Deadline,
     EmefTrainer,
     PackedTrainer,
@@ -71,6 +73,7 @@ class Schedule:
     seed: int = 0
     mask_prompt: bool = False
     eval_text: str | None = None
+    checkpointing: Checkpointing = "selective"
 
     def __post_init__(self) -> None:
         given = [self.steps, self.tokens, self.minutes]
@@ -132,6 +135,8 @@ def train(
     that a run with other settings began.
     """
     schedule = recipe.schedule
+    if schedule.checkpointing == "full":
+        return_tensors_at_once()  # whoever asks for it is short of memory
     if schedule.minutes is not None and _processes() > 1:
         raise ValueError("--minutes: expected --steps or --tokens where several processes train")
     start = time.perf_counter()
@@ -182,7 +187,10 @@ def train(
 
     def trainer(steps: int) -> PackedTrainer:
         arguments = _arguments(schedule, out, steps, evaluate=text is not None)
-        kwargs: dict[str, Any] = {"evaluation": evaluation}
+        kwargs: dict[str, Any] = {
+            "evaluation": evaluation,
+            "checkpointing": schedule.checkpointing,
+        }
         if recipe.teacher is not None:
             return LrecTrainer(
                 model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import os
@@ -21,6 +20,7 @@ from lowbitcore.formats import checkpoint, gptq
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
+from lowbitcore.heap import return_freed_memory
 from lowbitcore.model import (
     Source,
     base_hash,
@@ -250,7 +250,7 @@ class _StreamingRun:
     def _drop(self, names: Sequence[str]) -> None:
         for name in names:
             set_module_tensor_to_device(self._model, name, "meta")
-        _return_freed_memory()
+        return_freed_memory()
 
     def _block_file(self, index: int) -> Path:
         return self._partial / f"block-{index:05d}.safetensors"
@@ -350,14 +350,3 @@ def _stored_entry(weights: Checkpoint, name: str, config: GptqConfig) -> Entry:
         return tensor
 
     return Entry(name, info.dtype, info.shape, load)
-
-
-def _return_freed_memory() -> None:
-    """Hands freed memory back to the system where the C library can.
-
-    glibc keeps freed tensors of up to 32 MB in its heap, where small objects that outlive them
-    pin them down: without this, memory grew by most of each block (24 of 8 MB: 145 MB).
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -170,7 +170,7 @@ def set_checkpointing(model: PreTrainedModel, kind: Checkpointing) -> None:
     model.disable_input_require_grads()
 
 
-_KEPT = (
+KEPT = (
     "lowbitcore::qgemm_nt",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
@@ -181,7 +181,7 @@ _KEPT = (
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = getattr(operator, "_schema", None) and operator._schema.name
-    return CheckpointPolicy.MUST_SAVE if name in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # --- The Trainer -----------------------------------------------------------------------------

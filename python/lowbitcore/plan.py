@@ -1,0 +1,223 @@
+"""What a training will need, before anything is loaded.
+
+The model is built of fake tensors, which have shapes and no data, and its forward is run on them:
+what autograd keeps is counted, not estimated by a formula for each architecture.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lowbitcore import ops
+from lowbitcore.head import chunk_tokens
+from lowbitcore.lora import block_linears, linear_features, prepare_lora
+from lowbitcore.model import find_blocks, set_module
+from lowbitcore.nn import QuantLinear
+from lowbitcore.peqa import prepare_peqa
+from lowbitcore.training import KEPT, Checkpointing
+
+Method = Literal["peqa", "emef", "lrec"]
+
+# What glibc's heap holds beside live tensors, as a share of those that come and go, where freed
+# memory is not returned at once (measured on a model of 135 M: 0.6 to 0.75).
+_HELD_SHARE = 0.7
+
+# A gradient and AdamW's two moments, float32, beside each trained float32 parameter.
+_OPTIMIZER_BYTES = 12
+
+
+class Plan(NamedTuple):
+    """Bytes of what is in memory at the peak of a training step, and what goes to disk.
+
+    `runtime_bytes` is this very process: Python and the libraries that training imports;
+    `held_bytes` is what the C library's heap keeps of freed tensors, if it may.
+    `cache_bytes` is LREC's teacher cache for `tokens`; 0 for other methods.
+    """
+
+    trainable_parameters: int
+    runtime_bytes: int
+    weights_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    loss_bytes: int
+    held_bytes: int
+    peak_bytes: int
+    cache_bytes: int
+    fits: bool
+    largest_micro_batch: int
+
+
+def plan(
+    config: PretrainedConfig,
+    *,
+    method: Method,
+    bits: int,
+    group_size: int,
+    rank: int = 8,
+    targets: list[str] | None = None,
+    length: int = 512,
+    micro_batch: int = 1,
+    tokens: int = 0,
+    memory: int,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: Checkpointing = "selective",
+) -> Plan:
+    """Plans a training of the model that `config` describes, with its blocks' linears packed.
+
+    `targets` None means q_proj and v_proj for "emef"; "lrec" adapts every linear. Raises ValueError
+    for settings that the methods would refuse.
+    """
+    ops.check_format("plan", bits=bits, group_size=group_size, in_features=32, out_features=32)
+    for name, value in (("length", length), ("micro_batch", micro_batch)):
+        if value < 1:
+            raise ValueError(f"plan: {name}: expected at least 1, got {value}")
+    with FakeTensorMode():
+        model = _packed(config, bits, group_size, dtype)
+        weights = _bytes(model)
+        if method == "peqa":
+            prepare_peqa(model)
+        elif method == "lrec":
+            prepare_lora(model, rank=rank, alpha=rank, targets=None)
+        else:
+            prepare_lora(model, rank=rank, targets=targets or ["q_proj", "v_proj"])
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        adapters = _bytes(model) - weights
+        model.train()
+        one, two = (_activations(model, batch, length, checkpointing) for batch in (1, 2))
+    optimizer = adapters + trained * _OPTIMIZER_BYTES
+    # Logits in the type of the weights and their gradient; in float32 the logits, a softmax, and
+    # for LREC the teacher's of both.
+    copies = 2 * dtype.itemsize + (4 + 4) * (2 if method == "lrec" else 1)
+    loss = chunk_tokens(model) * model.config.get_text_config().vocab_size * copies
+    runtime = _resident()
+    # Only then does training return freed memory at once.
+    held = 0.0 if checkpointing == "full" else _HELD_SHARE
+    slope = two - one
+    activation = one + (micro_batch - 1) * slope
+
+    def peak(activation: int) -> int:
+        return runtime + weights + optimizer + int((1 + held) * (loss + activation))
+
+    room = memory - peak(one - slope)
+    hidden = model.config.get_text_config().hidden_size
+    return Plan(
+        trainable_parameters=trained,
+        runtime_bytes=runtime,
+        weights_bytes=weights,
+        optimizer_bytes=optimizer,
+        activation_bytes=activation,
+        loss_bytes=loss,
+        held_bytes=int(held * (loss + activation)),
+        peak_bytes=peak(activation),
+        cache_bytes=tokens * hidden * dtype.itemsize if method == "lrec" else 0,
+        fits=peak(activation) <= memory,
+        largest_micro_batch=max(0, int(room / ((1 + held) * slope))),
+    )
+
+
+def parse_memory(text: str | None) -> int:
+    """Bytes of "8GB" or "512MB" (decimal, as everywhere here); None: this machine's memory."""
+    if text is None:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([MGT])B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"plan: memory: expected a size such as 8GB or 512MB, got {text!r}")
+    return int(float(match[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[match[2].upper()])
+
+
+def _packed(
+    config: PretrainedConfig, bits: int, group_size: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for path, linear in block_linears(model).items():
+        in_features, out_features = linear_features(linear)
+        if in_features % 32 or out_features % 32:
+            continue
+        packed = QuantLinear(
+            in_features,
+            out_features,
+            bits=bits,
+            group_size=group_size,
+            bias=getattr(linear, "bias", None) is not None,
+        )
+        set_module(model, path, packed)
+    return model
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers; tied ones count once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+class _Kept(TorchDispatchMode):
+    """Counts the bytes that selective checkpointing keeps of a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in KEPT:
+            outputs = out if isinstance(out, tuple | list) else [out]
+            self.total += sum(_size(item) for item in outputs if isinstance(item, Tensor))
+        return out
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def _activations(
+    model: PreTrainedModel, batch: int, length: int, checkpointing: Checkpointing
+) -> int:
+    """Bytes that a forward keeps for its backward, and one block's where that is done again."""
+    own = {id(t.untyped_storage()) for t in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, Tensor] = {}  # by storage, which many saved tensors may share
+    marks: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor.untyped_storage()) not in own:
+            saved.setdefault(id(tensor.untyped_storage()), tensor)
+        return tensor
+
+    def total() -> int:
+        return sum(_size(tensor) for tensor in saved.values())
+
+    blocks = find_blocks(model).modules
+    inputs: list[int] = []
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: inputs.append(_size(args[0])))
+        for block in blocks
+    ]
+    handles += [
+        block.register_forward_hook(lambda module, args, out: marks.append(total()))
+        for block in blocks
+    ]
+    ids = torch.zeros(batch, length, dtype=torch.int64)
+    kept = _Kept()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), kept:
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    for handle in handles:
+        handle.remove()
+    # The loss holds the scored states and their gradient.
+    ends = 2 * _size(states)
+    if checkpointing == "none":
+        return total() + ends
+    block = max(after - before for before, after in itertools.pairwise(marks))
+    return sum(inputs) + block + ends + (kept.total if checkpointing == "selective" else 0)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,129 @@
+"""The plan of a training: counted on fake tensors, held against what trainings take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from lowbitcore.plan import parse_memory, plan
+from test_cli import fail, succeed
+
+LLAMA_7B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def config_only(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    return tmp_path
+
+
+def test_a_config_is_enough(config_only: Path) -> None:
+    common = ("plan", config_only, "--bits", 4, "--group-size", 128, "--length", 256)
+    out, result = succeed(*common, "--method", "emef", "--memory", "8GB", "--checkpointing", "full")
+    assert result["trainable_parameters"] == 4_194_304
+    # 6,476 M weights of 4 bits, a byte and 4 for zero and scale of 128; two tables of 16 bits.
+    linears, tables = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096
+    expected = linears * (0.5 + 5 / 128) + tables * 2
+    assert result["weights_bytes"] == pytest.approx(expected, rel=1e-3)
+    assert result["weights_bytes"] < result["peak_bytes"] < result["weights_bytes"] + 1.1e9
+    assert result["fits"] and result["largest_micro_batch"] > 8 and result["cache_bytes"] == 0
+    assert "the largest micro-batch that does" in out
+    _, result = succeed(*common, "--method", "lrec", "--memory", "4GB", "--tokens", 1000)
+    assert not result["fits"] and result["largest_micro_batch"] == 0
+    assert result["cache_bytes"] == 1000 * 4096 * 2
+    _, result = succeed("plan", config_only, "--bits", 3, "--group-size", -1, "--method", "peqa")
+    assert result["trainable_parameters"] == 32 * (5 * 4096 + 2 * 11008) == 1_359_872
+
+
+def test_the_largest_micro_batch_is_the_largest() -> None:
+    config = LlamaConfig(**{k: v for k, v in LLAMA_7B.items() if k != "dtype"})
+    settings = {"method": "emef", "bits": 4, "group_size": 128, "length": 256}
+    for checkpointing in ("full", "selective", "none"):
+        more = {**settings, "memory": 9 * 10**9, "checkpointing": checkpointing}
+        largest = plan(config, **more).largest_micro_batch  # type: ignore[arg-type]
+        assert largest > 0
+        assert plan(config, **more, micro_batch=largest).fits  # type: ignore[arg-type]
+        assert not plan(config, **more, micro_batch=largest + 1).fits  # type: ignore[arg-type]
+
+
+MEASURED = """
+import resource, sys
+import torch
+from transformers import LlamaConfig, AutoModelForCausalLM
+import lowbitcore as lbc
+from lowbitcore.heap import return_tensors_at_once
+from lowbitcore.plan import plan
+from lowbitcore.training import TrainedModel, set_checkpointing
+
+method, kind = sys.argv[1:]
+config = LlamaConfig(
+    vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=12,
+    num_attention_heads=8, max_position_embeddings=512,
+)
+planned = plan(
+    config, method=method, bits=4, group_size=64, length=512, micro_batch=4, memory=1 << 40,
+    checkpointing=kind,
+)
+model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+model = lbc.quantize_model(
+    model, None, None, lbc.QuantConfig(group_size=64, method="rtn", mse=False), progress=False
+)
+if method == "peqa":
+    lbc.prepare_peqa(model)
+else:
+    lbc.prepare_lora(model, rank=8)
+set_checkpointing(model, kind)
+if kind == "full":
+    return_tensors_at_once()
+trained = TrainedModel(model).train()
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+for step in range(3):
+    ids = torch.randint(8192, (4, 512))
+    trained(input_ids=ids, labels=ids)["loss"].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(planned.peak_bytes / 1e6, peak / 1e6, planned.runtime_bytes / 1e6)
+"""
+
+
+@pytest.mark.parametrize("kind", ["full", "selective", "none"])
+@pytest.mark.parametrize("method", ["emef", "peqa"])
+def test_plans_are_within_ten_percent(method: str, kind: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, method, kind], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    planned, peak, runtime = map(float, done.stdout.splitlines()[-1].split())
+    assert peak > runtime
+    assert abs(planned / peak - 1) < 0.1, (planned, peak, runtime)
+
+
+def test_sizes() -> None:
+    assert parse_memory("8GB") == 8 * 10**9
+    assert parse_memory(" 1.5 g") == 15 * 10**8
+    assert parse_memory("512MB") == 512 * 10**6
+    assert parse_memory(None) > 10**8
+
+
+def test_bad_plans(config_only: Path) -> None:
+    common = ("plan", config_only, "--method", "emef", "--bits", 4)
+    assert "--memory: expected a size such as 8GB" in fail(*common, "--memory", "lots")
+    assert "--micro-batch: expected at least 1" in fail(*common, "--micro-batch", 0)
+    assert "--targets: expected names of linears" in fail(*common, "--targets", "x")
+    assert "--bits: expected 2, 3, 4 or 8" in fail(*common[:-1], 5)
+    assert "config.json" in fail("plan", config_only.parent, *common[2:])
