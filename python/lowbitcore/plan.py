@@ -28,8 +28,8 @@ from lowbitcore.training import KEPT, Checkpointing
 Method = Literal["peqa", "emef", "lrec"]
 
 # What glibc's heap holds beside live tensors, as a share of those that come and go, where freed
-# memory is not returned at once (measured on a model of 135 M: 0.6 to 0.75).
-_HELD_SHARE = 0.7
+# memory is not returned at once (measured on two models: 0.5 to 0.75).
+_HELD_SHARE = 0.6
 
 # A gradient and AdamW's two moments, float32, beside each trained float32 parameter.
 _OPTIMIZER_BYTES = 12
