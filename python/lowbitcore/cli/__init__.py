@@ -1,0 +1,61 @@
+"""The command line: results on stdout, progress on stderr; ``--json`` ends with one object."""
+
+from __future__ import annotations
+
+import sys
+
+from lowbitcore.cli import models, training  # noqa: F401  (they register their commands)
+from lowbitcore.cli.app import app
+
+# What functions call their arguments, and what the options are called they come from.
+_OPTIONS = {
+    "bits": "--bits",
+    "group_size": "--group-size",
+    "percdamp": "--damp",
+    "texts": "--calib",
+    "samples": "--samples",
+    "length": "--length",
+    "context": "--context",
+    "windows": "--windows",
+    "stride": "--stride",
+    "prompt": "--prompt",
+    "text": "--text",
+    "max_new_tokens": "--max-new-tokens",
+    "chat": "--chat",
+    "rank": "--rank",
+    "alpha": "--alpha",
+    "targets": "--targets",
+    "dropout": "--dropout",
+    "lambda_kl": "--lambda-kl",
+    "lambda_ce": "--lambda-ce",
+    "examples": "--data",
+    "memory": "--memory",
+    "micro_batch": "--micro-batch",
+}
+
+
+_INTERRUPTED = 130  # what typer exits with after Ctrl-C
+
+
+def _for_the_command_line(message: str) -> str:
+    """`function: argument: ...` on one line, the two replaced by the option."""
+    message = " ".join(message.split())
+    _, _, rest = message.partition(": ")
+    argument, _, what = rest.partition(": ")
+    return f"{_OPTIONS[argument]}: {what}" if argument in _OPTIONS else message
+
+
+def main() -> None:
+    """Run the command line: exit code 2 and one line on stderr for what is not a bug of ours."""
+    from lowbitcore._C import Error
+
+    try:
+        app()
+    except (ValueError, OSError, MemoryError, FloatingPointError, Error) as error:
+        message = _for_the_command_line(str(error)) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        raise

@@ -1,0 +1,305 @@
+"""Commands that make, measure and describe models."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lowbitcore.cli.app import (
+    Adapters,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    app,
+    emit,
+    load_model,
+    megabytes,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lowbitcore.quantize import QuantConfig, Report
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Directory to write; must be new or unfinished."),
+    ],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")],
+    group_size: Annotated[int, typer.Option(help="A multiple of 32, or -1 for whole rows.")] = 64,
+    method: Annotated[Literal["gptq", "rtn"], typer.Option(help="rtn needs no data.")] = "gptq",
+    sym: Annotated[bool, typer.Option("--sym", help="Symmetric grids (vLLM wants them).")] = False,
+    act_order: Annotated[
+        Literal["static", "dynamic", "none"],
+        typer.Option(help="Order of columns: static keeps plain groups, dynamic writes g_idx."),
+    ] = "static",
+    no_true_sequential: Annotated[
+        bool,
+        typer.Option(
+            "--no-true-sequential", help="Calibrate a block's linears all on unquantized inputs."
+        ),
+    ] = False,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|hf:NAME|self",
+            help="Calibration text: a file, a hub data set, or text the model writes itself.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window (default: 2048, or what the model can take)."),
+    ] = None,
+    damp: Annotated[float, typer.Option(help="Damping, a fraction of the mean diagonal.")] = 0.01,
+    seed: Annotated[
+        int, typer.Option(help="Of the calibration windows.", min=0, max=2**63 - 1)
+    ] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model into a GPTQ checkpoint, block by block."""
+    from lowbitcore.quantize import QuantConfig
+    from lowbitcore.streaming import check_output, quantize_checkpoint
+
+    config = QuantConfig(
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        method=method,
+        act_order=act_order,
+        true_sequential=not no_true_sequential,
+        percdamp=damp,
+    )
+    check_output(out, resume=resume)  # before text is made for it
+    windows = None
+    if method == "gptq":
+        if calib is None:
+            raise ValueError("--calib: expected a text file, hf:NAME or self (or --method rtn)")
+        windows = _calibration(model, calib, samples, length, seed)
+    elif calib is not None:
+        raise ValueError("--calib: expected none with --method rtn, which uses no data")
+    start = time.perf_counter()
+    report = quantize_checkpoint(model, out, windows, config, resume=resume)
+    seconds = time.perf_counter() - start
+    emit(as_json, *_describe_report(report, config, out, seconds))
+
+
+def _calibration(model: str, calib: str, samples: int, length: int | None, seed: int) -> Tensor:
+    from lowbitcore import data
+    from lowbitcore import model as models
+    from lowbitcore.summary import summarize
+
+    limit = summarize(model).max_length
+    if length is None:
+        length = min(2048, limit or 2048)
+    elif limit is not None and length > limit:
+        raise ValueError(f"--length: expected at most {limit} for this model, got {length}")
+    tokenizer = models.load_tokenizer(model)
+    if calib == "self":
+        writer = load_model(model, "auto", "cpu")
+        return data.sample_from_model(writer, tokenizer, samples=samples, length=length, seed=seed)
+    texts = data.hub_texts(calib[3:]) if calib.startswith("hf:") else data.read_texts(calib)
+    return data.calibration_windows(texts, tokenizer, samples=samples, length=length, seed=seed)
+
+
+def _describe_report(
+    report: Report, config: QuantConfig, out: Path, seconds: float
+) -> tuple[dict[str, Any], list[str]]:
+    losses = [item.loss for item in report.linears if item.loss is not None]
+    raised = report.raised_damping(config)
+    result = {
+        "out": str(out),
+        "linears": len(report.linears),
+        "skipped": report.skipped,
+        "raised_damping": {item.path: item.percdamp for item in raised},
+        "mean_loss": sum(losses) / len(losses) if losses else None,
+        "bytes": report.bytes,
+        "phases": report.seconds,
+        "seconds": seconds,
+    }
+    lines = [
+        f"{out}: {len(report.linears)} linears, {megabytes(report.bytes['original'])} -> "
+        f"{megabytes(report.bytes['quantized'])}, {seconds:.1f} s "
+        f"({', '.join(f'{name} {value:.1f}' for name, value in report.seconds.items())})"
+    ]
+    if losses:
+        lines.append(f"mean relative error of the linears' outputs: {result['mean_loss']:.4f}")
+    lines += [f"damping of {item.path} was raised to {item.percdamp}" for item in raised]
+    lines += [f"kept in 16 bits: {path} ({reason})" for path, reason in report.skipped.items()]
+    return result, lines
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text file; its documents are joined.")],
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows (default: context, no overlap).")
+    ] = None,
+    adapter: Adapters = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text.
+
+    The text is cut into full windows, each scored on its last context - 1 tokens."""
+    from lowbitcore import data
+    from lowbitcore import model as models
+    from lowbitcore.evaluate import perplexity
+
+    content = "\n\n".join(data.read_texts(text))
+    result = perplexity(
+        load_model(model, dtype, device, adapter),
+        models.load_tokenizer(model),
+        content,
+        context=context,
+        windows=windows,
+        stride=stride,
+    )
+    line = f"perplexity {result.ppl:.3f} ({result.tokens} tokens in {result.windows} windows)"
+    emit(as_json, result._asdict(), [line])
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in a chat.")] = False,
+    adapter: Adapters = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    from transformers import TextStreamer
+
+    from lowbitcore import model as models
+    from lowbitcore.generate import complete
+
+    loaded = load_model(model, dtype, device, adapter)
+    tokenizer = models.load_tokenizer(model)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    text, tokens = complete(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, streamer=streamer
+    )
+    seconds = time.perf_counter() - start
+    print(f"{tokens} tokens, {tokens / seconds:.1f} a second", file=sys.stderr)
+    emit(as_json, {"text": text, "tokens": tokens, "seconds": seconds}, [])
+
+
+@app.command()
+def info(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="A model, as elsewhere.")
+    ] = None,
+    device: Annotated[
+        bool, typer.Option("--device", help="What this machine and build can do.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint holds and who can load it, or what this machine can do."""
+    if device == (path is not None):
+        raise ValueError("info: expected either PATH or --device")
+    if path is None:
+        emit(as_json, *_describe_device())
+    else:
+        emit(as_json, *_describe_model(path))
+
+
+def _describe_device() -> tuple[dict[str, Any], list[str]]:
+    import torch
+
+    from lowbitcore import __version__, runtime
+
+    forced = os.environ.get("LOWBITCORE_ISA")
+    result = {
+        "version": __version__,
+        "isa": runtime.isa(),
+        "available_isas": runtime.available_isas(),
+        "forced_isa": forced,
+        "threads": runtime.num_threads(),
+        "cuda": runtime.cuda_status(),
+        "torch": torch.__version__,
+        "cmake_dir": runtime.cmake_dir(),
+    }
+    why = "forced by LOWBITCORE_ISA" if forced else "the fastest this CPU has"
+    return result, [
+        f"lowbitcore {__version__}, torch {torch.__version__}",
+        f"instruction set: {result['isa']} ({why}; available: "
+        f"{', '.join(runtime.available_isas())})",
+        f"threads: {result['threads']}",
+        f"CUDA: {result['cuda']}",
+        f"CMake package: {result['cmake_dir']}",
+    ]
+
+
+def _describe_model(path: str) -> tuple[dict[str, Any], list[str]]:
+    from lowbitcore.formats.gptq import compatible_loaders
+    from lowbitcore.summary import summarize
+
+    summary = summarize(path)
+    result: dict[str, Any] = summary._asdict()
+    lines = [
+        f"{path}: {summary.architecture}, {summary.parameters / 1e6:,.1f} M parameters, "
+        f"{megabytes(summary.total_bytes)} of tensors"
+    ]
+    if summary.gptq is None:
+        lines.append(f"not quantized ({summary.dtype})")
+    else:
+        config = summary.gptq
+        result["gptq"] = config.to_dict()
+        loaders = compatible_loaders(config)
+        result["loaders"] = {item.name: item.reason or "loads" for item in loaders}
+        lines += [
+            f"{config.bits} bits, group_size {config.group_size}, "
+            f"{'symmetric' if config.sym else 'asymmetric'}, desc_act {config.desc_act}, "
+            f"{config.checkpoint_format}",
+            f"{summary.quantized_linears} quantized linears with "
+            f"{summary.quantized_weights / 1e6:,.1f} M weights in "
+            f"{megabytes(summary.quantized_bytes)}: {summary.effective_bits:.3f} bits a weight, "
+            f"{16 / summary.effective_bits:.2f} times smaller than 16 bits",
+            f"whole model: {summary.total_bytes * 8 / summary.parameters:.3f} bits a parameter",
+            f"trainable by PEQA (scales): {summary.scales / 1e6:,.3f} M",
+            "who can load it:",
+        ]
+        lines += [f"  {item.name}: {item.reason or 'yes'}" for item in loaders]
+    return result, lines
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for models, chart and results.")] = Path(
+        "lowbitcore-demo"
+    ),
+    minutes: Annotated[float, typer.Option(help="What training the 2-bit model may take.")] = 5.0,
+    calib: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|hf:NAME|self", help="Calibration text; self: the model writes it."
+        ),
+    ] = "self",
+    as_json: Json = False,
+) -> None:
+    """Quantize a real model to 4, 3 and 2 bits, and repair it (10 minutes)."""
+    from lowbitcore.demo import run
+
+    if not (minutes > 0 and minutes < float("inf")):
+        raise ValueError(f"--minutes: expected a positive number, got {minutes}")
+    result, lines = run(out, lambda model: _calibration(model, calib, 32, 256, 0), minutes=minutes)
+    emit(as_json, result, lines)

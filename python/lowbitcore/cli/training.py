@@ -1,0 +1,279 @@
+"""Commands that train on packed models, and the plan of a training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lowbitcore.cli.app import Json, app, emit, megabytes
+
+if TYPE_CHECKING:
+    from lowbitcore.recipes import Recipe
+
+Packed = Annotated[str, typer.Argument(metavar="QMODEL", help="A quantized model directory.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory for what is learnt; new.")]
+Data = Annotated[
+    str, typer.Option(metavar="FILE", help="Text, or .json/.jsonl with text or Alpaca's fields.")
+]
+Steps = Annotated[int | None, typer.Option(help="Train for so many steps, or")]
+Tokens = Annotated[int | None, typer.Option(help="on so many tokens, or")]
+Minutes = Annotated[float | None, typer.Option(help="for so long.")]
+Length = Annotated[int, typer.Option(help="Tokens in a sequence, at most.")]
+Batch = Annotated[int, typer.Option(help="Sequences in a step.")]
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Sequences at a time (default: all of a step's).")
+]
+Rate = Annotated[float, typer.Option(help="Learning rate of AdamW, after warming up.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Of the order of the data and what starts at random.", min=0, max=2**63 - 1),
+]
+EvalText = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Text to measure the perplexity on.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")]
+Under = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="DIR", help="A trained adapter to build upon, frozen."),
+]
+Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
+Checkpoints = Annotated[
+    Literal["selective", "full", "none"],
+    typer.Option(
+        "--checkpointing",
+        help="What of a forward is kept for its backward: products and attention; next to nothing, "
+        "for the least memory; all, for the most speed.",
+    ),
+]
+
+
+@app.command()
+def peqa(
+    model: Packed,
+    out: Out,
+    data: Data,
+    steps: Steps = None,
+    tokens: Tokens = None,
+    minutes: Minutes = None,
+    length: Length = 512,
+    batch: Batch = 2,
+    micro_batch: MicroBatch = None,
+    lr: Rate = 1e-4,
+    seed: Seed = 0,
+    eval_text: EvalText = None,
+    resume: Resume = False,
+    adapter: Under = None,
+    checkpointing: Checkpoints = "selective",
+    as_json: Json = False,
+) -> None:
+    """Train the scales of a packed model (PEQA).
+
+    OUT gets scales.safetensors, which any command takes as --adapter OUT.
+    """
+    from lowbitcore.recipes import Recipe, Schedule
+
+    schedule = Schedule(
+        data,
+        steps,
+        tokens,
+        minutes,
+        length,
+        batch,
+        micro_batch,
+        lr,
+        seed,
+        eval_text=eval_text,
+        checkpointing=checkpointing,
+    )
+    _train(Recipe(model, schedule, adapters=tuple(adapter or ())), out, resume, as_json)
+
+
+@app.command()
+def emef(
+    model: Packed,
+    out: Out,
+    data: Data,
+    rank: Rank = 8,
+    alpha: Annotated[float, typer.Option(help="The adapter counts alpha / rank times.")] = 16,
+    targets: Annotated[str, typer.Option(help="Linears to adapt, by name.")] = "q_proj,v_proj",
+    dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.05,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt", help="Learn answers alone, not instructions.")
+    ] = False,
+    steps: Steps = None,
+    tokens: Tokens = None,
+    minutes: Minutes = None,
+    length: Length = 512,
+    batch: Batch = 2,
+    micro_batch: MicroBatch = None,
+    lr: Rate = 3e-4,
+    seed: Seed = 0,
+    eval_text: EvalText = None,
+    resume: Resume = False,
+    adapter: Under = None,
+    checkpointing: Checkpoints = "selective",
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a packed model with LoRA (EMEF).
+
+    OUT gets an adapter in PEFT's format.
+    """
+    from lowbitcore.recipes import Lora, Recipe, Schedule
+
+    schedule = Schedule(
+        data,
+        steps,
+        tokens,
+        minutes,
+        length,
+        batch,
+        micro_batch,
+        lr,
+        seed,
+        mask_prompt=mask_prompt,
+        eval_text=eval_text,
+        checkpointing=checkpointing,
+    )
+    lora = Lora(rank, alpha, tuple(targets.split(",")), dropout)
+    _train(Recipe(model, schedule, lora, adapters=tuple(adapter or ())), out, resume, as_json)
+
+
+@app.command()
+def lrec(
+    model: Packed,
+    out: Out,
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="The 16-bit model.")],
+    data: Data,
+    rank: Rank = 8,
+    lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
+    lambda_ce: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = 0.1,
+    kl: Annotated[
+        Literal["forward", "reverse"],
+        typer.Option(help="forward: KL(teacher || student); reverse: the other way round."),
+    ] = "forward",
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Run the teacher once and keep its states here."),
+    ] = None,
+    steps: Steps = None,
+    tokens: Tokens = None,
+    minutes: Minutes = None,
+    length: Length = 512,
+    batch: Batch = 2,
+    micro_batch: MicroBatch = None,
+    lr: Rate = 3e-4,
+    seed: Seed = 0,
+    eval_text: EvalText = None,
+    resume: Resume = False,
+    adapter: Under = None,
+    checkpointing: Checkpoints = "selective",
+    as_json: Json = False,
+) -> None:
+    """Repair a packed model with LoRA on every linear (LREC).
+
+    OUT gets an adapter in PEFT's format that brings the model's output near its teacher's.
+    """
+    from lowbitcore.recipes import Lora, Recipe, Schedule, Teacher
+
+    schedule = Schedule(
+        data,
+        steps,
+        tokens,
+        minutes,
+        length,
+        batch,
+        micro_batch,
+        lr,
+        seed,
+        eval_text=eval_text,
+        checkpointing=checkpointing,
+    )
+    recipe = Recipe(
+        model,
+        schedule,
+        Lora(rank, rank, None, 0.0),
+        Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
+        tuple(adapter or ()),
+    )
+    _train(recipe, out, resume, as_json)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model; its config.json is enough.")
+    ],
+    method: Annotated[Literal["peqa", "emef", "lrec"], typer.Option(help="What to train.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")],
+    group_size: Annotated[int, typer.Option(help="A multiple of 32, or -1 for whole rows.")] = 64,
+    rank: Rank = 8,
+    targets: Annotated[
+        str | None, typer.Option(help="Linears that emef adapts (default: q_proj,v_proj).")
+    ] = None,
+    length: Length = 512,
+    micro_batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Of lrec's data, for the teacher's cache.")] = 100_000,
+    memory: Annotated[
+        str | None, typer.Option(metavar="8GB", help="What there is (default: this machine's).")
+    ] = None,
+    checkpointing: Checkpoints = "selective",
+    as_json: Json = False,
+) -> None:
+    """What a training will need, before anything is loaded."""
+    from lowbitcore import plan as plans
+    from lowbitcore.model import read_config
+
+    result = plans.plan(
+        read_config(model),
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        rank=rank,
+        targets=None if targets is None else targets.split(","),
+        length=length,
+        micro_batch=micro_batch,
+        tokens=tokens,
+        memory=plans.parse_memory(memory),
+        checkpointing=checkpointing,
+    )
+    rows = [
+        ("weights, packed", result.weights_bytes),
+        ("adapter and optimizer", result.optimizer_bytes),
+        (f"activations, {micro_batch} x {length} tokens", result.activation_bytes),
+        ("loss", result.loss_bytes),
+        ("kept by the C library's heap", result.held_bytes),
+        ("Python and its libraries", result.runtime_bytes),
+        ("peak", result.peak_bytes),
+    ]
+    lines = [f"{name:<34}{size / 1e9:>9.3f} GB" for name, size in rows]
+    lines.append(f"trainable parameters: {result.trainable_parameters:,}")
+    if method == "lrec":
+        lines.append(
+            f"teacher cache on disk for {tokens:,} tokens: {result.cache_bytes / 1e9:.3f} GB"
+        )
+    lines.append(
+        f"{'fits' if result.fits else 'does not fit'}; the largest micro-batch that does: "
+        f"{result.largest_micro_batch}"
+    )
+    emit(as_json, result._asdict(), lines)
+
+
+def _train(recipe: Recipe, out: Path, resume: bool, as_json: bool) -> None:
+    from lowbitcore.recipes import train
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    result = train(recipe, out, resume=resume, say=say)
+    if result is None:
+        return
+    ppl = "" if result["ppl"] is None else f", perplexity {result['ppl']:.3f}"
+    speed = result["tokens"] / result["training_seconds"]
+    line = (
+        f"{out}: {result['tokens']:,} tokens in {result['steps']} steps, {speed:,.0f} tokens a "
+        f"second, loss {result['loss']:.4f}{ppl}; {megabytes(result['adapter_bytes'])}"
+    )
+    emit(as_json, result, [line])
