@@ -456,6 +456,8 @@ def test_a_killed_run_goes_on_bit_for_bit(method: str, place: Path) -> None:
     while newest_checkpoint(killed) is None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
+    again = fail(*command(place, method, killed.name, *more, "--resume"))
+    assert "another run is writing there" in again
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -510,6 +512,7 @@ def test_two_processes(place: Path) -> None:
         ("lrec", ["--steps", 5, "--lambda-kl", -1], "--lambda-kl: expected 0 or more"),
         ("lrec", ["--steps", 5, "--adapter", "/nowhere"], "/nowhere: expected adapter_config"),
         ("lrec", ["--steps", 5, "--eval-text", "/nowhere"], "/nowhere: cannot be read"),
+        ("lrec", ["--minutes", 1, "--cache", "/nowhere"], "--cache: expected --steps or"),
     ],
 )
 def test_bad_commands(method: str, more: list[object], message: str, place: Path) -> None:

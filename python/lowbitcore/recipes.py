@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -48,7 +49,7 @@ from lowbitcore.training import (
     newest_checkpoint,
 )
 
-_RECORD = "training.json"
+_RECORD, _LOCK = "training.json", ".lock"
 _STATE = "trainer_state.json"
 # Evaluations during a training look at the start of the text; the last one at all of it.
 _EVALUATIONS, _EVALUATION_WINDOWS = 5, 4
@@ -139,6 +140,8 @@ def train(
         return_tensors_at_once()  # whoever asks for it is short of memory
     if schedule.minutes is not None and _processes() > 1:
         raise ValueError("--minutes: expected --steps or --tokens where several processes train")
+    if schedule.minutes is not None and recipe.teacher is not None and recipe.teacher.cache:
+        raise ValueError("--cache: expected --steps or --tokens, which tell how much to keep")
     start = time.perf_counter()
     planned = _open(recipe, out, resume)
     model = models.load(recipe.model, dtype=recipe.dtype)
@@ -168,7 +171,8 @@ def train(
         tokenizer,
         length=schedule.length,
         mask_prompt=schedule.mask_prompt,
-        limit=None if steps is None else steps * schedule.batch,
+        # Not where steps follow from minutes: a resumed run has to see the same data.
+        limit=None if schedule.minutes is not None or steps is None else steps * schedule.batch,
         seed=schedule.seed,
     )
     torch.manual_seed(schedule.seed)
@@ -212,7 +216,7 @@ def train(
     run = trainer(steps)
     run.remove_callback(PrinterCallback)
     run.add_callback(_Bar())
-    _record(recipe, out, steps)
+    lock = _record(recipe, out, steps) if _is_main() else None
     if schedule.minutes is not None:
         run.add_callback(Deadline(schedule.minutes))
     say(
@@ -233,6 +237,9 @@ def train(
     run.state.save_to_json(str(out / _STATE))
     for old in out.glob("checkpoint-*"):
         shutil.rmtree(old)
+    if lock is not None:
+        lock.close()
+        (out / _LOCK).unlink()
     product = peft.WEIGHTS_FILE if recipe.lora is not None else scales.FILE
     return {
         "out": str(out),
@@ -265,6 +272,7 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
     if (out / recipe.product).exists():
         raise ValueError(f"{out}: holds a finished training already")
     if record.exists():
+        checkpoint.lock(out / _LOCK).close()  # said first: a living run must not be deleted
         if not resume:
             raise ValueError(f"{out}: holds an unfinished training: give --resume, or delete it")
         found = checkpoint.read_json(record)
@@ -288,10 +296,12 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _record(recipe: Recipe, out: Path, steps: int) -> None:
-    if _is_main():
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out / _RECORD, {"recipe": _settings(recipe), "steps": steps})
+def _record(recipe: Recipe, out: Path, steps: int) -> IO[str]:
+    """Begins, or goes on with, a run in `out`; the lock that keeps others out of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.lock(out / _LOCK)
+    checkpoint.write_json(out / _RECORD, {"recipe": _settings(recipe), "steps": steps})
+    return lock
 
 
 # --- The parts of a run ------------------------------------------------------------------------
@@ -309,7 +319,8 @@ def _teacher(
         return teacher
     size = TeacherCache.bytes_needed(teacher, examples)
     say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")
-    return TeacherCache.fill(recipe.teacher.cache, teacher, examples)
+    with PartialState(cpu=True).main_process_first():  # the others find it filled
+        return TeacherCache.fill(recipe.teacher.cache, teacher, examples)
 
 
 def _arguments(schedule: Schedule, out: Path, steps: int, *, evaluate: bool) -> TrainingArguments:
@@ -337,6 +348,7 @@ def _arguments(schedule: Schedule, out: Path, steps: int, *, evaluate: bool) -> 
         save_total_limit=2,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=max(1, steps // _EVALUATIONS) if evaluate else None,
+        eval_on_start=evaluate,  # where it starts from, and whether the text will do
         disable_tqdm=True,  # its bar prints every log on stdout
         report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
         use_cpu=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -52,7 +51,7 @@ from lowbitcore.quantize import (
     package_version,
 )
 
-_PARTIAL = ".partial"
+_PARTIAL, _LOCK = ".partial", "lock"
 
 
 @torch.no_grad()
@@ -92,7 +91,7 @@ def check_output(out: Path, *, resume: bool) -> None:
     partial = out / _PARTIAL
     if (partial / "progress.json").exists():
         if not resume:
-            _lock(partial).close()  # that of a living run must not be deleted
+            checkpoint.lock(partial / _LOCK).close()  # that of a living run must not be deleted
             raise ValueError(
                 f"quantize_checkpoint: {out}: holds an unfinished quantization: resume it "
                 f"(--resume), or delete {partial}"
@@ -106,17 +105,6 @@ def check_output(out: Path, *, resume: bool) -> None:
             f"quantize_checkpoint: {out}: expected an empty or new directory, "
             f"got {sorted(strangers)[0]!r} in it"
         )
-
-
-def _lock(partial: Path) -> IO[str]:
-    """The lock of a run, held until it is closed."""
-    file = (partial / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ValueError(f"{partial.parent}: another run is writing there") from error
-    return file
 
 
 class _StreamingRun:
@@ -155,7 +143,7 @@ class _StreamingRun:
 
     def _lock(self) -> None:
         """Keeps other runs out of `out` for as long as this process lives."""
-        self._lock_file = _lock(self._partial)
+        self._lock_file = checkpoint.lock(self._partial / _LOCK)
 
     def _take_up(self, state: dict[str, Any], where: Path) -> None:
         for name, value in self._binding().items():

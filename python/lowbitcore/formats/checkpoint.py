@@ -9,6 +9,7 @@ then the data of all tensors without holes).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -310,6 +311,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def lock(path: Path) -> IO[str]:
+    """Keeps other runs out until it is closed; ValueError where one is in."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(f"{path.parent}: another run is writing there") from error
+    return file
 
 
 def write_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
