@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -473,17 +474,21 @@ def test_a_killed_run_goes_on_bit_for_bit(method: str, place: Path) -> None:
     assert weights[0].read_bytes() == weights[1].read_bytes(), f"killed after {seconds} s"
 
 
-def test_two_processes(place: Path) -> None:
+@pytest.mark.parametrize("method", ["emef", "lrec"])
+def test_two_processes(method: str, place: Path) -> None:
     """Over gloo: a global batch cut in two gives the losses of one process."""
-    more = ("--steps", 8, "--seed", 3)
-    single, double = place / "single", place / "double"
-    succeed(*command(place, "emef", single.name, "--dropout", 0, *more))
+    more: tuple[object, ...] = ("--steps", 8, "--seed", 3)
+    more += ("--dropout", 0) if method == "emef" else ("--cache", place / "cache-of-two")
+    single, double = place / f"single-{method}", place / f"double-{method}"
+    succeed(*command(place, method, single.name, *more))
+    if method == "lrec":
+        shutil.rmtree(place / "cache-of-two")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [
             *torchrun,
             *("--master-port", str(20000 + os.getpid() % 20000), "-m", "lowbitcore"),
-            *map(str, command(place, "emef", double.name, "--dropout", 0, *more)),
+            *map(str, command(place, method, double.name, *more)),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
