@@ -232,9 +232,9 @@ def train(
         return None
     losses = [item["loss"] for item in history if "loss" in item]
     ppl = None if text is None else measure(model, None)
-    adapters.save_adapter(model, out)
     draw(history, out / "training.png", final=ppl)
     run.state.save_to_json(str(out / _STATE))
+    adapters.save_adapter(model, out)  # last: it says that the training is finished
     for old in out.glob("checkpoint-*"):
         shutil.rmtree(old)
     if lock is not None:
