@@ -402,6 +402,7 @@ def draw(history: list[dict[str, Any]], path: Path, *, final: float | None) -> N
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     losses = [(item["num_input_tokens_seen"], item["loss"]) for item in history if "loss" in item]
@@ -415,6 +416,8 @@ def draw(history: list[dict[str, Any]], path: Path, *, final: float | None) -> N
     if points:
         right = axes.twinx()
         right.set_yscale("log")
+        right.yaxis.set_major_formatter(ScalarFormatter())
+        right.yaxis.set_minor_formatter(ScalarFormatter())
         right.set_ylabel("perplexity on the evaluation text (log scale)")
         label = f"perplexity (first {_EVALUATION_WINDOWS} windows)"
         handles = handles + right.plot(
