@@ -254,6 +254,22 @@ def test_swapping_scales(tmp_path: Path) -> None:
     assert all(a is b for a, b in zip(parameters, after, strict=True))
 
 
+def test_scales_under_a_frozen_adapter(tmp_path: Path) -> None:
+    """PEQA on a repaired model leaves scales, not the adapter that it was trained under."""
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4, targets=None))
+    lbc.save_adapter(model, tmp_path / "lrec")
+    lbc.prepare_peqa(model)
+    with torch.no_grad():
+        for linear in quantized_linears(model).values():
+            linear.scales.mul_(1.1)
+    lbc.save_adapter(model, tmp_path / "peqa")
+    assert {path.name for path in (tmp_path / "peqa").iterdir()} == {"scales.safetensors"}
+    both = quantized("llama")
+    for name in ("lrec", "peqa"):
+        lbc.load_adapter(both, tmp_path / name)
+    assert torch.equal(logits(both), logits(model))
+
+
 def test_scales_of_another_base_are_refused(tmp_path: Path) -> None:
     lbc.save_adapter(quantized("llama"), tmp_path)
     other = quantized("llama", bits=3)

@@ -24,17 +24,25 @@ from lowbitcore.peqa import prepare_peqa
 
 
 def save_adapter(model: PreTrainedModel, out: str | os.PathLike[str]) -> None:
-    """Writes what was trained: the newest LoRA adapter in PEFT's format or, without one, scales.
+    """Writes what was trained: scales where they train or nothing else is there, else the newest
+    LoRA adapter in PEFT's format.
 
     Raises ValueError where the model has neither.
     """
     check_kind("save_adapter: model", model, PreTrainedModel)
-    if adapted_linears(model):
+    if trains_scales(model):
+        save_scales(model, out)
+    elif adapted_linears(model):
         _save_lora(model, Path(out))
     elif quantized_linears(model):
         save_scales(model, out)
     else:
         raise ValueError("save_adapter: model: expected adapters or packed linears, got neither")
+
+
+def trains_scales(model: PreTrainedModel) -> bool:
+    """Whether `prepare_peqa` came last: there may be frozen adapters all the same."""
+    return any(linear.scales.requires_grad for linear in quantized_linears(model).values())
 
 
 def _save_lora(model: PreTrainedModel, out: Path) -> None:

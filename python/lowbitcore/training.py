@@ -35,7 +35,7 @@ from lowbitcore.data import IGNORED
 from lowbitcore.formats import peft, scales
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.lora import newest_adapters
-from lowbitcore.model import adapted_linears, check_kind
+from lowbitcore.model import check_kind
 
 Checkpointing = Literal["selective", "full", "none"]
 
@@ -284,7 +284,7 @@ class EmefTrainer(PackedTrainer):
 @torch.no_grad()
 def restore(model: PreTrainedModel, directory: Path) -> None:
     """Puts what a checkpoint holds into the very parameters that train."""
-    if not adapted_linears(model):
+    if adapters.trains_scales(model):
         adapters.swap_scales(model, directory / scales.FILE)
         return
     saved = peft.read(directory).linears
