@@ -109,17 +109,9 @@ print(planned / 1e6, peak / 1e6)
 """
 
 
-@pytest.mark.parametrize(
-    ("method", "kind"),
-    [
-        ("emef", "full"),
-        ("emef", "selective"),
-        ("emef", "none"),
-        pytest.param("peqa", "none", marks=pytest.mark.full),
-        pytest.param("peqa", "full", marks=pytest.mark.full),
-        pytest.param("peqa", "selective", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full  # what an allocator keeps differs from environment to environment
+@pytest.mark.parametrize("kind", ["full", "selective", "none"])
+@pytest.mark.parametrize("method", ["emef", "peqa"])
 def test_plans_are_within_ten_percent(method: str, kind: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, method, kind], capture_output=True, text=True, check=False

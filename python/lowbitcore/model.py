@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
@@ -78,7 +79,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         raise ValueError(f"path: expected a directory, a .gguf file or a hub id, got {path!r}")
     local = Path(path)
     if local.suffix == ".gguf":
-        gguf_file = GgufFile(local)
+        gguf_file = _open_gguf(local)
         config = _causal_config(gguf_file.config, local)
         return Source(local, config, gguf_file.dtype, None, gguf_file)
     if not local.exists():
@@ -89,6 +90,19 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     config = _directory_config(local)
     weights = Checkpoint(local)
     return Source(local, config, _main_dtype(config, weights), gptq_config, weights)
+
+
+def _open_gguf(path: Path) -> GgufFile:
+    """Kept: reading the header of a file takes ten seconds, most of it for its tokenizer."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    state = path.stat()
+    return _read_gguf(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_gguf(path: Path, size: int, modified: int) -> GgufFile:
+    return GgufFile(path)
 
 
 def _download(hub_id: str) -> Path:
