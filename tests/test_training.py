@@ -202,7 +202,7 @@ def test_peqa_learns_with_scales_alone(tmp_path: Path) -> None:
     assert torch.equal(logits(other.eval()), logits(model.eval()))
     lbc.save(model, tmp_path / "exported")  # scales rounded to fp16
     exported = lbc.load(tmp_path / "exported")
-    torch.testing.assert_close(logits(exported), logits(model), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(logits(exported), logits(model), rtol=5e-3, atol=5e-3)
 
 
 def test_emef_learns(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def return_tensors_at_once() -> None:
     """From now on freed memory of 1 MB and more goes back to the system at once.
 
     A training's peak comes down to what it needs (LLaMA-7B in 4 bits: 5.3 to 4.9 GB; a model of
-    135 M: 1.1 to 0.8 GB), and new tensors cost page faults: steps take 1.2 to 1.4 times as long.
+    135 M: 1.1 to 0.8 GB), and new tensors cost page faults: steps take 1.2 to 1.5 times as long.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -89,6 +89,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     gptq_config = _gptq_config(_read_json_config(local), local)
     config = _directory_config(local)
     weights = Checkpoint(local)
+    if gptq_config is not None and not any(n.endswith(".qweight") for n in weights.names()):
+        raise ValueError(f"{local}: quantization_config says gptq, but there is no qweight")
     return Source(local, config, _main_dtype(config, weights), gptq_config, weights)
 
 
@@ -476,8 +478,6 @@ def _place_quantized(model: PreTrainedModel, source: Source, dtype: torch.dtype)
     """Replaces every linear that the file holds as qweight by a filled QuantLinear."""
     config, weights = cast(GptqConfig, source.gptq), source.weights
     stems = {n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight")}
-    if not stems:
-        raise ValueError(f"{source.path}: quantization_config says gptq, but there is no qweight")
     linears = [
         (path, module)
         for path, module in model.named_modules()

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowbitcore import ops
 from lowbitcore.head import chunk_tokens
-from lowbitcore.lora import block_linears, linear_features, prepare_lora
-from lowbitcore.model import find_blocks, set_module
+from lowbitcore.lora import prepare_lora
+from lowbitcore.model import find_blocks, linear_shape, quantizable, set_module
 from lowbitcore.nn import QuantLinear
 from lowbitcore.peqa import prepare_peqa
 from lowbitcore.training import KEPT, Checkpointing
@@ -138,10 +138,9 @@ def _packed(
     config: PretrainedConfig, bits: int, group_size: int, dtype: torch.dtype
 ) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for path, linear in block_linears(model).items():
-        in_features, out_features = linear_features(linear)
-        if in_features % 32 or out_features % 32:
-            continue
+    blocks = find_blocks(model).modules
+    for path, linear in quantizable(blocks).items():
+        in_features, out_features = linear_shape(linear)
         packed = QuantLinear(
             in_features,
             out_features,
@@ -149,7 +148,7 @@ def _packed(
             group_size=group_size,
             bias=getattr(linear, "bias", None) is not None,
         )
-        set_module(model, path, packed)
+        set_module(blocks, path, packed)
     return model
 
 

@@ -191,7 +191,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer for what was prepared on a model: scales, or an adapter.
 
     `model` comes from `prepare_peqa` or `prepare_lora`; `train_dataset` gives `input_ids` and
-    `labels`, int64 tensors (see `data.training_set`). `evaluation` returns the perplexity that is
+    `labels`, int64 tensors (see `data.TrainingSet`). `evaluation` returns the perplexity that is
     logged as eval_ppl, with its logarithm as eval_loss, whenever `args` ask for an evaluation.
     Everything else is the Trainer's.
 

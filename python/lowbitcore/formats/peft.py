@@ -69,7 +69,8 @@ def write(
         "r": rank,
         "lora_alpha": _number(alpha),
         "lora_dropout": dropout,
-        "target_modules": _targets(linears),
+        # Whole paths: last parts alone could name linears outside, such as a second `proj`.
+        "target_modules": sorted(linears),
         "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {path: _number(a) for path, a in alphas.items() if a != alpha},
         "bias": "none",
@@ -90,11 +91,6 @@ def write(
 def _number(value: float) -> float | int:
     """An integer where it is one: PEFT's files have them so."""
     return int(value) if float(value).is_integer() else value
-
-
-def _targets(linears: Mapping[str, LowRankTensors]) -> list[str]:
-    """Whole paths: last parts alone could name linears outside, such as a second `proj`."""
-    return sorted(linears)
 
 
 def read(directory: Path) -> PeftAdapter:
