@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import lowbitcore as lbc
 from lowbitcore.lora import block_linears, newest_adapters
 from lowbitcore.model import adapted_linears, quantized_linears, without_adapters
-from lowbitcore.nn import LoraLinear, QuantLinear
+from lowbitcore.nn import LoraLinear, LowRank, QuantLinear
 from test_models import CONFIGS, LINEARS, dense_copy, logits, make_model, quantized
 
 
@@ -63,6 +63,26 @@ def test_lora_linear_against_float64(bits: int, act_order: str) -> None:
     wanted = second.scaling * (flat_dy @ second.b.double()).T @ flat_x
     torch.testing.assert_close(second.a.grad.double(), wanted, rtol=1e-4, atol=1e-5)
     assert first.a.grad is None and first.b.grad is None  # frozen under the second
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dropout(dtype: torch.dtype) -> None:
+    """Keeps a share 1 - p, anywhere, and divides by it; its gradient goes where its values went."""
+    torch.manual_seed(0)
+    dropout = LowRank(4, 4, rank=1, scaling=1.0, dropout=0.3).dropout
+    x = torch.full((3, 777, 13), 0.7, dtype=dtype, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / 0.7)
+    assert torch.equal(x.grad != 0, kept)
+    for axes in ((), (0, 1), (1, 2)):
+        share = kept.float().mean(axes)
+        assert ((share - 0.7).abs() < 5 * (0.3 * 0.7 * share.numel() / kept.numel()) ** 0.5).all()
+    for lane in range(4):  # of one random number
+        assert abs(kept.flatten()[lane::4].float().mean() - 0.7) < 0.02
+    assert torch.equal(dropout.eval()(x), x)
+    assert LowRank(4, 4, rank=1, scaling=1.0, dropout=0.0).dropout(x) is x
 
 
 def test_dropout_is_of_training_alone() -> None:

@@ -189,7 +189,7 @@ def test_peqa_learns_with_scales_alone(tmp_path: Path) -> None:
         name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad
     }
     codes = [linear.packed.clone() for linear in quantized_linears(model).values()]
-    trainer = lbc.PeqaTrainer(model, arguments(tmp_path, learning_rate=3e-3), lesson())
+    trainer = lbc.PeqaTrainer(model, arguments(tmp_path, learning_rate=0.1), lesson())
     trainer.train()
     assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
     current = dict(model.named_parameters())
@@ -203,6 +203,21 @@ def test_peqa_learns_with_scales_alone(tmp_path: Path) -> None:
     lbc.save(model, tmp_path / "exported")  # scales rounded to fp16
     exported = lbc.load(tmp_path / "exported")
     torch.testing.assert_close(logits(exported), logits(model), rtol=5e-3, atol=5e-3)
+
+
+def test_peqas_learning_rate_is_relative(tmp_path: Path) -> None:
+    """AdamW's first step moves a parameter by the rate: here by so much of its linear's mean."""
+    model = lbc.prepare_peqa(quantized("llama"))
+    linears = quantized_linears(model)
+    with torch.no_grad():
+        for i, linear in enumerate(linears.values()):
+            linear.scales *= 1 + i
+    before = [linear.scales.detach().clone() for linear in linears.values()]
+    settings = arguments(tmp_path, learning_rate=0.01, max_steps=1)
+    lbc.PeqaTrainer(model, settings, lesson()).train()
+    for old, linear in zip(before, linears.values(), strict=True):
+        moved = (linear.scales - old).abs().max()
+        torch.testing.assert_close(moved, 0.01 * old.abs().mean(), rtol=0.02, atol=0)
 
 
 def test_emef_learns(tmp_path: Path) -> None:

@@ -273,7 +273,25 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
 class PeqaTrainer(PackedTrainer):
     """PEQA (2305.14152): cross-entropy, and of the model nothing but scales, which
-    `prepare_peqa` has thawed."""
+    `prepare_peqa` has thawed.
+
+    `args.learning_rate` is relative: a linear's scales learn at that rate times their mean size.
+    Scales differ tenfold between the linears of one model, and more between models, and the
+    optimizers in use move any parameter by about the rate in a step.
+    """
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        current: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
+        if current is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            rate = options.pop("lr")
+            groups = [
+                {"params": [parameter], "lr": rate * float(parameter.detach().abs().mean())}
+                for parameter in (model or self.model).parameters()
+                if parameter.requires_grad
+            ]
+            self.optimizer = current = kind(groups, **options)
+        return current
 
 
 class EmefTrainer(PackedTrainer):

@@ -61,7 +61,9 @@ def peqa(
     length: Length = 512,
     batch: Batch = 2,
     micro_batch: MicroBatch = None,
-    lr: Rate = 1e-4,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate, relative to the mean scale of each linear.")
+    ] = 5e-3,
     seed: Seed = 0,
     eval_text: EvalText = None,
     resume: Resume = False,
