@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowbitcore import ops
-from lowbitcore.fit import fit_scales, fit_weight
+from lowbitcore.fit import dequantized, fit_low_rank, fit_scales, fit_weight
 
 
 def problem(
@@ -133,3 +133,71 @@ def test_weight_stays_where_inputs_are_the_same() -> None:
     weight, hessian, _ = problem(4, 32, act_order=True)
     factor = ops.gptq_factorize(hessian)
     assert torch.equal(fit_weight(weight, torch.zeros(160, 160), factor, tokens=9), weight)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("shape", [(64, 160), (160, 96)])
+def test_low_rank_is_the_best_there_is(shape: tuple[int, int], act_order: bool) -> None:
+    """What it leaves over is what the smallest singular values of E L say."""
+    n, k = shape
+    generator = torch.Generator().manual_seed(n)
+    error = torch.randn(n, k, generator=generator)
+    x = torch.randn(400, k, generator=generator).cumsum(1) / 8
+    x[:, 7] = 0  # a dead column: whatever the error is there, it does not count
+    hessian = torch.zeros(k, k)
+    ops.accumulate_hessian_(hessian, x)
+    factor = ops.gptq_factorize(hessian, percdamp=0.01, act_order=act_order)
+    h = hessian.double().numpy()
+    live = np.diag(h) > 0
+    h[np.diag_indices(k)] += 0.01 * np.diag(h)[live].mean()
+    e = np.where(live, error.double().numpy(), 0.0)
+    singular = np.linalg.svd(e @ np.linalg.cholesky(h), compute_uv=False)
+    for rank in (1, 5, 16):
+        a, b = fit_low_rank(error, factor, rank=rank)
+        assert a.shape == (rank, k) and b.shape == (n, rank) and a.dtype == b.dtype == torch.float16
+        rest = e - b.double().numpy() @ a.double().numpy()
+        left = np.trace(rest @ h @ rest.T)
+        best = (singular[rank:] ** 2).sum()
+        assert best * (1 - 1e-6) <= left <= best * 1.01
+        lengths = a.float().norm(dim=1), b.float().norm(dim=0)
+        torch.testing.assert_close(*lengths, rtol=1e-2, atol=0)
+        assert (a[:, 7] == 0).all()
+        # The same again, and nothing taken from the caller's random numbers.
+        torch.manual_seed(3)
+        again = fit_low_rank(error, factor, rank=rank)
+        assert torch.equal(again[0], a) and torch.equal(again[1], b)
+        drawn = torch.rand(1)
+        torch.manual_seed(3)
+        assert torch.equal(drawn, torch.rand(1))
+
+
+def test_low_rank_of_full_rank_leaves_nothing() -> None:
+    weight, hessian, _ = problem(4, 32, act_order=True)
+    factor = ops.gptq_factorize(hessian)
+    a, b = fit_low_rank(weight, factor, rank=500)
+    assert a.shape == (64, 160)
+    torch.testing.assert_close(b.float() @ a.float(), weight, rtol=0, atol=2e-2)
+    a, b = fit_low_rank(torch.zeros_like(weight), factor, rank=4)
+    assert (b.float() @ a.float() == 0).all() and torch.isfinite(a).all()
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_dequantized(group_size: int, act_order: bool) -> None:
+    _, _, result = problem(3, group_size, act_order)
+    packed = (
+        ops.pack_qweight(result.codes, bits=3),
+        ops.pack_qzeros(result.zeros, bits=3),
+    )
+    expected = ops.dequantize(
+        ops.prepack(*packed, bits=3, group_size=group_size),
+        result.scales,
+        bits=3,
+        group_size=group_size,
+        g_idx=result.g_idx,
+        in_features=160,
+    )
+    found = dequantized(
+        result.codes, result.scales, result.zeros, group_size=group_size, g_idx=result.g_idx
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

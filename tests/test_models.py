@@ -493,6 +493,8 @@ def test_nan_hidden_states() -> None:
         ({"group_size": 0}, "group_size"),
         ({"method": "awq"}, "method"),
         ({"act_order": "yes"}, "act_order"),
+        ({"rank": -1}, "rank"),
+        ({"rank": 4, "method": "rtn"}, "rank: expected 0 where the method is rtn"),
         ({"percdamp": 0.0}, "percdamp"),
         ({"percdamp": float("nan")}, "percdamp"),
         ({"sym": 1}, "sym: expected True or False, got 1"),

@@ -69,6 +69,25 @@ def test_other_settings(settings: dict[str, Any], tmp_path: Path) -> None:
     assert torch.equal(logits(lbc.load(tmp_path / "out")), logits(expected))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_corrections(name: str, tmp_path: Path) -> None:
+    """Integers and corrections, in one pass, bring a model nearer to its original than integers."""
+    config = lbc.QuantConfig(bits=2, group_size=32, rank=8)
+    report = run(save_source(name, tmp_path / "in"), tmp_path / "out", config)
+    expected = quantized(name, bits=2, rank=8)
+    loaded = lbc.load_adapter(lbc.load(tmp_path / "out"), tmp_path / "out" / "correction")
+    assert torch.equal(logits(loaded), logits(expected))
+    assert not any(p.requires_grad for n, p in expected.named_parameters() if "adapters" in n)
+    plain = quantized(name, bits=2)
+    original = logits(make_model(name))
+    assert (logits(loaded) - original).norm() < 0.8 * (logits(plain) - original).norm()
+    before, after = plain.quantization_report, report
+    assert sum(x.loss for x in after.linears) < 0.6 * sum(x.loss for x in before.linears)
+    extra = after.bytes["quantized"] - before.bytes["quantized"]
+    adapters = [p for n, p in expected.named_parameters() if ".adapters." in n]
+    assert extra == 2 * sum(p.numel() for p in adapters) > 0
+
+
 def test_sharded_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_source("llama", tmp_path / "in", max_shard_size="60KB")
     assert len(list(source.glob("*.safetensors"))) > 2
@@ -115,7 +134,13 @@ class Killed(BaseException):
     """Like a kill: nothing in between may catch and tidy up."""
 
 
-def killed_run(source: Path, out: Path, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def killed_run(
+    source: Path,
+    out: Path,
+    blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
+    config: lbc.QuantConfig = CONFIG,
+) -> None:
     """Stops right after the given number of blocks is done."""
     save_progress = streaming._StreamingRun._save_progress
 
@@ -127,7 +152,7 @@ def killed_run(source: Path, out: Path, blocks: int, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(streaming._StreamingRun, "_save_progress", stop)
         with pytest.raises(Killed):
-            run(source, out)
+            run(source, out, config)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3])
@@ -150,6 +175,15 @@ def test_resume_gives_the_same_bytes(
     report = run(source, tmp_path / "out", resume=True)
     assert done == list(range(blocks, 3))
     assert len(report.linears) == LINEARS["qwen3-sliding"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_resume_gives_the_same_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = lbc.QuantConfig(bits=2, group_size=32, rank=4)
+    source = save_source("llama", tmp_path / "in")
+    run(source, tmp_path / "whole", config)
+    killed_run(source, tmp_path / "out", 1, monkeypatch, config)
+    run(source, tmp_path / "out", config, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

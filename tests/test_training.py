@@ -517,6 +517,34 @@ def test_two_processes(method: str, place: Path) -> None:
     assert [x for _, x in two] == pytest.approx([x for _, x in one], rel=5e-3)  # bf16
 
 
+def test_lrec_starts_at_the_correction(place: Path) -> None:
+    corrected = place / "corrected"
+    lbc.quantize_checkpoint(
+        place / "model",
+        corrected,
+        windows(),
+        lbc.QuantConfig(bits=2, group_size=32, rank=4),
+        progress=False,
+    )
+    text = ("--text", place / "text.txt", "--context", 128)
+    _, start = succeed("eval", corrected, "--adapter", corrected / "correction", *text)
+    common = [*command(place, "lrec", "from-correction", "--steps", 1)]
+    common[1] = corrected
+    assert re.search("--rank: expected that of .*, 4 ", fail(*common, "--rank", 8))
+    common[common.index("--lr") + 1] = 1e-9  # so that it stays where it starts
+    succeed(*common)
+    _, after = succeed("eval", corrected, "--adapter", place / "from-correction", *text)
+    assert after["ppl"] == pytest.approx(start["ppl"], rel=1e-3)
+    common[2] = place / "from-zeros"
+    succeed(*common, "--start", "zeros", "--rank", 2)
+    _, plain = succeed("eval", corrected, *text)
+    _, after = succeed("eval", corrected, "--adapter", place / "from-zeros", *text)
+    assert after["ppl"] == pytest.approx(plain["ppl"], rel=1e-3)
+    assert abs(plain["ppl"] / start["ppl"] - 1) > 1e-2
+    _, described = succeed("info", corrected, "--adapter", corrected / "correction")
+    assert described["bits_with_adapters"] > described["effective_bits"] + 1
+
+
 @pytest.mark.parametrize(
     ("method", "more", "message"),
     [
@@ -529,6 +557,11 @@ def test_two_processes(method: str, place: Path) -> None:
         ("emef", ["--steps", 5, "--rank", 0], "--rank: expected a positive integer, got 0"),
         ("emef", ["--steps", 5, "--targets", "x"], "--targets: expected names of linears"),
         ("emef", ["--steps", 5, "--length", 8, "--mask-prompt"], "--data: .*got none in 50"),
+        (
+            "lrec",
+            ["--steps", 5, "--start", "closed-form"],
+            "--start: .*expected a correction in it",
+        ),
         ("lrec", ["--steps", 5, "--lambda-kl", -1], "--lambda-kl: expected 0 or more"),
         ("lrec", ["--steps", 5, "--adapter", "/nowhere"], "/nowhere: expected adapter_config"),
         ("lrec", ["--steps", 5, "--eval-text", "/nowhere"], "/nowhere: cannot be read"),

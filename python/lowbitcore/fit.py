@@ -1,4 +1,5 @@
-"""What fits best in closed form: weights to what a model lost so far, scales to their integers."""
+"""What fits best in closed form: weights to what a model lost so far, scales to their integers,
+and a low-rank product to what those leave over."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import torch
 from torch import Tensor
 
 from . import ops
+
+# Of the random projection in which singular vectors are found (Halko et al., arXiv 0909.4061).
+_OVERSAMPLED, _ITERATIONS = 8, 4
 
 
 def fit_weight(weight: Tensor, cross: Tensor, factor: ops.GptqFactor, *, tokens: int) -> Tensor:
@@ -81,3 +85,36 @@ def fit_scales(
     usable = (fitted > 0).all(1) & torch.isfinite(fitted).all(1)
     better = usable & (objective(torch.where(usable[:, None], fitted, old)) < objective(old))
     return torch.where(better[:, None], fitted, old).float().T.contiguous()
+
+
+def dequantized(
+    codes: Tensor, scales: Tensor, zeros: Tensor, *, group_size: int, g_idx: Tensor | None
+) -> Tensor:
+    """scales (codes - zeros), float32 [N, K]: codes [N, K], scales and zeros [G, N]."""
+    if g_idx is None:
+        g_idx = ops.trivial_g_idx(codes.shape[1], group_size)
+    index = g_idx.long()
+    return (codes.float() - zeros.float()[index].T) * scales[index].T
+
+
+def fit_low_rank(error: Tensor, factor: ops.GptqFactor, *, rank: int) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r], float16, that minimise tr((E - B A) H (E - B A)^T).
+
+    With H = L L^T the best E L of rank r keeps its first left singular vectors U, so B A = U U^T E:
+    no inverse. The factors are balanced, row i of A as long as column i of B.
+
+    error [N, K] float32 = E; H as damped and factored.
+    """
+    error = error.masked_fill(factor.dead, 0.0)
+    # H^-1 = u^T u, so L = u^-1, in the factor's order of columns.
+    weighted = torch.linalg.solve_triangular(
+        factor.u, error[:, factor.order.long()], upper=True, left=False
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        most = min(weighted.shape)
+        u, _, _ = torch.svd_lowrank(weighted, q=min(rank + _OVERSAMPLED, most), niter=_ITERATIONS)
+    u = u[:, :rank]
+    a = u.T @ error
+    norms = a.norm(dim=1).sqrt().clamp(min=1e-12)
+    return (a / norms[:, None]).half(), (u * norms).half()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,9 +35,11 @@ from lowbitcore.calibration import (
     checked_windows,
     hidden_states,
 )
-from lowbitcore.fit import fit_scales, fit_weight
+from lowbitcore.fit import dequantized, fit_low_rank, fit_scales, fit_weight
 from lowbitcore.formats import gptq
 from lowbitcore.formats.gptq import GptqConfig
+from lowbitcore.formats.peft import LowRankTensors
+from lowbitcore.lora import add_adapter
 from lowbitcore.model import (
     BlockLayout,
     check_kind,
@@ -51,6 +54,10 @@ from lowbitcore.nn import QuantLinear
 
 # Paused forwards (see PausedForward) may use this part of the memory that is free at the start.
 _PAUSED_MEMORY_SHARE = 0.25
+# How often integers and corrections are fitted, each to what the other leaves over. SmolLM2-135M at
+# 2 bits with rank 8, perplexity on 8 windows of WikiText-2: 123 after 1 round, 92 to 98 after 3, 80
+# after 8.
+_ROUNDS = 8
 
 
 def compute_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -69,7 +76,9 @@ class QuantConfig:
     on the original order (a plain file for every loader), "dynamic" permutes them (`g_idx`).
     `target`: what GPTQ holds a linear's outputs against: "model", those of the 16-bit model (Li et
     al., arXiv 2504.02692, asymmetric calibration; a second forward and one more block in memory),
-    or "layer", those of the linear's own 16-bit weight on the quantized model's inputs."""
+    or "layer", those of the linear's own 16-bit weight on the quantized model's inputs. `rank`: of
+    the correction that each linear gets beside its integers, a LoRA adapter fitted in closed form
+    to what they leave over; 0 for none."""
 
     bits: int = 4
     group_size: int = 64
@@ -80,6 +89,7 @@ class QuantConfig:
     percdamp: float = 0.01
     mse: bool = True
     target: Literal["model", "layer"] = "model"
+    rank: int = 0
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, expected: str) -> None:
@@ -100,6 +110,8 @@ class QuantConfig:
             self.act_order in ("static", "dynamic", "none"),
             "'static', 'dynamic' or 'none'",
         )
+        check("rank", type(self.rank) is int and self.rank >= 0, "0 or a positive integer")
+        check("rank", self.rank == 0 or self.method == "gptq", "0 where the method is rtn")
         check("target", self.target in ("model", "layer"), "'model' or 'layer'")
         damp = self.percdamp
         check("percdamp", isinstance(damp, int | float) and 0 < damp < 1, "between 0 and 1")
@@ -176,10 +188,18 @@ class Statistics(NamedTuple):
     cross: torch.Tensor | None
 
 
+class Quantized(NamedTuple):
+    """A linear's integers and scales, and the correction beside them if the config wants one."""
+
+    linear: QuantLinear
+    correction: LowRankTensors | None = None
+
+
 @dataclass
 class Report:
     """What a quantization did. `seconds` by phase: load, forward, hessian, factorize, quantize,
-    fit, write; `bytes`: original (the same linears in 16 bits), quantized (scales, zeros too)."""
+    fit, write; `bytes`: original (the same linears in 16 bits), quantized (scales, zeros and
+    corrections too)."""
 
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -217,8 +237,9 @@ class Engine:
         self._config, self._calibration, self._layout = config, calibration, layout
         self._dtype, self._report = dtype, report
 
-    def quantize(self, index: int) -> dict[str, QuantLinear]:
-        """Quantizes one block; its linears then hold dequantized weights in the compute dtype.
+    def quantize(self, index: int) -> dict[str, Quantized]:
+        """Quantizes one block; its linears then hold dequantized weights in the compute dtype,
+        corrections included.
 
         Returns the quantized linears by path inside the block, and moves the hidden states past it.
         """
@@ -231,21 +252,19 @@ class Engine:
             return self._quantize_rtn(prefix, linears)
         return self._quantize_gptq(index, prefix, linears)
 
-    def skip(self, index: int, linears: Mapping[str, QuantLinear]) -> None:
+    def skip(self, index: int, linears: Mapping[str, Quantized]) -> None:
         """Takes a block that was quantized earlier: the hidden states go past it."""
         block, calibration = self._layout.modules[index], self._calibration
         if calibration is not None and self._config.target == "model":
             states = calibration.reference
             self._advance(index, states, self._forwards(index, block, states, []))
-        for path, linear in linears.items():
-            self._set_dense(block.get_submodule(path), linear)
+        for path, quantized in linears.items():
+            self._set_dense(block.get_submodule(path), quantized)
         if calibration is not None:
             states = calibration.hidden
             self._advance(index, states, self._forwards(index, block, states, []))
 
-    def _quantize_rtn(
-        self, prefix: str, linears: Mapping[str, nn.Module]
-    ) -> dict[str, QuantLinear]:
+    def _quantize_rtn(self, prefix: str, linears: Mapping[str, nn.Module]) -> dict[str, Quantized]:
         config, result = self._config, {}
         for path, module in linears.items():
             with self._report.timing("quantize"):
@@ -256,13 +275,13 @@ class Engine:
                     sym=config.sym,
                     mse=config.mse,
                 )
-                result[path] = self._quant_linear(module, codes, scales, zeros, None)
+                result[path] = Quantized(self._quant_linear(module, codes, scales, zeros, None))
             self._add(LinearReport(f"{prefix}.{path}", None, None), result[path])
         return result
 
     def _quantize_gptq(
         self, index: int, prefix: str, linears: Mapping[str, nn.Module]
-    ) -> dict[str, QuantLinear]:
+    ) -> dict[str, Quantized]:
         groups = self._groups(index, linears)
         reached = {path for group in groups for path in group}
         calibration, block = cast(Calibration, self._calibration), self._layout.modules[index]
@@ -274,7 +293,7 @@ class Engine:
             references = self._forwards(index, twin, calibration.reference, heads)
         forwards = self._forwards(index, block, calibration.hidden, heads)
         waiting: list[Statistics] = []
-        result: dict[str, QuantLinear] = {}
+        result: dict[str, Quantized] = {}
         try:
             for number, group in enumerate(groups):
                 statistics = self._statistics(index, forwards, references, number)
@@ -412,7 +431,7 @@ class Engine:
         linears: Mapping[str, nn.Module],
         group: Sequence[str],
         statistics: Statistics,
-    ) -> dict[str, QuantLinear]:
+    ) -> dict[str, Quantized]:
         tokens, hessian, cross = statistics
         if hessian is None:
             return {}  # experts that no token was routed to
@@ -426,6 +445,38 @@ class Engine:
         if cross is not None:
             with self._report.timing("fit"):
                 weight = fit_weight(weight, cross, factor, tokens=tokens)
+        ends = list(itertools.accumulate(linear_shape(module)[1] for module in modules))
+        spans = [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+        aim, corrections = weight, [cast(LowRankTensors | None, None)] * len(group)
+        for _ in range(_ROUNDS if config.rank else 1):
+            codes, scales, zeros, g_idx = self._round(aim, hessian, factor)
+            if config.rank:
+                with self._report.timing("fit"):
+                    dense = dequantized(
+                        codes, scales, zeros, group_size=config.group_size, g_idx=g_idx
+                    )
+                    aim = weight.clone()
+                    for i, rows in enumerate(spans):
+                        a, b = fit_low_rank(weight[rows] - dense[rows], factor, rank=config.rank)
+                        corrections[i] = LowRankTensors(a, b, 1.0)
+                        aim[rows] -= b.float() @ a.float()
+        result = {}
+        for path, module, rows, correction in zip(group, modules, spans, corrections, strict=True):
+            with self._report.timing("quantize"):
+                linear = self._quant_linear(
+                    module, codes[rows], scales[:, rows], zeros[:, rows], g_idx
+                )
+                result[path] = Quantized(linear, correction)
+                self._set_dense(module, result[path])
+                error = self._relative_loss(weight[rows], _weight(module), hessian)
+            self._add(LinearReport(f"{prefix}.{path}", error, factor.percdamp), result[path])
+        return result
+
+    def _round(
+        self, weight: torch.Tensor, hessian: torch.Tensor, factor: ops.GptqFactor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Integers for a weight, and the scales that suit them; codes, scales, zeros, g_idx."""
+        config = self._config
         with self._report.timing("quantize"):
             codes, scales, zeros, g_idx, _ = ops.gptq_quantize(
                 weight,
@@ -447,19 +498,7 @@ class Engine:
                 g_idx=g_idx,
                 percdamp=factor.percdamp,
             )
-        result, row = {}, 0
-        for path, module in zip(group, modules, strict=True):
-            rows = slice(row, row + linear_shape(module)[1])
-            row = rows.stop
-            with self._report.timing("quantize"):
-                linear = self._quant_linear(
-                    module, codes[rows], scales[:, rows], zeros[:, rows], g_idx
-                )
-                self._set_dense(module, linear)
-                error = self._relative_loss(weight[rows], _weight(module), hessian)
-            result[path] = linear
-            self._add(LinearReport(f"{prefix}.{path}", error, factor.percdamp), linear)
-        return result
+        return codes, scales, zeros, g_idx
 
     def _relative_loss(
         self, weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor
@@ -492,19 +531,25 @@ class Engine:
             bias=None if bias is None else bias.detach().clone(),
         )
 
-    def _set_dense(self, module: nn.Module, linear: QuantLinear) -> None:
+    def _set_dense(self, module: nn.Module, quantized: Quantized) -> None:
         """What the rest of the calibration sees: dequantized weights, multiplied by torch."""
-        dense = linear.dequantize(self._dtype)
+        dense = quantized.linear.dequantize(self._dtype)
+        if quantized.correction is not None:
+            a, b, _ = quantized.correction
+            dense = torch.addmm(dense.float(), b.float(), a.float()).to(self._dtype)
         if isinstance(module, Conv1D):
             dense = dense.T.contiguous()
         module.weight = nn.Parameter(dense, requires_grad=False)
 
-    def _add(self, entry: LinearReport, linear: QuantLinear) -> None:
+    def _add(self, entry: LinearReport, quantized: Quantized) -> None:
+        linear, correction = quantized
         self._report.linears.append(entry)
         weights, scales = linear.in_features * linear.out_features, linear.scales.numel()
         self._report.bytes["original"] += weights * 2
         # Integers, a zero for each scale, and the scales in fp16.
         self._report.bytes["quantized"] += (weights + scales) * linear.bits // 8 + scales * 2
+        if correction is not None:
+            self._report.bytes["quantized"] += correction.a.nbytes + correction.b.nbytes
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -580,8 +625,14 @@ def quantize_model(
             if index:
                 kept = _to_compute(block, model.dtype, dtype)
             linears = engine.quantize(index)
-            for path, linear in linears.items():
+            for path, (linear, correction) in linears.items():
                 set_module(block, path, linear)
+                if correction is not None:
+                    rank, scaling = len(correction.a), correction.scaling
+                    adapter = add_adapter(block, path, rank=rank, scaling=scaling)
+                    adapter.a.copy_(correction.a)
+                    adapter.b.copy_(correction.b)
+                    adapter.requires_grad_(False)
             _restore(block, kept, model.dtype)
     finally:
         model.train(training)

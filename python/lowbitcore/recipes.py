@@ -93,10 +93,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Lora:
+    """A new adapter; or, with `start`, the one in that directory goes on learning."""
+
     rank: int
     alpha: float
     targets: Sequence[str] | None
     dropout: float
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,8 @@ def train(
     torch.manual_seed(schedule.seed)
     if recipe.lora is None:
         prepare_peqa(model)
+    elif recipe.lora.start is not None:
+        adapters.load_adapter(model, recipe.lora.start, trainable=True)
     else:
         prepare_lora(
             model,

@@ -15,10 +15,11 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 
 from lowbitcore.calibration import Calibration
-from lowbitcore.formats import checkpoint, gptq
+from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
+from lowbitcore.formats.peft import LowRankTensors
 from lowbitcore.heap import return_freed_memory
 from lowbitcore.model import (
     Source,
@@ -39,11 +40,11 @@ from lowbitcore.model import (
     tied_names,
     write_model,
 )
-from lowbitcore.nn import QuantLinear
 from lowbitcore.quantize import (
     Engine,
     LinearReport,
     QuantConfig,
+    Quantized,
     Report,
     calibration_for,
     compute_dtype,
@@ -52,6 +53,8 @@ from lowbitcore.quantize import (
 )
 
 _PARTIAL, _LOCK = ".partial", "lock"
+# Where in the output the adapter goes that `QuantConfig.rank` asks for.
+CORRECTION = "correction"
 
 
 @torch.no_grad()
@@ -196,6 +199,7 @@ class _StreamingRun:
                 self._load_block(index)
                 linears = engine.quantize(index)
                 with self._report.timing("write"):
+                    self._write_corrections(index, linears)
                     self._write_block(index, linears)
                     self._done = index + 1
                     self._save_progress()
@@ -243,11 +247,35 @@ class _StreamingRun:
     def _block_file(self, index: int) -> Path:
         return self._partial / f"block-{index:05d}.safetensors"
 
-    def _write_block(self, index: int, linears: Mapping[str, QuantLinear]) -> None:
+    def _correction_file(self, index: int) -> Path:
+        return self._partial / f"correction-{index:05d}.safetensors"
+
+    def _write_corrections(self, index: int, linears: Mapping[str, Quantized]) -> None:
+        entries = []
+        for path, (_, correction) in linears.items():
+            if correction is not None:  # their scaling is 1
+                entries += [
+                    Entry.of(f"{path}.a", correction.a),
+                    Entry.of(f"{path}.b", correction.b),
+                ]
+        if self._config.rank:
+            checkpoint.write_safetensors(self._correction_file(index), entries)
+
+    def _read_corrections(self, index: int) -> dict[str, LowRankTensors]:
+        if not self._config.rank:
+            return {}
+        stored = Checkpoint.from_file(self._correction_file(index))
+        paths = [name.removesuffix(".a") for name in stored.names() if name.endswith(".a")]
+        return {
+            path: LowRankTensors(stored.tensor(f"{path}.a"), stored.tensor(f"{path}.b"), 1.0)
+            for path in paths
+        }
+
+    def _write_block(self, index: int, linears: Mapping[str, Quantized]) -> None:
         prefix = f"{self._layout.prefix}.{index}"
         config = self._config.gptq_config()
         entries = []
-        for path, linear in linears.items():
+        for path, (linear, _) in linears.items():
             canonical = linear.canonical()  # unpacked once: a block fits in memory
             stem = saved_name(self._model, f"{prefix}.{path}")
             entries += quantized_entries(stem, partial(dict, canonical), config)
@@ -266,17 +294,18 @@ class _StreamingRun:
         saved = saved_name(self._model, name)
         return Entry(saved, dtype, info.shape, lambda: weights.tensor(found).to(dtype))
 
-    def _read_done(self, index: int) -> dict[str, QuantLinear]:
+    def _read_done(self, index: int) -> dict[str, Quantized]:
         prefix = f"{self._layout.prefix}.{index}."
         weights = Checkpoint.from_file(self._block_file(index))
         block = self._layout.modules[index]
+        corrections = self._read_corrections(index)
         result = {}
         for path, module in quantizable(block).items():
             stem = saved_name(self._model, prefix + path)
             if f"{stem}.qweight" not in weights:
                 continue
             in_features, out_features = linear_shape(module)
-            result[path] = read_quant_linear(
+            linear = read_quant_linear(
                 weights,
                 stem,
                 self._config.gptq_config(),
@@ -285,6 +314,7 @@ class _StreamingRun:
                 bias=module.bias is not None,
                 dtype=self._dtype,
             )
+            result[path] = Quantized(linear, corrections.get(path))
         return result
 
     # Merging
@@ -306,7 +336,9 @@ class _StreamingRun:
             for stem in stems:
                 canonical[stem] = _stored_canonical(weights, stem)
             entries += [_stored_entry(weights, name, config) for name in weights.names()]
-        config = replace(config, meta={**config.meta, "base_sha256": base_hash(canonical)})
+        base = base_hash(canonical)
+        config = replace(config, meta={**config.meta, "base_sha256": base})
+        self._merge_corrections(base)
         try:
             tokenizer = load_tokenizer(self._source.path)
         except ValueError:
@@ -320,6 +352,22 @@ class _StreamingRun:
             tokenizer=tokenizer,
         )
         shutil.rmtree(self._partial)
+
+    def _merge_corrections(self, base: str) -> None:
+        """Makes one adapter of all blocks' corrections."""
+        corrections = {
+            f"{self._layout.prefix}.{index}.{path}": correction
+            for index in range(len(self._layout.modules))
+            for path, correction in self._read_corrections(index).items()
+        }
+        if corrections:
+            peft.write(
+                self._out / CORRECTION,
+                corrections,
+                dropout=0.0,
+                base_model=None,
+                metadata={"base_sha256": base},
+            )
 
 
 def _stored_canonical(weights: Checkpoint, stem: str) -> Callable[[], Mapping[str, torch.Tensor]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import NamedTuple
 
+from .formats import peft, scales
 from .formats.gguf import GgufFile
 from .formats.gptq import SUFFIXES, GptqConfig
 from .model import open_source
@@ -26,6 +28,13 @@ class Summary(NamedTuple):
     scales: int
     max_length: int | None
     gptq: GptqConfig | None
+
+
+def adapter_bytes(directory: str | os.PathLike[str]) -> int:
+    """Bytes of a LoRA adapter's tensors, as stored; scales replace scales and add nothing."""
+    if (Path(directory) / scales.FILE).is_file():
+        return 0
+    return sum(x.a.nbytes + x.b.nbytes for x in peft.read(Path(directory)).linears.values())
 
 
 def summarize(path: str | os.PathLike[str]) -> Summary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowbitcore.quantize import QuantConfig, Report
+    from lowbitcore.summary import Summary
 
 
 @app.command()
@@ -61,6 +63,12 @@ def quantize(
         int | None,
         typer.Option(help="Tokens in a window (default: 2048, or what the model can take)."),
     ] = None,
+    rank: Annotated[
+        int,
+        typer.Option(
+            help="Of an adapter in OUT/correction, fitted to what the integers leave over.", min=0
+        ),
+    ] = 0,
     damp: Annotated[float, typer.Option(help="Damping, a fraction of the mean diagonal.")] = 0.01,
     seed: Annotated[
         int, typer.Option(help="Of the calibration windows.", min=0, max=2**63 - 1)
@@ -80,6 +88,7 @@ def quantize(
         act_order=act_order,
         true_sequential=not no_true_sequential,
         percdamp=damp,
+        rank=rank,
     )
     check_output(out, resume=resume)  # before text is made for it
     windows = None
@@ -211,15 +220,18 @@ def info(
     device: Annotated[
         bool, typer.Option("--device", help="What this machine and build can do.")
     ] = False,
+    adapter: Adapters = None,
     as_json: Json = False,
 ) -> None:
     """What a checkpoint holds and who can load it, or what this machine can do."""
     if device == (path is not None):
         raise ValueError("info: expected either PATH or --device")
+    if device and adapter:
+        raise ValueError("info: --adapter: expected PATH with it, not --device")
     if path is None:
         emit(as_json, *_describe_device())
     else:
-        emit(as_json, *_describe_model(path))
+        emit(as_json, *_describe_model(path, adapter or []))
 
 
 def _describe_device() -> tuple[dict[str, Any], list[str]]:
@@ -249,7 +261,7 @@ def _describe_device() -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-def _describe_model(path: str) -> tuple[dict[str, Any], list[str]]:
+def _describe_model(path: str, adapters: list[str]) -> tuple[dict[str, Any], list[str]]:
     from lowbitcore.formats.gptq import compatible_loaders
     from lowbitcore.summary import summarize
 
@@ -274,12 +286,26 @@ def _describe_model(path: str) -> tuple[dict[str, Any], list[str]]:
             f"{summary.quantized_weights / 1e6:,.1f} M weights in "
             f"{megabytes(summary.quantized_bytes)}: {summary.effective_bits:.3f} bits a weight, "
             f"{16 / summary.effective_bits:.2f} times smaller than 16 bits",
+            *_describe_adapters(summary, adapters, result),
             f"whole model: {summary.total_bytes * 8 / summary.parameters:.3f} bits a parameter",
             f"trainable by PEQA (scales): {summary.scales / 1e6:,.3f} M",
             "who can load it:",
         ]
         lines += [f"  {item.name}: {item.reason or 'yes'}" for item in loaders]
     return result, lines
+
+
+def _describe_adapters(
+    summary: Summary, adapters: list[str], result: dict[str, Any]
+) -> Iterator[str]:
+    from lowbitcore.summary import adapter_bytes
+
+    total = summary.quantized_bytes
+    for directory in adapters:
+        size = adapter_bytes(directory)
+        total += size
+        bits = result["bits_with_adapters"] = 8 * total / summary.quantized_weights
+        yield f"with {directory}, {megabytes(size)}: {bits:.3f} bits a weight"
 
 
 @app.command()

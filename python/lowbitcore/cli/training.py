@@ -11,7 +11,7 @@ import typer
 from lowbitcore.cli.app import Json, app, emit, megabytes
 
 if TYPE_CHECKING:
-    from lowbitcore.recipes import Recipe
+    from lowbitcore.recipes import Lora, Recipe
 
 Packed = Annotated[str, typer.Argument(metavar="QMODEL", help="A quantized model directory.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory for what is learnt; new.")]
@@ -149,7 +149,16 @@ def lrec(
     out: Out,
     teacher: Annotated[str, typer.Option(metavar="MODEL", help="The 16-bit model.")],
     data: Data,
-    rank: Rank = 8,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the adapter (default: the start's, or 8).")
+    ] = None,
+    start: Annotated[
+        Literal["closed-form", "zeros"] | None,
+        typer.Option(
+            help="Where the adapter starts: at the correction that quantize --rank has left in "
+            "QMODEL (default, if it is there), or at nothing."
+        ),
+    ] = None,
     lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
     lambda_ce: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = 0.1,
     kl: Annotated[
@@ -178,7 +187,7 @@ def lrec(
 
     OUT gets an adapter in PEFT's format that brings the model's output near its teacher's.
     """
-    from lowbitcore.recipes import Lora, Recipe, Schedule, Teacher
+    from lowbitcore.recipes import Recipe, Schedule, Teacher
 
     schedule = Schedule(
         data,
@@ -196,7 +205,7 @@ def lrec(
     recipe = Recipe(
         model,
         schedule,
-        Lora(rank, rank, None, 0.0),
+        _correction(model, rank, start),
         Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
         tuple(adapter or ()),
     )
@@ -261,6 +270,27 @@ def plan(
         f"{result.largest_micro_batch}"
     )
     emit(as_json, result._asdict(), lines)
+
+
+def _correction(model: str, rank: int | None, start: str | None) -> Lora:
+    """LREC's adapter: on every linear, with alpha = rank."""
+    from lowbitcore.formats import peft
+    from lowbitcore.recipes import Lora
+    from lowbitcore.streaming import CORRECTION
+
+    directory = Path(model) / CORRECTION
+    found = (directory / peft.CONFIG_FILE).is_file()
+    if start == "closed-form" and not found:
+        raise ValueError(f"--start: {model}: expected a correction in it, made by quantize --rank")
+    if start == "zeros" or not found:
+        rank = 8 if rank is None else rank
+        return Lora(rank, rank, None, 0.0)
+    ranks = {len(item.a) for item in peft.read(directory).linears.values()}
+    if rank is not None and ranks != {rank}:
+        raise ValueError(
+            f"--rank: expected that of {directory}, {max(ranks)} (or --start zeros), got {rank}"
+        )
+    return Lora(max(ranks), max(ranks), None, 0.0, start=str(directory))
 
 
 def _train(recipe: Recipe, out: Path, resume: bool, as_json: bool) -> None:
