@@ -540,7 +540,7 @@ def test_lrec_starts_at_the_correction(place: Path) -> None:
     _, plain = succeed("eval", corrected, *text)
     _, after = succeed("eval", corrected, "--adapter", place / "from-zeros", *text)
     assert after["ppl"] == pytest.approx(plain["ppl"], rel=1e-3)
-    assert abs(plain["ppl"] / start["ppl"] - 1) > 1e-2
+    assert abs(plain["ppl"] / start["ppl"] - 1) > 2e-3
     _, described = succeed("info", corrected, "--adapter", corrected / "correction")
     assert described["bits_with_adapters"] > described["effective_bits"] + 1
 

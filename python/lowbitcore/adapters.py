@@ -23,17 +23,25 @@ from lowbitcore.nn import QuantLinear
 from lowbitcore.peqa import prepare_peqa
 
 
-def save_adapter(model: PreTrainedModel, out: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: PreTrainedModel,
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Writes what was trained: scales where they train or nothing else is there, else the newest
     LoRA adapter in PEFT's format.
 
-    Raises ValueError where the model has neither.
+    `dtype` is that of a LoRA adapter's file; scales are float32 always. Raises ValueError where the
+    model has neither, and where `dtype` cannot hold an adapter.
     """
     check_kind("save_adapter: model", model, PreTrainedModel)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"save_adapter: dtype: expected float32 or 16 bits, got {dtype}")
     if trains_scales(model):
         save_scales(model, out)
     elif adapted_linears(model):
-        _save_lora(model, Path(out))
+        _save_lora(model, Path(out), dtype)
     elif quantized_linears(model):
         save_scales(model, out)
     else:
@@ -45,15 +53,27 @@ def trains_scales(model: PreTrainedModel) -> bool:
     return any(linear.scales.requires_grad for linear in quantized_linears(model).values())
 
 
-def _save_lora(model: PreTrainedModel, out: Path) -> None:
+def round_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Rounds the newest adapter to what a file of that type will hold."""
+    with torch.no_grad():
+        for adapter in newest_adapters(model).values():
+            adapter.a.copy_(adapter.a.to(dtype))
+            adapter.b.copy_(adapter.b.to(dtype))
+
+
+def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> None:
     adapters = newest_adapters(model)
+    tensors = {
+        path: LowRankTensors(item.a.detach().to(dtype), item.b.detach().to(dtype), item.scaling)
+        for path, item in adapters.items()
+    }
+    for path, item in tensors.items():
+        if not (torch.isfinite(item.a).all() and torch.isfinite(item.b).all()):
+            raise ValueError(f"save_adapter: {path}: expected values that fit {dtype}")
     base = packed_hash(model)
     peft.write(
         out,
-        {
-            path: LowRankTensors(item.a.detach(), item.b.detach(), item.scaling)
-            for path, item in adapters.items()
-        },
+        tensors,
         dropout=next(iter(adapters.values())).dropout.p,
         base_model=getattr(model.config, "name_or_path", None) or None,
         metadata={} if base is None else {"base_sha256": base},

@@ -54,6 +54,8 @@ _STATE = "trainer_state.json"
 # Evaluations during a training look at the start of the text; the last one at all of it.
 _EVALUATIONS, _EVALUATION_WINDOWS = 5, 4
 _CHECKPOINTS = 10
+# Of the adapter in the end; checkpoints keep all that the masters know.
+_PRODUCT = torch.float16
 
 
 @dataclass(frozen=True)
@@ -236,10 +238,12 @@ def train(
     if not _is_main():
         return None
     losses = [item["loss"] for item in history if "loss" in item]
+    if recipe.lora is not None:
+        adapters.round_adapter(model, _PRODUCT)
     ppl = None if text is None else measure(model, None)
     draw(history, out / "training.png", final=ppl)
     run.state.save_to_json(str(out / _STATE))
-    adapters.save_adapter(model, out)  # last: it says that the training is finished
+    adapters.save_adapter(model, out, dtype=_PRODUCT)  # last: it says that the training is finished
     for old in out.glob("checkpoint-*"):
         shutil.rmtree(old)
     if lock is not None:

@@ -1,6 +1,7 @@
 """PEFT's files of a LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are `base_model.model.<path>.lora_A.weight` [r, K] and `.lora_B.weight` [N, r], float32.
+Keys are `base_model.model.<path>.lora_A.weight` [r, K] and `.lora_B.weight` [N, r], of 16 or 32
+bits.
 https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
