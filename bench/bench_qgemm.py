@@ -3,6 +3,7 @@
     pytest bench/                                   # medians; ratios are in extra_info
     pytest bench/ --benchmark-json=result.json
     pytest bench/ -k "bits4 and M1024"
+    pytest bench/ -m "full or not full"             # wide layers, small ones, more rows: an hour
     pytest bench/ --benchmark-disable               # each case once, to see that it runs
 
 A case alternates with its baselines within one run, so that a machine that slows down slows both.
@@ -11,7 +12,6 @@ At small M, weights rotate over copies larger than the last-level cache, ours an
 
 from __future__ import annotations
 
-import functools
 import itertools
 import statistics
 import time
@@ -22,15 +22,17 @@ import pytest
 import torch
 
 import lowbitcore as lbc
+from ceilings import CACHE_BYTES, peak_gflops, read_gbytes_per_s
 from lowbitcore import ops
 
 SHAPES = [(4096, 4096), (1536, 576), (576, 1536)]
+FULL_SHAPES = [(11008, 4096), (4096, 11008), (576, 576), (192, 576)]
 ROWS = [1, 16, 128, 1024]
+FULL_ROWS = [4, 32, 512, 4096]
 BITS = [2, 3, 4, 8]
 GROUP_SIZE = 128
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROUNDS = 9
-CACHE_BYTES = 256 << 20  # above the last-level caches of today
 
 CASES = [
     pytest.param(
@@ -40,8 +42,11 @@ CASES = [
         k,
         dtype,
         id=f"{lbc.runtime.isa()}-bits{bits}-g{GROUP_SIZE}-M{m}-N{n}-K{k}-{name}",
+        marks=pytest.mark.full if (n, k) in FULL_SHAPES or m in FULL_ROWS else (),
     )
-    for (n, k), m, bits, (name, dtype) in itertools.product(SHAPES, ROWS, BITS, DTYPES.items())
+    for (n, k), m, bits, (name, dtype) in itertools.product(
+        SHAPES + FULL_SHAPES, sorted(ROWS + FULL_ROWS), BITS, DTYPES.items()
+    )
 ]
 
 
@@ -54,18 +59,6 @@ def packed_weight(n: int, k: int, bits: int) -> tuple[torch.Tensor, torch.Tensor
 def copies(tensor: torch.Tensor, m: int) -> itertools.cycle[torch.Tensor]:
     count = max(1, CACHE_BYTES // (tensor.numel() * tensor.element_size())) if m <= 16 else 1
     return itertools.cycle([tensor.clone() for _ in range(min(count, 64))])
-
-
-@functools.cache
-def read_gbytes_per_s() -> float:
-    """What this machine reads from memory at most: a sum over more than its caches hold."""
-    values = torch.ones(CACHE_BYTES, dtype=torch.float32)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        values.sum()
-        times.append(time.perf_counter() - start)
-    return 4 * CACHE_BYTES / min(times) / 1e9
 
 
 def compare(benchmark: Any, run: Callable[[], Any], **baselines: Callable[[], Any]) -> None:
@@ -104,6 +97,11 @@ def describe(
         rate = n * k * bits / 8 / seconds / 1e9
         benchmark.extra_info["packed_gbytes_per_s"] = rate
         benchmark.extra_info["fraction_of_bandwidth"] = rate / read_gbytes_per_s()
+        benchmark.extra_info["read_gbytes_per_s"] = read_gbytes_per_s()
+        peak = peak_gflops(dtype)
+        if peak is not None:
+            benchmark.extra_info["fraction_of_peak"] = benchmark.extra_info["gflops"] / peak
+            benchmark.extra_info["peak_gflops"] = peak
 
 
 @pytest.mark.parametrize(("bits", "m", "n", "k", "dtype"), CASES)

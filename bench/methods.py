@@ -2,7 +2,7 @@
 
     python bench/methods.py peqa  MODEL OUT --prose FILE
     python bench/methods.py tasks MODEL OUT --prose FILE --instructions FILE
-    python bench/methods.py emef  MODEL OUT --prose FILE --instructions FILE
+    python bench/methods.py emef  MODEL OUT --instructions FILE
     python bench/methods.py lrec  MODEL OUT --prose FILE --texts FILE FILE
 
 MODEL is a 16-bit model. Each step is one `lowbitcore` command in a process of its own; what is in
@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+RANK = 8
 HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
 CALIBRATION = ["--samples", 32, "--length", 1024]
 
@@ -52,9 +53,13 @@ class Bench:
     def path(self, name: str) -> Path:
         return self.out / name
 
-    def quantize(self, method: str, bits: int, group_size: int, prose: Path) -> Path:
+    def quantize(
+        self, method: str, bits: int, group_size: int, text: Path, *, rank: int = 0
+    ) -> Path:
         name = f"{method}-{bits}-{'row' if group_size == -1 else group_size}"
-        data = [] if method == "rtn" else ["--calib", prose, *CALIBRATION]
+        name += f"-rank{rank}" if rank else ""
+        name += "" if text.stem == "prose" else f"-{text.stem}"
+        data = [] if method == "rtn" else ["--calib", text, *CALIBRATION, "--rank", rank]
         options = ["--bits", bits, "--group-size", group_size, "--method", method, *data]
         self.command(name, "quantize", self.model, self.path(name), *options)
         return self.path(name)
@@ -131,29 +136,37 @@ def tasks(bench: Bench, arguments: argparse.Namespace) -> None:
 
 
 def emef(bench: Bench, arguments: argparse.Namespace) -> None:
-    """LoRA on 4 bits beside the same LoRA on 16 (2306.08162, section 4.1)."""
-    prose, _ = bench.split_prose(arguments.prose)
+    """LoRA on 4 bits beside the same LoRA on 16 (2306.08162, section 4.1), and on top of a
+    correction (appendix D.2); the 4-bit models are calibrated on the instructions."""
     code, held = bench.split_instructions(arguments.instructions)
-    base = bench.quantize("gptq", 4, 64, prose)
     schedule = ["--data", code, "--tokens", arguments.tokens, "--mask-prompt"]
     dense = bench.train("emef", bench.model, "emef-dense", *schedule)
-    packed = bench.train("emef", base, "emef-packed", *schedule)
-    for name, pair in {
-        "before": ((bench.model, None), (base, None)),
-        "after": ((bench.model, dense), (base, packed)),
-    }.items():
-        found = bench.results.get(f"answers {name}") or bench.keep(
-            f"answers {name}", compare_answers(pair, bench.model, held)
+    plain = bench.quantize("gptq", 4, 64, code)
+    corrected = bench.quantize("gptq", 4, 64, code, rank=RANK)
+    correction = corrected / "correction"
+    under = ["--adapter", correction]
+    tuned = bench.train("emef", plain, f"emef-{plain.name}", *schedule)
+    stacked = bench.train("emef", corrected, f"emef-{corrected.name}", *schedule, *under)
+    pairs = {
+        "4 bits, before": ([], plain, []),
+        "4 bits, after": ([dense], plain, [tuned]),
+        "4 bits and correction, before": ([], corrected, [correction]),
+        "4 bits and correction, after": ([dense], corrected, [correction, stacked]),
+    }
+    print(f"{'perplexity of held-out answers':<32}{'16 bits':>9}{'4 bits':>9}{'ratio':>8}{'KL':>8}")
+    for name, (beside, packed, adapters) in pairs.items():
+        found = bench.results.get(name) or bench.keep(
+            name, compare_answers([(bench.model, beside), (packed, adapters)], held)
         )
+        ratio = found["packed"] / found["dense"]
         print(
-            f"held-out answers {name}: perplexity 16 bits {found['dense']:.3f}, 4 bits "
-            f"{found['packed']:.3f} ({found['packed'] / found['dense']:.4f} x); "
-            f"KL(16 || 4) {found['kl']:.4f} a token"
+            f"{name:<32}{found['dense']:>9.3f}{found['packed']:>9.3f}{ratio:>8.3f}"
+            f"{found['kl']:>8.4f}"
         )
 
 
-def compare_answers(pair: Any, tokenizer_of: str, held: Path) -> dict[str, float]:
-    """Perplexity of answers under two models, and the mean KL from the first to the second."""
+def compare_answers(pair: Any, held: Path) -> dict[str, float]:
+    """Perplexity of answers under two models with their adapters; KL(first || second) a token."""
     import torch
 
     import lowbitcore as lbc
@@ -161,12 +174,12 @@ def compare_answers(pair: Any, tokenizer_of: str, held: Path) -> dict[str, float
     from lowbitcore.model import load_tokenizer
 
     models = [lbc.load(path) for path, _ in pair]
-    for model, (_, adapter) in zip(models, pair, strict=True):
+    for model, (_, adapters) in zip(models, pair, strict=True):
         model.eval()
-        if adapter is not None:
+        for adapter in adapters:
             lbc.load_adapter(model, adapter)
     examples = TrainingSet(
-        read_examples(held), load_tokenizer(tokenizer_of), length=512, mask_prompt=True
+        read_examples(held), load_tokenizer(pair[0][0]), length=512, mask_prompt=True
     )
     losses, divergence, count = [0.0, 0.0], 0.0, 0
     with torch.no_grad():
@@ -193,23 +206,26 @@ def compare_answers(pair: Any, tokenizer_of: str, held: Path) -> dict[str, float
 
 
 def lrec(bench: Bench, arguments: argparse.Namespace) -> None:
-    """Every width before and after its repair (2306.08162, table 3)."""
+    """Every width before and after its repair (2306.08162, table 3), from both starts."""
     prose, _ = bench.split_prose(arguments.prose)
-    titles = "".join(f"{text.name:>32}" for text in arguments.texts)
-    print(f"{'':<10}{titles}")
-    for bits in (16, 8, 4, 3, 2):
-        if bits == 16:
-            ppls = [f"{bench.ppl(bench.model, text):.3f}" for text in arguments.texts]
-        else:
-            base = bench.quantize("gptq", bits, 64, prose)
-            schedule = ["--data", prose, "--tokens", arguments.tokens]
-            teacher = ["--teacher", bench.model, "--cache", bench.path("teacher")]
-            tuned = bench.train("lrec", base, f"lrec-{bits}", *schedule, *teacher)
-            ppls = [
-                f"{bench.ppl(base, text):.3f} -> {bench.ppl(base, text, tuned):.3f}"
-                for text in arguments.texts
-            ]
-        print(f"{f'{bits} bits':<10}" + "".join(f"{item:>32}" for item in ppls))
+    schedule = ["--data", prose, "--tokens", arguments.tokens, "--rank", RANK]
+    schedule += ["--teacher", bench.model, "--cache", bench.path("teacher")]
+    print(f"{'':<36}" + "".join(f"{text.name:>24}" for text in arguments.texts))
+
+    def show(title: str, model: Path | str, adapter: Path | None = None) -> None:
+        ppls = [bench.ppl(model, text, adapter) for text in arguments.texts]
+        print(f"{title:<36}" + "".join(f"{item:>24.3f}" for item in ppls), flush=True)
+
+    show("16 bits", bench.model)
+    for bits in arguments.bits:
+        plain = bench.quantize("gptq", bits, 64, prose)
+        show(f"{bits} bits", plain)
+        corrected = bench.quantize("gptq", bits, 64, prose, rank=RANK)
+        show(f"{bits} bits, correction", corrected, corrected / "correction")
+        tuned = bench.train("lrec", corrected, f"lrec-{corrected.name}", *schedule)
+        show(f"{bits} bits, correction, LREC", corrected, tuned)
+        tuned = bench.train("lrec", plain, f"lrec-{plain.name}", *schedule)
+        show(f"{bits} bits, LREC from zeros", plain, tuned)
 
 
 def main() -> None:
@@ -221,11 +237,13 @@ def main() -> None:
         sub = subparsers.add_parser(method.__name__, help=method.__doc__)
         sub.add_argument("model", help="a 16-bit model")
         sub.add_argument("out", type=Path)
-        sub.add_argument("--prose", type=Path, required=True, help="JSON lines with text")
+        if method is not emef:
+            sub.add_argument("--prose", type=Path, required=True, help="JSON lines with text")
         if method in (tasks, emef):
             sub.add_argument("--instructions", type=Path, required=True, help="Alpaca's JSON")
         if method is lrec:
             sub.add_argument("--texts", type=Path, nargs="+", required=True, help="to measure on")
+            sub.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
         sub.add_argument("--tokens", type=int, default=tokens, help="to train on, each")
         sub.add_argument("--windows", type=int, help="of 1,024 tokens to measure on, at most")
         sub.set_defaults(method=method)

@@ -1,11 +1,14 @@
-"""Fine-tuning speed and memory beside PEFT: tokens a second and the process's peak.
+"""Training speed and memory beside what people do otherwise: tokens a second, the process's peak.
 
     python bench/training.py MODEL QMODEL [--rounds 3] [--steps 4]
 
 MODEL is a 16-bit directory, QMODEL the same model quantized. Each contender runs in a process of
-its own, in turn, `rounds` times; medians are printed. All do the same work: LoRA of rank 8 on
-q_proj and v_proj, batches of 2 x 512 tokens, gradient checkpointing, AdamW, random tokens. PEFT
-computes in bfloat16 on the dense model.
+its own, in turn, `rounds` times; medians are printed. Batches of 2 x 512 random tokens, AdamW.
+
+EMEF: LoRA of rank 8 on q_proj and v_proj; PEFT computes in bfloat16 on the dense model, with
+gradient checkpointing. LREC: LoRA of rank 8 on every linear; the naive loop runs the teacher beside
+the dequantized student in PEFT, both in bfloat16, and takes losses of whole logits; ours has the
+teacher's hidden states from a cache.
 """
 
 from __future__ import annotations
@@ -17,11 +20,22 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.nn import functional
 
 BATCH, LENGTH, RANK = 2, 512, 8
-CONTENDERS = ("peft", "full", "selective", "none")
+EMEF = {
+    "peft": "PEFT, bf16",
+    "full": "packed, full",
+    "selective": "packed, selective",
+    "none": "packed, none",
+}
+LREC = {"naive": "naive loop, bf16", "lrec": "packed, selective"}
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
 def batch(vocabulary: int, seed: int) -> torch.Tensor:
@@ -29,38 +43,85 @@ def batch(vocabulary: int, seed: int) -> torch.Tensor:
     return torch.randint(vocabulary, (BATCH, LENGTH), generator=generator)
 
 
-def measure(contender: str, path: str, steps: int) -> dict[str, float]:
-    """Medians over steps of one contender, in this process."""
+def with_peft(dense: Any, targets: Any, dropout: float) -> Any:
+    import peft
+
+    dense.activation_checkpointing_enable({"use_reentrant": False})
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=targets, lora_dropout=dropout
+    )
+    return peft.get_peft_model(dense, config).train()
+
+
+def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Loss]:
+    """What trains, and the loss of a batch."""
+    from transformers import AutoModelForCausalLM
+
+    def dense_model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+
     if contender == "peft":
-        import peft
-        from transformers import AutoModelForCausalLM
+        model = with_peft(dense_model(), ["q_proj", "v_proj"], 0.05)
+        return model, lambda ids: model(input_ids=ids, labels=ids)["loss"]
 
-        dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        dense.activation_checkpointing_enable({"use_reentrant": False})
-        config = peft.LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"], lora_dropout=0.05
-        )
-        model = peft.get_peft_model(dense, config)
-        vocabulary = dense.config.vocab_size
-    else:
-        import lowbitcore as lbc
-        from lowbitcore.heap import return_tensors_at_once
-        from lowbitcore.training import TrainedModel, set_checkpointing
+    import lowbitcore as lbc
+    from lowbitcore.head import run_body
+    from lowbitcore.heap import return_tensors_at_once
+    from lowbitcore.lrec import LrecTrainer
+    from lowbitcore.model import quantized_linears
+    from lowbitcore.training import TrainedModel, set_checkpointing
 
-        packed = lbc.load(path)
-        lbc.prepare_lora(packed, rank=RANK, alpha=2 * RANK, dropout=0.05)
-        set_checkpointing(packed, contender)  # type: ignore[arg-type]
-        if contender == "full":  # as the commands do
-            return_tensors_at_once()
-        model = TrainedModel(packed)
-        vocabulary = packed.config.vocab_size
-    model.train()
+    packed = lbc.load(qpath)
+    if contender == "naive":
+        student, teacher = dense_model(), dense_model().eval()
+        for name, linear in quantized_linears(packed).items():
+            student.get_submodule(name).weight.data = linear.dequantize(torch.bfloat16)
+        del packed
+        model = with_peft(student, "all-linear", 0.0)
+
+        def distil(ids: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                wanted = teacher(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+            found = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+            kl = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
+            return kl + 0.1 * functional.nll_loss(found.flatten(0, 1), ids[:, 1:].flatten())
+
+        return model, distil
+    if contender == "lrec":
+        teacher = dense_model().eval()
+        # As a cache on disk would have them, by the batch's first tokens.
+        with torch.no_grad():
+            batches = [batch(packed.config.vocab_size, step) for step in range(steps + 1)]
+            states = {
+                tuple(ids[0, :8].tolist()): run_body(teacher, input_ids=ids).last_hidden_state
+                for ids in batches
+            }
+        teacher.model.layers = torch.nn.ModuleList()  # a cache needs its head alone
+        lbc.prepare_lora(packed, rank=RANK, alpha=RANK, targets=None)
+        from transformers import TrainingArguments
+
+        settings = TrainingArguments("unused", report_to="none", use_cpu=True)
+        trained = LrecTrainer(packed, settings, [], teacher=teacher).model.train()
+        return trained, lambda ids: trained(
+            input_ids=ids, labels=ids, teacher_hidden=states[tuple(ids[0, :8].tolist())]
+        )["loss"]
+    lbc.prepare_lora(packed, rank=RANK, alpha=2 * RANK, dropout=0.05)
+    set_checkpointing(packed, contender)  # type: ignore[arg-type]
+    if contender == "full":  # as the commands do
+        return_tensors_at_once()
+    model = TrainedModel(packed).train()
+    return model, lambda ids: model(input_ids=ids, labels=ids)["loss"]
+
+
+def measure(contender: str, path: str, qpath: str, steps: int) -> dict[str, float]:
+    """Medians over steps of one contender, in this process."""
+    model, loss = prepare(contender, path, qpath, steps)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds = []
     for step in range(steps + 1):
-        ids = batch(vocabulary, step)
+        ids = batch(model.config.vocab_size, step)
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids)["loss"].backward()
+        loss(ids).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
@@ -70,37 +131,42 @@ def measure(contender: str, path: str, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("qmodel")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--only", choices=CONTENDERS, help="run one in this process, print JSON")
+    parser.add_argument(
+        "--only", choices=[*EMEF, *LREC], help="run one in this process, print JSON"
+    )
     arguments = parser.parse_args()
     if arguments.only:
-        path = arguments.model if arguments.only == "peft" else arguments.qmodel
-        print(json.dumps(measure(arguments.only, path, arguments.steps)))
+        found = measure(arguments.only, arguments.model, arguments.qmodel, arguments.steps)
+        print(json.dumps(found))
         return
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in (*EMEF, *LREC)}
     for _ in range(arguments.rounds):
-        for name, found in results.items():
+        for name, runs in results.items():
             command = [sys.executable, __file__, arguments.model, arguments.qmodel]
             command += ["--only", name, "--steps", str(arguments.steps)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{'':>22}{'tokens/s':>10}{'x PEFT':>8}{'peak MB':>9}{'x PEFT':>8}")
-    medians = {
-        name: {key: statistics.median(item[key] for item in found) for key in found[0]}
-        for name, found in results.items()
-    }
-    base = medians["peft"]
-    for name, item in medians.items():
-        title = "PEFT, bf16" if name == "peft" else f"packed, {name}"
-        print(
-            f"{title:>22}{item['tokens_per_second']:>10.0f}"
-            f"{item['tokens_per_second'] / base['tokens_per_second']:>8.2f}"
-            f"{item['peak'] / 1e6:>9.0f}{item['peak'] / base['peak']:>8.2f}"
-        )
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    for title, contenders in (("EMEF", EMEF), ("LREC", LREC)):
+        print(f"{title:<22}{'tokens/s':>10}{'ratio':>8}{'peak MB':>9}{'ratio':>8}")
+        base: dict[str, float] = {}
+        for name, label in contenders.items():
+            item = {
+                key: statistics.median(run[key] for run in results[name])
+                for key in ("tokens_per_second", "peak")
+            }
+            base = base or item
+            print(
+                f"{label:<22}{item['tokens_per_second']:>10.0f}"
+                f"{item['tokens_per_second'] / base['tokens_per_second']:>8.2f}"
+                f"{item['peak'] / 1e6:>9.0f}{item['peak'] / base['peak']:>8.2f}"
+            )
 
 
 if __name__ == "__main__":
