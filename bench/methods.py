@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ class Bench:
         name += "" if text.stem == "prose" else f"-{text.stem}"
         data = [] if method == "rtn" else ["--calib", text, *CALIBRATION, "--rank", rank]
         options = ["--bits", bits, "--group-size", group_size, "--method", method, *data]
+        options += ["--resume"] if (self.path(name) / ".partial").exists() else []
         self.command(name, "quantize", self.model, self.path(name), *options)
         return self.path(name)
 
@@ -133,6 +136,21 @@ def tasks(bench: Bench, arguments: argparse.Namespace) -> None:
     for name, scales in {"untuned": None, **files}.items():
         ppls = bench.ppl(base, held_prose, scales), bench.ppl(base, held_code, scales)
         print(f"{'scales: ' + name:<24}{ppls[0]:>10.3f}{ppls[1]:>14.3f}")
+    print(
+        f"swapping them on the resident model: {swap_seconds(base, [*files.values()]) * 1e3:.1f} ms"
+    )
+
+
+def swap_seconds(base: Path, files: list[Path]) -> float:
+    import lowbitcore as lbc
+
+    model = lbc.load(base)
+    seconds = []
+    for turn in range(11):
+        start = time.perf_counter()
+        lbc.swap_scales(model, files[turn % len(files)])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])  # the first one hashes the integers
 
 
 def emef(bench: Bench, arguments: argparse.Namespace) -> None:
