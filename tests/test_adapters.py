@@ -369,6 +369,10 @@ def test_bad_lora_settings(settings: dict[str, object], message: str) -> None:
         ({"use_dora": True}, "use_dora: expected False, got True"),
         ({"bias": "all"}, "bias: expected 'none', got 'all'"),
         ({"lora_alpha": "x"}, "lora_alpha: expected a number, got 'x'"),
+        ({"r": 3}, "expected rank 3, as .* says, got 4"),
+        ({"r": None}, "r: expected a number, got None"),
+        ({"alpha_pattern": [1]}, "lora_alpha: expected patterns by name"),
+        ({"layers_to_transform": [0]}, "layers_to_transform: expected None, got"),
     ],
 )
 def test_unsupported_adapters(changes: dict[str, object], message: str, tmp_path: Path) -> None:

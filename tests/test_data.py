@@ -74,6 +74,7 @@ def test_read_alpaca(tmp_path: Path) -> None:
         ("a.json", b'{"text": "a"}', "expected a list of objects, got dict"),
         ("a.json", b'[{"instruction": "a", "output": 3}]', "record 0: expected an object"),
         ("a.json", b"[", "not valid JSON"),
+        ("a.jsonl", rb'{"text": "\ud800 w"}', r"a\.jsonl:1: expected Unicode, got stray bytes"),
     ],
 )
 def test_unreadable_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:

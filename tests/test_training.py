@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
 
 import lowbitcore as lbc
 from lowbitcore import head, lrec, training
-from lowbitcore.data import IGNORED, Example, TrainingSet
+from lowbitcore.data import IGNORED, Example, TrainingSet, read_examples
 from lowbitcore.model import quantized_linears
 from lowbitcore.training import TrainedModel, collate, newest_checkpoint
 from test_adapters import excite
@@ -133,6 +134,9 @@ def test_training_windows() -> None:
     assert len(items) == 5 * 100 // 16
     assert all(torch.equal(item["input_ids"], item["labels"]) for item in items)
     assert {len(item["input_ids"]) for item in items} == {16}
+    for wanted in (1, 16, 17, 40):
+        part = TrainingSet([Example("", text_of(100))], make_tokenizer(), length=16, tokens=wanted)
+        assert len(part) == -(-wanted // 16)
     limited = TrainingSet([Example("", text_of(100))], make_tokenizer(), length=16, limit=2)
     assert len(limited) == 2 and limited.tokens == 32
     assert limited.digest() != items.digest()
@@ -144,6 +148,10 @@ def test_training_instructions() -> None:
     examples = [Example(text_of(6) + " ", text_of(4)), Example(text_of(30) + " ", text_of(4))]
     plain = TrainingSet(examples, tokenizer, length=20)
     assert sorted(len(item["input_ids"]) for item in plain) == [11, 20]
+    assert [len(x["input_ids"]) for x in TrainingSet(examples, tokenizer, length=20, tokens=9)] in (
+        [11],
+        [20],
+    )
     masked = TrainingSet(examples, tokenizer, length=20, mask_prompt=True)
     (item,) = list(masked)  # the other's answer lies behind the cut
     assert item["labels"].tolist()[:6] == [IGNORED] * 6
@@ -369,6 +377,9 @@ def test_a_cache_is_bound_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
         cache.attach(lesson(19))
     with pytest.raises(ValueError, match="head or its dtype is not the teacher's"):
         cache.check_head(make_model("llama", seed=1))
+    shards[0].write_bytes(shards[0].read_bytes()[:-9])
+    with pytest.raises(ValueError, match="states-00000.safetensors: damaged: delete it"):
+        cache.states(0)
 
 
 def test_a_cache_with_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +492,7 @@ def test_a_killed_run_goes_on_bit_for_bit(method: str, place: Path) -> None:
         pytest.fail("the run was over before it could be killed")
     assert "give --resume" in fail(*command(place, method, killed.name, *more))
     other = fail(*command(place, method, killed.name, *more, "--lr", 0.1, "--resume"))
-    assert "schedule differs" in other
+    assert "cannot resume: schedule.lr: expected 0.003, as in the unfinished run, got 0.1" in other
     process = start(*command(place, method, killed.name, *more, "--resume"))
     assert process.wait(timeout=300) == 0, process.communicate()
     assert history(killed) == history(straight)
@@ -517,6 +528,16 @@ def test_two_processes(method: str, place: Path) -> None:
     assert [x for _, x in two] == pytest.approx([x for _, x in one], rel=5e-3)  # bf16
 
 
+def test_tokens_are_tokens(place: Path) -> None:
+    """Also where examples are shorter than --length."""
+    _, result = succeed(*command(place, "emef", "so-many", "--tokens", 1500))
+    shown = TrainingSet(
+        read_examples(place / "alpaca.json"), make_tokenizer(), length=32, tokens=1500
+    )
+    mean = shown.tokens / len(shown)
+    assert 1500 <= result["steps"] * 4 * mean < 1500 + 4 * 32
+
+
 def test_lrec_starts_at_the_correction(place: Path) -> None:
     corrected = place / "corrected"
     lbc.quantize_checkpoint(
@@ -535,14 +556,32 @@ def test_lrec_starts_at_the_correction(place: Path) -> None:
     succeed(*common)
     _, after = succeed("eval", corrected, "--adapter", place / "from-correction", *text)
     assert after["ppl"] == pytest.approx(start["ppl"], rel=1e-3)
+    # The correction counts once: it is in what started from it.
+    twice = ("--adapter", corrected / "correction", "--start", "closed-form")
+    assert "--start: expected zeros where --adapter is given" in fail(*common, *twice)
+    common[2] = place / "on-top"
+    succeed(*common, "--adapter", corrected / "correction")
+    both = ("--adapter", corrected / "correction", "--adapter", place / "on-top")
+    _, after = succeed("eval", corrected, *both, *text)
+    assert after["ppl"] == pytest.approx(start["ppl"], rel=1e-3)
     common[2] = place / "from-zeros"
     succeed(*common, "--start", "zeros", "--rank", 2)
     _, plain = succeed("eval", corrected, *text)
     _, after = succeed("eval", corrected, "--adapter", place / "from-zeros", *text)
     assert after["ppl"] == pytest.approx(plain["ppl"], rel=1e-3)
     assert abs(plain["ppl"] / start["ppl"] - 1) > 2e-3
-    _, described = succeed("info", corrected, "--adapter", corrected / "correction")
-    assert described["bits_with_adapters"] > described["effective_bits"] + 1
+    correction = corrected / "correction"
+    _, described = succeed("info", corrected, "--adapter", correction)
+    stored = sum(x.nbytes for x in load_file(correction / "adapter_model.safetensors").values())
+    expected = 8 * (described["quantized_bytes"] + stored) / described["quantized_weights"]
+    assert described["bits_with_adapters"] == expected > described["effective_bits"]
+    out, _ = succeed("info", corrected)
+    assert f"to be used with its correction: --adapter {correction}" in out
+    assert "belongs to another base" in fail("info", place / "quantized", "--adapter", correction)
+    assert "expected a quantized model" in fail("info", place / "model", "--adapter", correction)
+    with pytest.raises(ValueError, match="correction: belongs to other integers: move or delete"):
+        lbc.save(lbc.load(place / "quantized"), corrected)
+    lbc.save(lbc.load(corrected), corrected)
 
 
 @pytest.mark.parametrize(
@@ -563,11 +602,15 @@ def test_lrec_starts_at_the_correction(place: Path) -> None:
             "--start: .*expected a correction in it",
         ),
         ("lrec", ["--steps", 5, "--lambda-kl", -1], "--lambda-kl: expected 0 or more"),
-        ("lrec", ["--steps", 5, "--adapter", "/nowhere"], "/nowhere: expected adapter_config"),
+        ("lrec", ["--steps", 5, "--adapter", "/nowhere"], "--adapter: /nowhere: .*got nothing the"),
         ("lrec", ["--steps", 5, "--eval-text", "/nowhere"], "/nowhere: cannot be read"),
+        ("lrec", ["--steps", 5, "--cache", __file__], "--cache: expected a directory, got the fil"),
+        ("lrec", ["--steps", 5, "--teacher", "QUANTIZED"], "--teacher: .*expected a 16-bit model"),
+        ("lrec", ["--steps", 5, "--rank", 65], "--rank: expected at most 64, the full rank of"),
         ("lrec", ["--minutes", 1, "--cache", "/nowhere"], "--cache: expected --steps or"),
     ],
 )
 def test_bad_commands(method: str, more: list[object], message: str, place: Path) -> None:
+    more = [place / "quantized" if item == "QUANTIZED" else item for item in more]
     assert re.search(message, fail(*command(place, method, "bad", *more)))
     assert not (place / "bad").exists()

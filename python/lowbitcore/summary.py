@@ -30,11 +30,22 @@ class Summary(NamedTuple):
     gptq: GptqConfig | None
 
 
-def adapter_bytes(directory: str | os.PathLike[str]) -> int:
-    """Bytes of a LoRA adapter's tensors, as stored; scales replace scales and add nothing."""
-    if (Path(directory) / scales.FILE).is_file():
-        return 0
-    return sum(x.a.nbytes + x.b.nbytes for x in peft.read(Path(directory)).linears.values())
+def adapter_bytes(directory: str | os.PathLike[str], summary: Summary) -> int:
+    """Bytes of a LoRA adapter's tensors, as stored; scales replace scales and add nothing.
+
+    Raises ValueError where there is no adapter, or one of another base than the summarized one.
+    """
+    path = Path(directory)
+    if (path / scales.FILE).is_file():
+        base: str | None = scales.read(path / scales.FILE).base_sha256
+        size = 0
+    else:
+        base = peft.read(path).metadata.get("base_sha256")
+        size = peft.stored_bytes(path)
+    own = summary.gptq.meta.get("base_sha256") if summary.gptq else None
+    if None not in (base, own) and base != own:
+        raise ValueError(f"{path}: belongs to another base: its integers are not this model's")
+    return size
 
 
 def summarize(path: str | os.PathLike[str]) -> Summary:

@@ -23,6 +23,7 @@ _OPTIONS = {
     "max_new_tokens": "--max-new-tokens",
     "chat": "--chat",
     "rank": "--rank",
+    "adapter": "--adapter",
     "alpha": "--alpha",
     "targets": "--targets",
     "dropout": "--dropout",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -80,6 +82,7 @@ def load_model(
     from lowbitcore import model as models
     from lowbitcore import runtime
     from lowbitcore.adapters import load_adapter
+    from lowbitcore.formats import peft
 
     if device == "cuda":
         raise ValueError(
@@ -87,6 +90,13 @@ def load_model(
             "yet), got cuda"
         )
     names = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+    correction = Path(model) / peft.CORRECTION
+    if not adapter and (correction / peft.CONFIG_FILE).exists():
+        print(
+            f"note: {model} was quantized to be used with its correction (--adapter {correction}), "
+            "or with what lrec made of it",
+            file=sys.stderr,
+        )
     loaded = models.load(model, dtype=names[dtype], device=device)
     for directory in adapter or []:
         load_adapter(loaded, directory)

@@ -66,7 +66,9 @@ def quantize(
     rank: Annotated[
         int,
         typer.Option(
-            help="Of an adapter in OUT/correction, fitted to what the integers leave over.", min=0
+            help="Of an adapter in OUT/correction, fitted along with the integers, which are then "
+            "to be used with it (--adapter OUT/correction).",
+            min=0,
         ),
     ] = 0,
     damp: Annotated[float, typer.Option(help="Damping, a fraction of the mean diagonal.")] = 0.01,
@@ -125,6 +127,8 @@ def _calibration(model: str, calib: str, samples: int, length: int | None, seed:
 def _describe_report(
     report: Report, config: QuantConfig, out: Path, seconds: float
 ) -> tuple[dict[str, Any], list[str]]:
+    from lowbitcore.formats import peft
+
     losses = [item.loss for item in report.linears if item.loss is not None]
     raised = report.raised_damping(config)
     result = {
@@ -144,6 +148,8 @@ def _describe_report(
     ]
     if losses:
         lines.append(f"mean relative error of the linears' outputs: {result['mean_loss']:.4f}")
+    if config.rank:
+        lines.append(f"to be used with its correction: --adapter {out / peft.CORRECTION}")
     lines += [f"damping of {item.path} was raised to {item.percdamp}" for item in raised]
     lines += [f"kept in 16 bits: {path} ({reason})" for path, reason in report.skipped.items()]
     return result, lines
@@ -153,7 +159,10 @@ def _describe_report(
 def evaluate(
     model: Model,
     text: Annotated[Path, typer.Option(help="Text file; its documents are joined.")],
-    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window (default: 1024, or what the model can take)."),
+    ] = None,
     windows: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows (default: context, no overlap).")
@@ -271,6 +280,8 @@ def _describe_model(path: str, adapters: list[str]) -> tuple[dict[str, Any], lis
         f"{path}: {summary.architecture}, {summary.parameters / 1e6:,.1f} M parameters, "
         f"{megabytes(summary.total_bytes)} of tensors"
     ]
+    if summary.gptq is None and adapters:
+        raise ValueError(f"--adapter: expected a quantized model with it, got {path}")
     if summary.gptq is None:
         lines.append(f"not quantized ({summary.dtype})")
     else:
@@ -286,7 +297,7 @@ def _describe_model(path: str, adapters: list[str]) -> tuple[dict[str, Any], lis
             f"{summary.quantized_weights / 1e6:,.1f} M weights in "
             f"{megabytes(summary.quantized_bytes)}: {summary.effective_bits:.3f} bits a weight, "
             f"{16 / summary.effective_bits:.2f} times smaller than 16 bits",
-            *_describe_adapters(summary, adapters, result),
+            *_describe_adapters(path, summary, adapters, result),
             f"whole model: {summary.total_bytes * 8 / summary.parameters:.3f} bits a parameter",
             f"trainable by PEQA (scales): {summary.scales / 1e6:,.3f} M",
             "who can load it:",
@@ -296,13 +307,17 @@ def _describe_model(path: str, adapters: list[str]) -> tuple[dict[str, Any], lis
 
 
 def _describe_adapters(
-    summary: Summary, adapters: list[str], result: dict[str, Any]
+    path: str, summary: Summary, adapters: list[str], result: dict[str, Any]
 ) -> Iterator[str]:
+    from lowbitcore.formats import peft
     from lowbitcore.summary import adapter_bytes
 
+    correction = Path(path) / peft.CORRECTION
+    if not adapters and (correction / peft.CONFIG_FILE).exists():
+        yield f"to be used with its correction: --adapter {correction}"
     total = summary.quantized_bytes
     for directory in adapters:
-        size = adapter_bytes(directory)
+        size = adapter_bytes(directory, summary)
         total += size
         bits = result["bits_with_adapters"] = 8 * total / summary.quantized_weights
         yield f"with {directory}, {megabytes(size)}: {bits:.3f} bits a weight"

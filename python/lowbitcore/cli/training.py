@@ -156,7 +156,8 @@ def lrec(
         Literal["closed-form", "zeros"] | None,
         typer.Option(
             help="Where the adapter starts: at the correction that quantize --rank has left in "
-            "QMODEL (default, if it is there), or at nothing."
+            "QMODEL, which it replaces (default, if it is there and no --adapter is given), or at "
+            "nothing."
         ),
     ] = None,
     lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
@@ -205,7 +206,7 @@ def lrec(
     recipe = Recipe(
         model,
         schedule,
-        _correction(model, rank, start),
+        _correction(model, rank, start, stacked=bool(adapter)),
         Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
         tuple(adapter or ()),
     )
@@ -272,17 +273,19 @@ def plan(
     emit(as_json, result._asdict(), lines)
 
 
-def _correction(model: str, rank: int | None, start: str | None) -> Lora:
+def _correction(model: str, rank: int | None, start: str | None, *, stacked: bool) -> Lora:
     """LREC's adapter: on every linear, with alpha = rank."""
     from lowbitcore.formats import peft
     from lowbitcore.recipes import Lora
-    from lowbitcore.streaming import CORRECTION
 
-    directory = Path(model) / CORRECTION
+    directory = Path(model) / peft.CORRECTION
     found = (directory / peft.CONFIG_FILE).is_file()
+    if start == "closed-form" and stacked:
+        # The correction would count twice: in what lies below, and in what starts from it.
+        raise ValueError("--start: expected zeros where --adapter is given, got closed-form")
     if start == "closed-form" and not found:
         raise ValueError(f"--start: {model}: expected a correction in it, made by quantize --rank")
-    if start == "zeros" or not found:
+    if start == "zeros" or stacked or not found:
         rank = 8 if rank is None else rank
         return Lora(rank, rank, None, 0.0)
     ranks = {len(item.a) for item in peft.read(directory).linears.values()}

@@ -20,6 +20,8 @@ from lowbitcore.formats.checkpoint import Checkpoint, Entry
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# Where beside a quantized model the adapter lies that was fitted along with its integers.
+CORRECTION = "correction"
 
 _PREFIX = "base_model.model."
 # What would change the product and is not done here.
@@ -30,6 +32,7 @@ _UNSUPPORTED = {
     "lora_bias": (False, None),
     "trainable_token_indices": ([], {}, None),
     "target_parameters": ([], None),
+    "layers_to_transform": (None, []),
 }
 
 
@@ -109,6 +112,8 @@ def read(directory: Path) -> PeftAdapter:
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if match is None:
             raise ValueError(f"{weights.files[0]}: expected LoRA matrices, got tensor {name!r}")
+        if not weights.info(name).dtype.is_floating_point:
+            raise ValueError(f"{weights.files[0]}: {name}: expected floating point")
         pairs.setdefault(match[1], {})[match[2]] = weights.tensor(name).float()
     linears = {}
     for module, pair in pairs.items():
@@ -122,20 +127,35 @@ def read(directory: Path) -> PeftAdapter:
             )
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"{where}: holds NaN or Inf")
-        linears[module] = LowRankTensors(a, b, _scaling(config, module, a.shape[0], path))
+        rank = _for_module(config, "r", module, path)
+        if rank != a.shape[0]:
+            raise ValueError(f"{where}: expected rank {rank}, as {path} says, got {a.shape[0]}")
+        alpha = _for_module(config, "lora_alpha", module, path)
+        scaling = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        linears[module] = LowRankTensors(a, b, scaling)
     if not linears:
         raise ValueError(f"{weights.files[0]}: holds no adapter")
     dropout = config.get("lora_dropout", 0.0)
     return PeftAdapter(linears, float(dropout), weights.metadata())
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int, where: Path) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+def _for_module(config: Mapping[str, Any], name: str, module: str, where: Path) -> float:
+    """A setting of one linear: what a pattern says of it, or what holds for all."""
+    value = config.get(name, 8)  # PEFT's default for both
+    patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[name]) or {}
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"{where}: {name}: expected patterns by name, got {patterns!r}")
+    for pattern, special in patterns.items():
         # PEFT's rule: a pattern matches a whole path or its end.
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
+            value = special
             break
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"{where}: lora_alpha: expected a number, got {alpha!r}")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: {name}: expected a number, got {value!r}")
+    return value
+
+
+def stored_bytes(directory: Path) -> int:
+    """Bytes of an adapter's tensors in its file."""
+    weights = Checkpoint.from_file(directory / WEIGHTS_FILE)
+    return sum(weights.info(name).nbytes for name in weights.names())
