@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 from safetensors.torch import load_file
+from torch.nn import functional
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
 
 import lowbitcore as lbc

@@ -108,13 +108,13 @@ def read(directory: Path) -> PeftAdapter:
             raise ValueError(f"{path}: {name}: expected {allowed[0]!r}, got {config[name]!r}")
     weights = Checkpoint.from_file(directory / WEIGHTS_FILE)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for name in weights.names():
+    for name, tensor in weights.tensors():
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if match is None:
             raise ValueError(f"{weights.files[0]}: expected LoRA matrices, got tensor {name!r}")
-        if not weights.info(name).dtype.is_floating_point:
+        if not tensor.dtype.is_floating_point:
             raise ValueError(f"{weights.files[0]}: {name}: expected floating point")
-        pairs.setdefault(match[1], {})[match[2]] = weights.tensor(name).float()
+        pairs.setdefault(match[1], {})[match[2]] = tensor.float()
     linears = {}
     for module, pair in pairs.items():
         where = f"{weights.files[0]}: {module}"

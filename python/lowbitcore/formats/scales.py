@@ -44,8 +44,7 @@ def read(path: Path) -> Scales:
     if base is None:
         raise ValueError(f"{path}: expected base_sha256 in its metadata, got none")
     linears = {}
-    for name in weights.names():
-        tensor = weights.tensor(name)
+    for name, tensor in weights.tensors():
         if not name.endswith(".scales") or tensor.dtype != torch.float32 or tensor.dim() != 2:
             raise ValueError(
                 f"{path}: expected float32 matrices called .scales, got {name!r}, {tensor.dtype} "
