@@ -182,17 +182,17 @@ def report(rows: list[dict[str, Any]], out: Path) -> list[str]:
     base = rows[0]["ppl"]
     lines = [
         "",
-        f"{'model':>10}  {'size':>9}  {'bits/weight':>11}  {'perplexity':>10}  {'x bf16':>8}  "
+        f"{'model':>11}  {'size':>9}  {'bits/weight':>11}  {'perplexity':>10}  {'x bf16':>8}  "
         f"{'time':>6}",
     ]
     for row in rows:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f} s"
         lines.append(
-            f"{row['model']:>10}  {row['bytes'] / 1e6:>6.1f} MB  {row['effective_bits']:>11.2f}  "
+            f"{row['model']:>11}  {row['bytes'] / 1e6:>6.1f} MB  {row['effective_bits']:>11.2f}  "
             f"{row['ppl']:>10.2f}  {row['ppl'] / base:>8.2f}  {seconds:>6}"
         )
     lines += ["", f"Asked: {PROMPT}"]
-    lines += [f"{row['model']:>10}: {row['answer']}" for row in rows]
+    lines += [f"{row['model']:>11}: {row['answer']}" for row in rows]
     collapsed, corrected, repaired = rows[-3:]
     lines += [
         "",
@@ -213,7 +213,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    quantized, repaired = rows[1:-2], rows[-3:]
+    quantized, steps = rows[1:-2], rows[-3:]
+    _, corrected, repaired = steps
     axes.plot(
         [row["effective_bits"] for row in quantized],
         [row["ppl"] for row in quantized],
@@ -222,8 +223,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         label=f"GPTQ, group size {GROUP_SIZE}",
     )
     axes.plot(
-        [row["effective_bits"] for row in repaired],
-        [row["ppl"] for row in repaired],
+        [row["effective_bits"] for row in steps],
+        [row["ppl"] for row in steps],
         marker="o",
         linestyle=":",
         color="tab:orange",
@@ -237,14 +238,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             f"{row['model']}: {row['ppl']:,.1f}\n{row['bytes'] / 1e6:.0f} MB",
             (row["effective_bits"], row["ppl"]),
             textcoords="offset points",
-            xytext=(8, 8),
+            # Where neither lines nor legend run.
+            xytext={corrected["model"]: (8, -8), repaired["model"]: (-8, -18)}.get(
+                row["model"], (8, 8)
+            ),
+            ha="right" if row is repaired else "left",
         )
     axes.set_yscale("log")
     axes.set_xlabel("bits per quantized weight, scales, zeros and adapter included")
     axes.set_ylabel("perplexity (lower is better, log scale)")
     axes.set_title("SmolLM2-135M-Instruct, quantized and repaired")
     axes.margins(x=0.25, y=0.2)
-    axes.legend()
+    axes.legend(loc="upper right")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     pyplot.close(figure)
