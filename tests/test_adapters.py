@@ -400,7 +400,10 @@ def test_poisoned_files(value: float, tmp_path: Path) -> None:
 
 
 def test_no_adapter_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected adapter_config.json or scales.safetensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a directory with adapter_config.json or scales.safetensors, got one with",
+    ):
         lbc.load_adapter(quantized("llama"), tmp_path)
     with pytest.raises(ValueError, match="got neither"):
         lbc.save_adapter(make_model("llama"), tmp_path)
