@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-import lowbitcore as lbc
-
 CACHE_BYTES = 256 << 20  # above the last-level caches of today
 
 
@@ -34,10 +32,12 @@ def peak_gflops(dtype: torch.dtype) -> float | None:
 
     Activations that are not bf16 are multiplied in fp32 on every level.
     """
-    level = lbc.runtime.isa()
+    from lowbitcore import runtime  # not before: the peers' interpreter may lack it
+
+    level = runtime.isa()
     if dtype != torch.bfloat16 and level in ("amx", "avx512_bf16"):
         level = "avx512"
-    return _loop(level, lbc.runtime.num_threads())
+    return _loop(level, runtime.num_threads())
 
 
 @functools.cache

@@ -28,13 +28,25 @@ PAPER = {"7B:4": 4.93, "13B:4": 9.15, "30B:4": 20.15}
 GROUP_SIZE, RANK = 128, 8
 
 
+def random_linear(
+    in_features: int, out_features: int, *, bits: int, group_size: int
+) -> torch.nn.Module:
+    """A frozen packed linear of random integers, whose outputs are about as large as its inputs."""
+    from lowbitcore.nn import QuantLinear
+
+    linear = QuantLinear(in_features, out_features, bits=bits, group_size=group_size)
+    linear.packed.random_(0, 256)
+    linear.packed[-linear.scales.numel() :].remainder_(2**bits)  # zeros: bytes at the end
+    linear.scales.data.fill_(2.0 / 2**bits / in_features**0.5)
+    return linear.requires_grad_(False)
+
+
 def build(size: str, bits: int) -> torch.nn.Module:
     """A packed LLaMA with random integers, tensor by tensor: no 16-bit block is ever made."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from lowbitcore.lora import block_linears, linear_features
     from lowbitcore.model import set_module
-    from lowbitcore.nn import QuantLinear
 
     hidden, intermediate, layers, heads = SHAPES[size]
     config = LlamaConfig(
@@ -48,10 +60,7 @@ def build(size: str, bits: int) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for path, linear in block_linears(model).items():
         in_features, out_features = linear_features(linear)
-        packed = QuantLinear(in_features, out_features, bits=bits, group_size=GROUP_SIZE)
-        packed.packed.random_(0, 256)
-        packed.packed[-packed.scales.numel() :].remainder_(2**bits)  # zeros: bytes at the end
-        packed.scales.data.fill_(2.0 / 2**bits / in_features**0.5)
+        packed = random_linear(in_features, out_features, bits=bits, group_size=GROUP_SIZE)
         set_module(model, path, packed)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:

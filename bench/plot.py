@@ -72,13 +72,12 @@ def draw(axes: Any, cases: list[dict[str, Any]], weights: int) -> None:
     for color, (bits, items) in zip(
         ("C0", "C1", "C2", "C3"), sorted(by_bits.items()), strict=False
     ):
-        label = f"{bits} bits"
         axes.plot(
             [item["M"] for item in items],
             [item["gflops"] for item in items],
             marker="o",
             color=color,
-            label=label,
+            label=f"{bits} bits",
         )
         # All packed integers read once, and nothing else.
         seconds = weights * bits / 8 / (items[0]["read_gbytes_per_s"] * 1e9)

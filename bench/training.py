@@ -19,6 +19,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +36,7 @@ EMEF = {
 }
 LREC = {"naive": "naive loop, bf16", "lrec": "packed, selective"}
 
-Loss = Callable[[torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, int], torch.Tensor]  # of a batch and the step it belongs to
 
 
 def batch(vocabulary: int, seed: int) -> torch.Tensor:
@@ -55,14 +56,14 @@ def with_peft(dense: Any, targets: Any, dropout: float) -> Any:
 
 def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Loss]:
     """What trains, and the loss of a batch."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, TrainingArguments
 
     def dense_model() -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 
     if contender == "peft":
         model = with_peft(dense_model(), ["q_proj", "v_proj"], 0.05)
-        return model, lambda ids: model(input_ids=ids, labels=ids)["loss"]
+        return model, lambda ids, step: model(input_ids=ids, labels=ids)["loss"]
 
     import lowbitcore as lbc
     from lowbitcore.head import run_body
@@ -79,7 +80,7 @@ def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Los
         del packed
         model = with_peft(student, "all-linear", 0.0)
 
-        def distil(ids: torch.Tensor) -> torch.Tensor:
+        def distil(ids: torch.Tensor, step: int) -> torch.Tensor:
             with torch.no_grad():
                 wanted = teacher(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
             found = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
@@ -89,28 +90,22 @@ def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Los
         return model, distil
     if contender == "lrec":
         teacher = dense_model().eval()
-        # As a cache on disk would have them, by the batch's first tokens.
-        with torch.no_grad():
+        with torch.no_grad():  # as a cache on disk would have them
             batches = [batch(packed.config.vocab_size, step) for step in range(steps + 1)]
-            states = {
-                tuple(ids[0, :8].tolist()): run_body(teacher, input_ids=ids).last_hidden_state
-                for ids in batches
-            }
+            states = [run_body(teacher, input_ids=ids).last_hidden_state for ids in batches]
         teacher.model.layers = torch.nn.ModuleList()  # a cache needs its head alone
         lbc.prepare_lora(packed, rank=RANK, alpha=RANK, targets=None)
-        from transformers import TrainingArguments
-
-        settings = TrainingArguments("unused", report_to="none", use_cpu=True)
+        settings = TrainingArguments(tempfile.gettempdir(), report_to="none", use_cpu=True)
         trained = LrecTrainer(packed, settings, [], teacher=teacher).model.train()
-        return trained, lambda ids: trained(
-            input_ids=ids, labels=ids, teacher_hidden=states[tuple(ids[0, :8].tolist())]
+        return trained, lambda ids, step: trained(
+            input_ids=ids, labels=ids, teacher_hidden=states[step]
         )["loss"]
     lbc.prepare_lora(packed, rank=RANK, alpha=2 * RANK, dropout=0.05)
     set_checkpointing(packed, contender)  # type: ignore[arg-type]
     if contender == "full":  # as the commands do
         return_tensors_at_once()
     model = TrainedModel(packed).train()
-    return model, lambda ids: model(input_ids=ids, labels=ids)["loss"]
+    return model, lambda ids, step: model(input_ids=ids, labels=ids)["loss"]
 
 
 def measure(contender: str, path: str, qpath: str, steps: int) -> dict[str, float]:
@@ -121,7 +116,7 @@ def measure(contender: str, path: str, qpath: str, steps: int) -> dict[str, floa
     for step in range(steps + 1):
         ids = batch(model.config.vocab_size, step)
         start = time.perf_counter()
-        loss(ids).backward()
+        loss(ids, step).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)

@@ -160,7 +160,7 @@ def test_low_rank_is_the_best_there_is(shape: tuple[int, int], act_order: bool) 
         best = (singular[rank:] ** 2).sum()
         assert best * (1 - 1e-6) <= left <= best * 1.01
         lengths = a.float().norm(dim=1), b.float().norm(dim=0)
-        torch.testing.assert_close(*lengths, rtol=1e-2, atol=0)
+        torch.testing.assert_close(*lengths, rtol=1e-3, atol=0)
         assert (a[:, 7] == 0).all()
         # The same again, and nothing taken from the caller's random numbers.
         torch.manual_seed(3)
@@ -176,7 +176,7 @@ def test_low_rank_of_full_rank_leaves_nothing() -> None:
     factor = ops.gptq_factorize(hessian)
     a, b = fit_low_rank(weight, factor, rank=500)
     assert a.shape == (64, 160)
-    torch.testing.assert_close(b.float() @ a.float(), weight, rtol=0, atol=2e-2)
+    torch.testing.assert_close(b.float() @ a.float(), weight, rtol=0, atol=4e-3)
     a, b = fit_low_rank(torch.zeros_like(weight), factor, rank=4)
     assert (b.float() @ a.float() == 0).all() and torch.isfinite(a).all()
 

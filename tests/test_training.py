@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
 
 import lowbitcore as lbc
-from lowbitcore import head, lrec, training
+from lowbitcore import head, lrec, recipes, training
 from lowbitcore.data import IGNORED, Example, TrainingSet, read_examples
 from lowbitcore.model import quantized_linears
 from lowbitcore.training import TrainedModel, collate, newest_checkpoint
@@ -148,10 +148,8 @@ def test_training_instructions() -> None:
     examples = [Example(text_of(6) + " ", text_of(4)), Example(text_of(30) + " ", text_of(4))]
     plain = TrainingSet(examples, tokenizer, length=20)
     assert sorted(len(item["input_ids"]) for item in plain) == [11, 20]
-    assert [len(x["input_ids"]) for x in TrainingSet(examples, tokenizer, length=20, tokens=9)] in (
-        [11],
-        [20],
-    )
+    assert len(TrainingSet(examples, tokenizer, length=20, tokens=9)) == 1
+    assert len(TrainingSet(examples, tokenizer, length=20, tokens=21)) == 2
     masked = TrainingSet(examples, tokenizer, length=20, mask_prompt=True)
     (item,) = list(masked)  # the other's answer lies behind the cut
     assert item["labels"].tolist()[:6] == [IGNORED] * 6
@@ -225,7 +223,7 @@ def test_peqas_learning_rate_is_relative(tmp_path: Path) -> None:
     lbc.PeqaTrainer(model, settings, lesson()).train()
     for old, linear in zip(before, linears.values(), strict=True):
         moved = (linear.scales - old).abs().max()
-        torch.testing.assert_close(moved, 0.01 * old.abs().mean(), rtol=0.02, atol=0)
+        torch.testing.assert_close(moved, 0.01 * old.abs().mean(), rtol=1e-3, atol=0)
 
 
 def test_emef_learns(tmp_path: Path) -> None:
@@ -526,6 +524,28 @@ def test_two_processes(method: str, place: Path) -> None:
     one, two = history(single), history(double)
     assert [step for step, _ in one] == [step for step, _ in two]
     assert [x for _, x in two] == pytest.approx([x for _, x in one], rel=5e-3)  # bf16
+
+
+def test_settings_do_not_depend_on_where_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that is not there yet, or no longer, is the same setting; a hub id stays one."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "text.txt").touch()
+
+    def settings(above: str) -> dict[str, Any]:
+        teacher = recipes.Teacher("organization/name", 1.0, 0.1, "forward", f"{above}cache")
+        schedule = recipes.Schedule(f"{above}text.txt", steps=1)
+        return recipes._settings(recipes.Recipe(f"{above}below", schedule, teacher=teacher))
+
+    monkeypatch.chdir(tmp_path)
+    found = settings("")
+    (tmp_path / "cache").mkdir()
+    assert settings("") == found
+    monkeypatch.chdir(tmp_path / "below")
+    assert settings("../") == found
+    assert found["teacher"]["model"] == "organization/name"
+    assert found["schedule"]["data"] == str(tmp_path / "text.txt")
 
 
 def test_tokens_are_tokens(place: Path) -> None:

@@ -14,6 +14,7 @@ from lowbitcore.formats.peft import LowRankTensors
 from lowbitcore.lora import add_adapter, block_linears, linear_features, newest_adapters
 from lowbitcore.model import (
     adapted_linears,
+    check_base,
     check_kind,
     packed_hash,
     quantized_linears,
@@ -126,7 +127,9 @@ def _kind(path: Path) -> str:
 
 def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None:
     adapter = peft.read(directory)
-    _check_base(model, adapter.metadata.get("base_sha256"), directory)
+    base = adapter.metadata.get("base_sha256")
+    if base is not None:  # PEFT's own adapters do not say; then shapes have to do
+        check_base(base, packed_hash(model), directory)
     linears = block_linears(model)
     for path, (a, b, _) in adapter.linears.items():
         if path not in linears:
@@ -155,7 +158,7 @@ def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     file = Path(path) / scales.FILE if Path(path).is_dir() else Path(path)
     found = scales.read(file)
     linears = _packed(model, "swap_scales")
-    _check_base(model, found.base_sha256, file)
+    check_base(found.base_sha256, packed_hash(model), file)
     if found.linears.keys() != linears.keys():
         odd = sorted(found.linears.keys() ^ linears.keys())[0]
         raise ValueError(f"swap_scales: {file}: {odd}: in the file or the model only")
@@ -186,9 +189,3 @@ def _packed(model: PreTrainedModel, where: str) -> dict[str, QuantLinear]:
     if not linears:
         raise ValueError(f"{where}: model: expected a quantized one, got no packed linear in it")
     return linears
-
-
-def _check_base(model: PreTrainedModel, base: str | None, where: Path) -> None:
-    """PEFT's own adapters do not say what they were trained on; then shapes have to do."""
-    if base is not None and base != packed_hash(model):
-        raise ValueError(f"{where}: belongs to another base: its integers are not this model's")

@@ -35,7 +35,7 @@ BITS = (4, 3, 2)
 GROUP_SIZE = 64
 PROMPT = "Why is the sky blue? Answer in two sentences."
 RANK = 8
-CORRECTED = "2-bit+rank8"
+CORRECTED = f"2-bit+rank{RANK}"
 _LEARNING_RATE = 1e-3
 _WINDOWS = 8
 

@@ -67,16 +67,20 @@ def prepare_lora(
         raise ValueError(f"prepare_lora: dropout: expected 0 or more and below 1, got {dropout!r}")
     linears = block_linears(model)
     chosen = select(linears, targets, where="prepare_lora: targets")
-    largest = max(min(linear_features(linears[path])) for path in chosen)
-    if rank > largest:
-        raise ValueError(
-            f"prepare_lora: rank: expected at most {largest}, the full rank of these linears, got "
-            f"{rank}"
-        )
+    check_rank("prepare_lora: rank", rank, [linear_features(linears[path]) for path in chosen])
     model.requires_grad_(False)
     for path in chosen:
         add_adapter(model, path, rank=rank, scaling=alpha / rank, dropout=dropout)
     return model
+
+
+def check_rank(where: str, rank: int, shapes: Sequence[tuple[int, int]]) -> None:
+    """ValueError where no linear of these shapes has that rank."""
+    largest = max(map(min, shapes), default=rank)
+    if rank > largest:
+        raise ValueError(
+            f"{where}: expected at most {largest}, the full rank of these linears, got {rank}"
+        )
 
 
 def select(

@@ -599,8 +599,8 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
     for path, linear in linears.items():
         gptq.half_scales(linear.scales.detach(), where=f"save: {path}")
     config = _with_hash(config, {path: lin.canonical for path, lin in linears.items()})
-    correction = out / peft.CORRECTION
-    if (correction / peft.CONFIG_FILE).exists():
+    correction = peft.find_correction(out)
+    if correction is not None:
         base = peft.read(correction).metadata.get("base_sha256")
         if base != config.meta["base_sha256"]:
             raise ValueError(f"save: {correction}: belongs to other integers: move or delete it")
@@ -685,6 +685,12 @@ def packed_hash(model: PreTrainedModel) -> str | None:
             named = quantized_linears(model)
             meta["base_sha256"] = base_hash({name: x.canonical for name, x in named.items()})
     return str(meta["base_sha256"])
+
+
+def check_base(base: str, own: str | None, where: object) -> None:
+    """ValueError where `base`, the hash that a file was made for, is not the model's own."""
+    if base != own:
+        raise ValueError(f"{where}: belongs to another base: its integers are not this model's")
 
 
 def _with_hash(

@@ -39,7 +39,7 @@ from lowbitcore.fit import dequantized, fit_low_rank, fit_scales, fit_weight
 from lowbitcore.formats import gptq
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.formats.peft import LowRankTensors
-from lowbitcore.lora import add_adapter
+from lowbitcore.lora import add_adapter, check_rank
 from lowbitcore.model import (
     BlockLayout,
     check_kind,
@@ -237,12 +237,7 @@ class Engine:
         self._config, self._calibration, self._layout = config, calibration, layout
         self._dtype, self._report = dtype, report
         shapes = [linear_shape(item) for item in quantizable(layout.modules[0]).values()]
-        largest = max(map(min, shapes), default=0)
-        if shapes and config.rank > largest:
-            raise ValueError(
-                f"QuantConfig: rank: expected at most {largest}, the full rank of these linears, "
-                f"got {config.rank}"
-            )
+        check_rank("QuantConfig: rank", config.rank, shapes)
 
     def quantize(self, index: int) -> dict[str, Quantized]:
         """Quantizes one block; its linears then hold dequantized weights in the compute dtype,
@@ -454,19 +449,19 @@ class Engine:
                 weight = fit_weight(weight, cross, factor, tokens=tokens)
         ends = list(itertools.accumulate(linear_shape(module)[1] for module in modules))
         spans = [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
-        aim, corrections = weight, [cast(LowRankTensors | None, None)] * len(group)
+        aim: torch.Tensor = weight
+        corrections: Sequence[LowRankTensors | None] = [None] * len(group)
         for _ in range(_ROUNDS if config.rank else 1):
             codes, scales, zeros, g_idx = self._round(aim, hessian, factor)
             if config.rank:
+                size = config.group_size
                 with self._report.timing("fit"):
-                    dense = dequantized(
-                        codes, scales, zeros, group_size=config.group_size, g_idx=g_idx
-                    )
-                    aim = weight.clone()
-                    for i, rows in enumerate(spans):
-                        a, b = fit_low_rank(weight[rows] - dense[rows], factor, rank=config.rank)
-                        corrections[i] = LowRankTensors(a, b, 1.0)
-                        aim[rows] -= b.float() @ a.float()
+                    rest = weight - dequantized(codes, scales, zeros, group_size=size, g_idx=g_idx)
+                    corrections = fitted = [
+                        LowRankTensors(*fit_low_rank(rest[rows], factor, rank=config.rank), 1.0)
+                        for rows in spans
+                    ]
+                    aim = weight - torch.cat([b.float() @ a.float() for a, b, _ in fitted])
         result = {}
         for path, module, rows, correction in zip(group, modules, spans, corrections, strict=True):
             with self._report.timing("quantize"):

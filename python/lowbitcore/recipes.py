@@ -50,6 +50,7 @@ from lowbitcore.training import (
 
 _RECORD, _LOCK = "training.json", ".lock"
 _STATE = "trainer_state.json"
+_PATHS = ("model", "adapters", "data", "eval_text", "start", "cache")
 # Evaluations during a training look at the start of the text; the last one at all of it.
 _EVALUATIONS, _EVALUATION_WINDOWS = 5, 4
 _CHECKPOINTS = 10
@@ -269,15 +270,18 @@ def train(
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What a resumed run has to share with the one it goes on with."""
 
-    def absolute(value: Any) -> Any:
-        """Paths as seen from anywhere; other strings name no file."""
+    def portable(name: str, value: Any) -> Any:
+        """As it is read back from disk, from whatever directory."""
         if isinstance(value, dict):
-            return {key: absolute(item) for key, item in value.items()}
+            return {key: portable(key, item) for key, item in value.items()}
         if isinstance(value, tuple):
-            return [absolute(item) for item in value]  # as it is read back from disk
-        return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
+            return [portable(name, item) for item in value]
+        if name not in _PATHS or value is None:
+            return value
+        # A model may be a hub id; a cache need not be there yet.
+        return os.path.abspath(value) if name == "cache" or os.path.exists(value) else value
 
-    return cast(dict[str, Any], absolute(asdict(recipe)))
+    return cast(dict[str, Any], portable("", asdict(recipe)))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -250,6 +250,8 @@ class _StreamingRun:
         return self._partial / f"correction-{index:05d}.safetensors"
 
     def _write_corrections(self, index: int, linears: Mapping[str, Quantized]) -> None:
+        if not self._config.rank:
+            return
         entries = []
         for path, (_, correction) in linears.items():
             if correction is not None:  # their scaling is 1
@@ -257,17 +259,15 @@ class _StreamingRun:
                     Entry.of(f"{path}.a", correction.a),
                     Entry.of(f"{path}.b", correction.b),
                 ]
-        if self._config.rank:
-            checkpoint.write_safetensors(self._correction_file(index), entries)
+        checkpoint.write_safetensors(self._correction_file(index), entries)
 
     def _read_corrections(self, index: int) -> dict[str, LowRankTensors]:
         if not self._config.rank:
             return {}
-        stored = Checkpoint.from_file(self._correction_file(index))
-        paths = [name.removesuffix(".a") for name in stored.names() if name.endswith(".a")]
+        stored = dict(Checkpoint.from_file(self._correction_file(index)).tensors())
+        paths = [name.removesuffix(".a") for name in sorted(stored) if name.endswith(".a")]
         return {
-            path: LowRankTensors(stored.tensor(f"{path}.a"), stored.tensor(f"{path}.b"), 1.0)
-            for path in paths
+            path: LowRankTensors(stored[f"{path}.a"], stored[f"{path}.b"], 1.0) for path in paths
         }
 
     def _write_block(self, index: int, linears: Mapping[str, Quantized]) -> None:

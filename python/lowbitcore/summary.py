@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from .formats import peft, scales
+from .formats import peft
+from .formats import scales as scales_file
 from .formats.gguf import GgufFile
 from .formats.gptq import SUFFIXES, GptqConfig
-from .model import open_source
+from .model import check_base, open_source
 
 
 class Summary(NamedTuple):
@@ -36,15 +37,15 @@ def adapter_bytes(directory: str | os.PathLike[str], summary: Summary) -> int:
     Raises ValueError where there is no adapter, or one of another base than the summarized one.
     """
     path = Path(directory)
-    if (path / scales.FILE).is_file():
-        base: str | None = scales.read(path / scales.FILE).base_sha256
+    if (path / scales_file.FILE).is_file():
+        base: str | None = scales_file.read(path / scales_file.FILE).base_sha256
         size = 0
     else:
         base = peft.read(path).metadata.get("base_sha256")
         size = peft.stored_bytes(path)
     own = summary.gptq.meta.get("base_sha256") if summary.gptq else None
-    if None not in (base, own) and base != own:
-        raise ValueError(f"{path}: belongs to another base: its integers are not this model's")
+    if base is not None and own is not None:  # other programs' files do not say
+        check_base(base, own, path)
     return size
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -90,8 +89,8 @@ def load_model(
             "yet), got cuda"
         )
     names = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
-    correction = Path(model) / peft.CORRECTION
-    if not adapter and (correction / peft.CONFIG_FILE).exists():
+    correction = peft.find_correction(model)
+    if correction is not None and not adapter:
         print(
             f"note: {model} was quantized to be used with its correction (--adapter {correction}), "
             "or with what lrec made of it",

@@ -312,8 +312,8 @@ def _describe_adapters(
     from lowbitcore.formats import peft
     from lowbitcore.summary import adapter_bytes
 
-    correction = Path(path) / peft.CORRECTION
-    if not adapters and (correction / peft.CONFIG_FILE).exists():
+    correction = peft.find_correction(path)
+    if correction is not None and not adapters:
         yield f"to be used with its correction: --adapter {correction}"
     total = summary.quantized_bytes
     for directory in adapters:

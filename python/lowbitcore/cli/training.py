@@ -206,7 +206,7 @@ def lrec(
     recipe = Recipe(
         model,
         schedule,
-        _correction(model, rank, start, stacked=bool(adapter)),
+        _lrec_adapter(model, rank, start, stacked=bool(adapter)),
         Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
         tuple(adapter or ()),
     )
@@ -273,19 +273,18 @@ def plan(
     emit(as_json, result._asdict(), lines)
 
 
-def _correction(model: str, rank: int | None, start: str | None, *, stacked: bool) -> Lora:
+def _lrec_adapter(model: str, rank: int | None, start: str | None, *, stacked: bool) -> Lora:
     """LREC's adapter: on every linear, with alpha = rank."""
     from lowbitcore.formats import peft
     from lowbitcore.recipes import Lora
 
-    directory = Path(model) / peft.CORRECTION
-    found = (directory / peft.CONFIG_FILE).is_file()
+    directory = peft.find_correction(model)
     if start == "closed-form" and stacked:
         # The correction would count twice: in what lies below, and in what starts from it.
         raise ValueError("--start: expected zeros where --adapter is given, got closed-form")
-    if start == "closed-form" and not found:
+    if start == "closed-form" and directory is None:
         raise ValueError(f"--start: {model}: expected a correction in it, made by quantize --rank")
-    if start == "zeros" or stacked or not found:
+    if start == "zeros" or stacked or directory is None:
         rank = 8 if rank is None else rank
         return Lora(rank, rank, None, 0.0)
     ranks = {len(item.a) for item in peft.read(directory).linears.values()}

@@ -8,6 +8,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,10 +128,10 @@ def read(directory: Path) -> PeftAdapter:
             )
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ValueError(f"{where}: holds NaN or Inf")
-        rank = _for_module(config, "r", module, path)
+        rank = _for_module(config, "r", "rank_pattern", module, path)
         if rank != a.shape[0]:
             raise ValueError(f"{where}: expected rank {rank}, as {path} says, got {a.shape[0]}")
-        alpha = _for_module(config, "lora_alpha", module, path)
+        alpha = _for_module(config, "lora_alpha", "alpha_pattern", module, path)
         scaling = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
         linears[module] = LowRankTensors(a, b, scaling)
     if not linears:
@@ -139,10 +140,12 @@ def read(directory: Path) -> PeftAdapter:
     return PeftAdapter(linears, float(dropout), weights.metadata())
 
 
-def _for_module(config: Mapping[str, Any], name: str, module: str, where: Path) -> float:
+def _for_module(
+    config: Mapping[str, Any], name: str, pattern_name: str, module: str, where: Path
+) -> float:
     """A setting of one linear: what a pattern says of it, or what holds for all."""
     value = config.get(name, 8)  # PEFT's default for both
-    patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[name]) or {}
+    patterns = config.get(pattern_name) or {}
     if not isinstance(patterns, Mapping):
         raise ValueError(f"{where}: {name}: expected patterns by name, got {patterns!r}")
     for pattern, special in patterns.items():
@@ -153,6 +156,12 @@ def _for_module(config: Mapping[str, Any], name: str, module: str, where: Path) 
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{where}: {name}: expected a number, got {value!r}")
     return value
+
+
+def find_correction(model: str | os.PathLike[str]) -> Path | None:
+    """The adapter beside a quantized model that was fitted along with its integers, if any."""
+    directory = Path(model) / CORRECTION
+    return directory if (directory / CONFIG_FILE).is_file() else None
 
 
 def stored_bytes(directory: Path) -> int:
