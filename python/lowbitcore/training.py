@@ -290,6 +290,7 @@ class PeqaTrainer(PackedTrainer):
                 for parameter in (model or self.model).parameters()
                 if parameter.requires_grad
             ]
+            options["weight_decay"] = self.args.weight_decay  # AdamW's own default is not 0
             self.optimizer = current = kind(groups, **options)
         return current
 
