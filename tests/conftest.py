@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import cuda_device
 from reference import forced_isa
 
 # The `isa` fixture is set once for all examples of a test, which is what is wanted of it.
@@ -28,6 +29,15 @@ _COMMON = {
 }
 settings.register_profile("default", max_examples=10, derandomize=True, database=None, **_COMMON)
 settings.register_profile("full", max_examples=150, print_blob=True, **_COMMON)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("emulated", "cuda"),
+        default="emulated",
+        help="where the tests of the CUDA backend run: in the interpreter (default) or on a GPU",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +60,26 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine in turn, forced for the length of the test."""
     with forced_isa(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def _cuda_device(request: pytest.FixtureRequest) -> cuda_device.CudaDevice:
+    name = request.config.getoption("--device")
+    if name == "emulated":
+        missing = cuda_device.why_not_emulated()
+        if missing:
+            pytest.skip(missing)
+    elif not torch.cuda.is_available():
+        pytest.skip("--device cuda: torch sees no GPU")
+    return cuda_device.CudaDevice(name)
+
+
+@pytest.fixture
+def device(_cuda_device: cuda_device.CudaDevice) -> Iterator[cuda_device.CudaDevice]:
+    """The CUDA backend, in use by `lowbitcore.ops` for the length of the test."""
+    # The oracle's bounds know what the level of the CPU may lose; the scalar one loses nothing.
+    with _cuda_device.in_use(), forced_isa("scalar"):
+        yield _cuda_device
 
 
 @pytest.fixture

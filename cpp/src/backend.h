@@ -8,6 +8,13 @@
 
 namespace lowbitcore {
 
+// What a call may use, resolved from its Execution.
+struct Resources {
+  int threads;
+  void* workspace;
+  void* stream;  // of CUDA
+};
+
 struct GptqProblem {
   ConstMatrix weight;
   const std::int32_t* order;
@@ -27,26 +34,46 @@ struct GptqProblem {
 // Outputs are quantized in strips of this many, on every backend and level.
 constexpr std::int64_t kLanes = 64;
 
+// A null function pointer is an operation that a backend does not have.
 struct Backend {
   const char* name;
-  void (*qgemm_nt)(ConstMatrix x, const QuantWeight&, const float* bias, Matrix y, int threads,
-                   void* workspace);
-  void (*qgemm_nn)(ConstMatrix dy, const QuantWeight&, Matrix dx, int threads, void* workspace);
+  void (*qgemm_nt)(ConstMatrix x, const QuantWeight&, const float* bias, Matrix y,
+                   const Resources&);
+  void (*qgemm_nn)(ConstMatrix dy, const QuantWeight&, Matrix dx, const Resources&);
   void (*qgemm_grad_scales)(ConstMatrix dy, ConstMatrix x, const QuantWeight&, View<float> ds,
-                            int threads, void* workspace);
+                            const Resources&);
   std::size_t (*qgemm_nt_workspace)(const QuantFormat&, std::int64_t m, int threads);
   std::size_t (*qgemm_nn_workspace)(const QuantFormat&, std::int64_t m, int threads);
   std::size_t (*qgemm_grad_scales_workspace)(const QuantFormat&, std::int64_t m, int threads);
-  void (*dequantize)(const QuantWeight&, Matrix out, int threads);
+  void (*dequantize)(const QuantWeight&, Matrix out, const Resources&);
   void (*quantize_rtn)(ConstMatrix weight, const QuantFormat&, const GridOptions&,
                        View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,
-                       int threads);
-  void (*accumulate_hessian)(ConstMatrix x, View<float> hessian, int threads, void* workspace);
+                       const Resources&);
+  std::size_t (*quantize_rtn_workspace)(const QuantFormat&, int threads);
+  void (*accumulate_hessian)(ConstMatrix x, View<float> hessian, const Resources&);
   std::size_t (*accumulate_hessian_workspace)(std::int64_t m, std::int64_t k);
-  void (*accumulate_cross)(ConstMatrix a, ConstMatrix b, View<float> cross, int threads,
-                           void* workspace);
+  void (*accumulate_cross)(ConstMatrix a, ConstMatrix b, View<float> cross, const Resources&);
   std::size_t (*accumulate_cross_workspace)(std::int64_t m, std::int64_t k);
-  void (*gptq)(const GptqProblem&, int threads);
+  void (*gptq)(const GptqProblem&, const Resources&);
+  std::size_t (*gptq_workspace)(const QuantFormat&, int threads);
+};
+
+// What a device does with memory, whatever its kernels are.
+struct Memory {
+  // Scratch of a call, aligned to 64 bytes, until release.
+  void* (*allocate)(std::size_t bytes, void* stream);
+  void (*release)(void* scratch, void* stream);
+  // Rows of `width` bytes. Both wait until the copy is done.
+  void (*to_host)(void* host, const void* device, std::size_t pitch, std::size_t width,
+                  std::size_t rows, void* stream);
+  void (*from_host)(void* device, const void* host, std::size_t bytes, void* stream);
+  // Throws in the name of an operation and an argument where an entry is NaN or infinite.
+  void (*check_finite)(const char* op, const char* argument, const char* expected, ConstMatrix,
+                       void* stream);
+  void (*prepack)(const QuantFormat&, View<const std::int32_t> qweight,
+                  View<const std::int32_t> qzeros, void* packed, void* stream);
+  void (*unpack)(const QuantFormat&, const void* packed, View<std::int32_t> qweight,
+                 View<std::int32_t> qzeros, void* stream);
 };
 
 // The throwing default of every switch over bits. Defined out of line: kernels must not instantiate
@@ -55,9 +82,18 @@ struct Backend {
 
 // The CPU backend at the instruction set in use (cpu/isa.cpp).
 const Backend& cpu_backend();
+const Memory& cpu_memory();
 
-// Scratch of a call: what the host brought, if it is large enough; else a buffer that the calling
-// thread keeps.
-void* workspace(const char* op, const Execution& exec, std::size_t bytes);
+// The CUDA backend; Error in a build without it (cuda/).
+const Backend& cuda_backend();
+const Memory& cuda_memory();
+
+inline const Backend& backend_of(const Execution& exec) {
+  return exec.device == Device::cuda ? cuda_backend() : cpu_backend();
+}
+
+inline const Memory& memory_of(const Execution& exec) {
+  return exec.device == Device::cuda ? cuda_memory() : cpu_memory();
+}
 
 }  // namespace lowbitcore

@@ -80,19 +80,15 @@ void same_dtype(const char* op, const char* argument, DType got, const char* oth
   }
 }
 
-void finite(const char* op, const char* argument, const ConstMatrix& m) {
+void finite(const char* op, const char* argument, const char* expected, const ConstMatrix& m) {
   for (std::int64_t i = 0; i < m.rows; ++i) {
     for (std::int64_t j = 0; j < m.cols; ++j) {
       const float value = element(m, i, j);
       if (!std::isfinite(value)) {
-        fail(op, argument, "finite values", std::to_string(value) + " at " + dims(i, j));
+        fail(op, argument, expected, std::to_string(value) + " at " + dims(i, j));
       }
     }
   }
-}
-
-void finite(const char* op, const char* argument, const View<const float>& v) {
-  finite(op, argument, ConstMatrix{v.data, DType::f32, v.rows, v.cols, v.stride});
 }
 
 void g_idx(const char* op, const std::int32_t* g_idx, const QuantFormat& f) {
@@ -105,11 +101,11 @@ void g_idx(const char* op, const std::int32_t* g_idx, const QuantFormat& f) {
   }
 }
 
-void weight(const char* op, const QuantWeight& w, bool with_scales) {
+void weight(const char* op, const QuantWeight& w, bool with_scales, Device device) {
   format(op, w.format);
   if (w.packed == nullptr) fail(op, "packed", "data", "a null pointer");
   if (with_scales) shape(op, "scales", w.scales, w.format.groups(), w.format.out_features);
-  if (w.g_idx != nullptr) g_idx(op, w.g_idx, w.format);
+  if (w.g_idx != nullptr && device == Device::cpu) g_idx(op, w.g_idx, w.format);
 }
 
 void permutation(const char* op, const char* argument, const std::int32_t* order,

@@ -33,14 +33,14 @@ inline void shape(const char* op, const char* argument, const ConstMatrix& matri
 void same_dtype(const char* op, const char* argument, DType got, const char* other, DType expected);
 
 // Every entry finite. Reads the matrix once.
-void finite(const char* op, const char* argument, const ConstMatrix& matrix);
-void finite(const char* op, const char* argument, const View<const float>& view);
+void finite(const char* op, const char* argument, const char* expected, const ConstMatrix& matrix);
 
 // Entries of g_idx in [0, groups).
 void g_idx(const char* op, const std::int32_t* g_idx, const QuantFormat& format);
 
-// A format, its packed integers, and optionally its scales and g_idx.
-void weight(const char* op, const QuantWeight& weight, bool with_scales);
+// A format, its packed integers, its g_idx (where its values can be seen) and optionally its
+// scales.
+void weight(const char* op, const QuantWeight& weight, bool with_scales, Device device);
 
 // A permutation of 0 .. count - 1.
 void permutation(const char* op, const char* argument, const std::int32_t* order,

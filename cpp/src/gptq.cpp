@@ -6,11 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
-#include "check.h"
+#include "call.h"
 #include "grid.h"
 #include "linalg.h"
-#include "parallel.h"
 
 namespace lowbitcore {
 
@@ -23,6 +21,16 @@ void check_square(const char* op, const char* argument, const View<const float>&
   check::shape(op, argument, m, m.rows, m.rows);
 }
 
+// Room for an array, so that the next one is aligned to 64 bytes.
+template <typename T>
+std::size_t room(std::size_t count) {
+  return (count * sizeof(T) + 63) / 64 * 64;
+}
+
+void check_has(const char* op, bool kernel) {
+  if (!kernel) throw Error(std::string(op) + ": this device has no kernel for it (a BLAS does)");
+}
+
 }  // namespace
 
 void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exec) {
@@ -30,10 +38,10 @@ void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exe
   check_square(op, "hessian", {hessian.data, hessian.rows, hessian.cols, hessian.stride});
   check::shape(op, "x", x, x.rows, hessian.rows);
   if (x.rows == 0) return;
-  const Backend& backend = cpu_backend();
-  backend.accumulate_hessian(
-      x, hessian, resolve_threads(exec.num_threads),
-      workspace(op, exec, backend.accumulate_hessian_workspace(x.rows, x.cols)));
+  const Backend& backend = backend_of(exec);
+  check_has(op, backend.accumulate_hessian != nullptr);
+  const Call call(op, exec, backend.accumulate_hessian_workspace(x.rows, x.cols));
+  backend.accumulate_hessian(x, hessian, call);
 }
 
 void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Execution& exec) {
@@ -42,9 +50,10 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Exe
   check::shape(op, "a", a, a.rows, cross.rows);
   check::shape(op, "b", b, a.rows, cross.rows);
   if (a.rows == 0) return;
-  const Backend& backend = cpu_backend();
-  backend.accumulate_cross(a, b, cross, resolve_threads(exec.num_threads),
-                           workspace(op, exec, backend.accumulate_cross_workspace(a.rows, a.cols)));
+  const Backend& backend = backend_of(exec);
+  check_has(op, backend.accumulate_cross != nullptr);
+  const Call call(op, exec, backend.accumulate_cross_workspace(a.rows, a.cols));
+  backend.accumulate_cross(a, b, cross, call);
 }
 
 double gptq_factorize(View<const float> hessian, const FactorOptions& options, std::int32_t* order,
@@ -56,7 +65,8 @@ double gptq_factorize(View<const float> hessian, const FactorOptions& options, s
   if (!(options.percdamp >= 0.0 && options.percdamp <= 1.0)) {
     check::fail(op, "percdamp", "a fraction from 0 to 1", std::to_string(options.percdamp));
   }
-  check::finite(op, "hessian", hessian);
+  check::finite(op, "hessian", "finite values",
+                {hessian.data, DType::f32, hessian.rows, hessian.cols, hessian.stride});
 
   const auto diagonal = [&](std::int64_t i) { return hessian.data[i * hessian.stride + i]; };
   double sum = 0.0;
@@ -98,33 +108,50 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
   check::shape(op, "codes", codes, n, k);
   check::shape(op, "scales", scales, format.groups(), n);
   check::shape(op, "zeros", zeros, format.groups(), n);
-  check::permutation(op, "order", order, k);
-  check::finite(op, "weight", weight);
-  for (std::int64_t i = 0; i < k; ++i) {
-    const float d = u.data[i * u.stride + i];
+  const Backend& backend = backend_of(exec);
+  const Memory& memory = memory_of(exec);
+  // The order and the diagonal of U are looked at here, wherever they lie.
+  const std::size_t columns = static_cast<std::size_t>(k);
+  std::vector<std::int32_t> steps(columns);
+  std::vector<float> diagonal(columns);
+  memory.to_host(steps.data(), order, 4, 4, columns, exec.stream);
+  memory.to_host(diagonal.data(), u.data, static_cast<std::size_t>(u.stride + 1) * 4, 4, columns,
+                 exec.stream);
+  check::permutation(op, "order", steps.data(), k);
+  memory.check_finite(op, "weight", "finite values", weight, exec.stream);
+  // GPTQ's objective is the sum of (w - q)^2 / U_ii^2 with w as updated: grids minimise those
+  // terms.
+  std::vector<float> importance(columns);
+  for (std::size_t i = 0; i < columns; ++i) {
+    const float d = diagonal[i];
     if (!(d > 0.0f && std::isfinite(d))) {
       check::fail(op, "u", "a factor with a positive diagonal",
                   std::to_string(d) + " at " + std::to_string(i));
     }
+    importance[options.static_groups ? static_cast<std::size_t>(steps[i]) : i] = 1.0f / (d * d);
   }
 
-  // GPTQ's objective is the sum of (w - q)^2 / U_ii^2 with w as updated: grids minimise those
-  // terms.
-  std::vector<float> importance(static_cast<std::size_t>(k));
-  for (std::int64_t i = 0; i < k; ++i) {
-    const float d = u.data[i * u.stride + i];
-    importance[static_cast<std::size_t>(options.static_groups ? order[i] : i)] = 1.0f / (d * d);
-  }
-  std::vector<double> loss(static_cast<std::size_t>((n + kLanes - 1) / kLanes), 0.0);
-  cpu_backend().gptq({weight, order, dead, u, importance.data(), format, options, codes, scales,
-                      zeros, loss.data()},
-                     resolve_threads(exec.num_threads));
-  check_scales_fit(op, scales);
+  const int threads = resolve_threads(exec.num_threads);
+  const std::size_t strips = static_cast<std::size_t>((n + kLanes - 1) / kLanes);
+  const std::size_t scratch = room<char>(backend.gptq_workspace(format, threads));
+  const Call call(op, exec, scratch + room<float>(columns) + room<double>(strips));
+  char* extra = static_cast<char*>(call.workspace()) + scratch;
+  auto* costs = reinterpret_cast<float*>(extra);
+  auto* losses = reinterpret_cast<double*>(extra + room<float>(columns));
+  memory.from_host(costs, importance.data(), columns * sizeof(float), exec.stream);
+  backend.gptq({weight, order, dead, u, costs, format, options, codes, scales, zeros, losses},
+               call);
+  check_scales_fit(op, scales, exec);
 
   const std::int64_t group = format.group_size == -1 ? k : format.group_size;
+  std::vector<std::int32_t> groups(columns);
   for (std::int64_t i = 0; i < k; ++i) {
-    g_idx[options.static_groups ? i : order[i]] = static_cast<std::int32_t>(i / group);
+    groups[static_cast<std::size_t>(options.static_groups ? i : steps[i])] =
+        static_cast<std::int32_t>(i / group);
   }
+  memory.from_host(g_idx, groups.data(), columns * sizeof(std::int32_t), exec.stream);
+  std::vector<double> loss(strips);
+  memory.to_host(loss.data(), losses, 8, 8, strips, exec.stream);
   return std::accumulate(loss.begin(), loss.end(), 0.0);
 }
 

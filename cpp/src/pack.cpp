@@ -1,45 +1,12 @@
 #include <lowbitcore/pack.h>
 
-#include <cstring>
-
+#include "backend.h"
 #include "check.h"
-#include "layout.h"
+#include "fields.h"
 
 namespace lowbitcore {
 
 namespace {
-
-// Field i of an LSB-first bit stream whose 32-bit words lie `step` apart.
-inline std::uint32_t get_field(const std::int32_t* words, std::int64_t step, std::int64_t i,
-                               int bits) {
-  const std::int64_t bit = i * bits;
-  const std::int64_t word = bit / 32;
-  const int shift = static_cast<int>(bit % 32);
-  std::uint32_t value = static_cast<std::uint32_t>(words[word * step]) >> shift;
-  if (shift + bits > 32) {
-    value |= static_cast<std::uint32_t>(words[(word + 1) * step]) << (32 - shift);
-  }
-  return value & ((1u << bits) - 1u);
-}
-
-// Adds a field to a stream that was zeroed before.
-inline void put_field(std::int32_t* words, std::int64_t step, std::int64_t i, int bits,
-                      std::uint32_t value) {
-  const std::int64_t bit = i * bits;
-  const std::int64_t word = bit / 32;
-  const int shift = static_cast<int>(bit % 32);
-  words[word * step] |= static_cast<std::int32_t>(value << shift);
-  if (shift + bits > 32) {
-    words[(word + 1) * step] |= static_cast<std::int32_t>(value >> (32 - shift));
-  }
-}
-
-template <typename T>
-void zero(const View<T>& view) {
-  for (std::int64_t r = 0; r < view.rows; ++r) {
-    std::memset(view.data + r * view.stride, 0, static_cast<std::size_t>(view.cols) * sizeof(T));
-  }
-}
 
 void check_multiple(const char* op, const char* argument, std::int64_t value) {
   if (value % 32 != 0) {
@@ -54,6 +21,15 @@ void check_code(const char* op, const char* argument, std::uint8_t value, int bi
         op, argument, "values below " + std::to_string(1 << bits),
         std::to_string(value) + " at [" + std::to_string(row) + ", " + std::to_string(col) + "]");
   }
+}
+
+template <typename Word>
+void check_canonical(const char* op, const QuantFormat& format, const View<Word>& qweight,
+                     const View<Word>& qzeros) {
+  check::format(op, format);
+  const std::int64_t n = format.out_features;
+  check::shape(op, "qweight", qweight, format.in_features * format.bits / 32, n);
+  check::shape(op, "qzeros", qzeros, format.groups(), n * format.bits / 32);
 }
 
 }  // namespace
@@ -120,55 +96,22 @@ void unpack_qzeros(View<const std::int32_t> qzeros, int bits, View<std::uint8_t>
 
 std::size_t packed_size(const QuantFormat& format) {
   check::format("packed_size", format);
-  return static_cast<std::size_t>(packed_zeros_offset(format) +
+  return static_cast<std::size_t>(format.in_features / 8 * format.bits * format.out_features +
                                   format.groups() * format.out_features);
 }
 
 void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
-             View<const std::int32_t> qzeros, void* packed) {
+             View<const std::int32_t> qzeros, void* packed, const Execution& exec) {
   const char* op = "prepack";
-  check::format(op, format);
-  const std::int64_t n = format.out_features, groups = format.groups();
-  check::shape(op, "qweight", qweight, format.in_features * format.bits / 32, n);
-  check::shape(op, "qzeros", qzeros, groups, n * format.bits / 32);
-  auto* words = static_cast<char*>(packed);
-  for (std::int64_t row = 0; row < qweight.rows; ++row) {
-    for (std::int64_t block = 0; block < n / kBlockN; ++block) {
-      std::memcpy(words + (block * qweight.rows + row) * kBlockN * 4,
-                  qweight.data + row * qweight.stride + block * kBlockN, kBlockN * 4);
-    }
-  }
-  auto* zeros = static_cast<std::uint8_t*>(packed) + packed_zeros_offset(format);
-  for (std::int64_t g = 0; g < groups; ++g) {
-    for (std::int64_t i = 0; i < n; ++i) {
-      zeros[((i / kBlockN) * groups + g) * kBlockN + i % kBlockN] =
-          static_cast<std::uint8_t>(get_field(qzeros.data + g * qzeros.stride, 1, i, format.bits));
-    }
-  }
+  check_canonical(op, format, qweight, qzeros);
+  memory_of(exec).prepack(format, qweight, qzeros, packed, exec.stream);
 }
 
 void unpack(const QuantFormat& format, const void* packed, View<std::int32_t> qweight,
-            View<std::int32_t> qzeros) {
+            View<std::int32_t> qzeros, const Execution& exec) {
   const char* op = "unpack";
-  check::format(op, format);
-  const std::int64_t n = format.out_features, groups = format.groups();
-  check::shape(op, "qweight", qweight, format.in_features * format.bits / 32, n);
-  check::shape(op, "qzeros", qzeros, groups, n * format.bits / 32);
-  const auto* words = static_cast<const char*>(packed);
-  for (std::int64_t row = 0; row < qweight.rows; ++row) {
-    for (std::int64_t block = 0; block < n / kBlockN; ++block) {
-      std::memcpy(qweight.data + row * qweight.stride + block * kBlockN,
-                  words + (block * qweight.rows + row) * kBlockN * 4, kBlockN * 4);
-    }
-  }
-  const auto* zeros = static_cast<const std::uint8_t*>(packed) + packed_zeros_offset(format);
-  zero(qzeros);
-  for (std::int64_t g = 0; g < groups; ++g) {
-    for (std::int64_t i = 0; i < n; ++i) {
-      put_field(qzeros.data + g * qzeros.stride, 1, i, format.bits,
-                zeros[((i / kBlockN) * groups + g) * kBlockN + i % kBlockN]);
-    }
-  }
+  check_canonical(op, format, qweight, qzeros);
+  memory_of(exec).unpack(format, packed, qweight, qzeros, exec.stream);
 }
 
 }  // namespace lowbitcore

@@ -1,24 +1,14 @@
 #include <lowbitcore/quantize.h>
 
-#include <cmath>
-#include <string>
-
-#include "backend.h"
-#include "check.h"
+#include "call.h"
 #include "grid.h"
-#include "parallel.h"
 
 namespace lowbitcore {
 
-void check_scales_fit(const char* op, const View<float>& scales) {
-  for (std::int64_t g = 0; g < scales.rows; ++g) {
-    for (std::int64_t n = 0; n < scales.cols; ++n) {
-      if (!std::isfinite(scales.data[g * scales.stride + n])) {
-        check::fail(op, "weight", "values whose scales fit fp16 (at most 65504)",
-                    "a range beyond that in row " + std::to_string(n));
-      }
-    }
-  }
+void check_scales_fit(const char* op, const View<float>& scales, const Execution& exec) {
+  memory_of(exec).check_finite(op, "weight", "values whose scales fit fp16 (at most 65504)",
+                               {scales.data, DType::f32, scales.rows, scales.cols, scales.stride},
+                               exec.stream);
 }
 
 void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptions& grid,
@@ -30,17 +20,19 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptio
   check::shape(op, "codes", codes, format.out_features, format.in_features);
   check::shape(op, "scales", scales, format.groups(), format.out_features);
   check::shape(op, "zeros", zeros, format.groups(), format.out_features);
-  check::finite(op, "weight", weight);
-  cpu_backend().quantize_rtn(weight, format, grid, codes, scales, zeros,
-                             resolve_threads(exec.num_threads));
-  check_scales_fit(op, scales);
+  memory_of(exec).check_finite(op, "weight", "finite values", weight, exec.stream);
+  const Backend& backend = backend_of(exec);
+  const int threads = resolve_threads(exec.num_threads);
+  const Call call(op, exec, backend.quantize_rtn_workspace(format, threads));
+  backend.quantize_rtn(weight, format, grid, codes, scales, zeros, call);
+  check_scales_fit(op, scales, exec);
 }
 
 void dequantize(const QuantWeight& weight, Matrix out, const Execution& exec) {
   const char* op = "dequantize";
-  check::weight(op, weight, true);
+  check::weight(op, weight, true, exec.device);
   check::shape(op, "out", out, weight.format.out_features, weight.format.in_features);
-  cpu_backend().dequantize(weight, out, resolve_threads(exec.num_threads));
+  backend_of(exec).dequantize(weight, out, Call(op, exec, 0));
 }
 
 }  // namespace lowbitcore

@@ -26,6 +26,7 @@ class Array {
   std::int64_t size() const;
   nb::dlpack::dtype dtype() const { return tensor_.dtype; }
   int device_type() const { return tensor_.device.device_type; }
+  int device_id() const { return tensor_.device.device_id; }
   void* data() const { return static_cast<char*>(tensor_.data) + tensor_.byte_offset; }
 
  private:

@@ -16,6 +16,8 @@ namespace {
 using i64 = std::int64_t;
 using OptionalArray = std::optional<Array>;
 
+const Array* present(const OptionalArray& array) { return array ? &*array : nullptr; }
+
 template <typename T>
 View<const T> readonly(const View<T>& v) {
   return {v.data, v.rows, v.cols, v.stride};
@@ -40,6 +42,7 @@ QuantWeight weight(const char* op, const QuantFormat& format, const Array& packe
 
 void py_pack_qweight(const Array& codes, int bits, const Array& qweight) {
   const char* op = "pack_qweight";
+  on_cpu(op, {{"codes", &codes}, {"qweight", &qweight}});
   const auto in = input<std::uint8_t>(op, "codes", codes);
   const auto out = view<std::int32_t>(op, "qweight", qweight);
   nb::gil_scoped_release release;
@@ -48,6 +51,7 @@ void py_pack_qweight(const Array& codes, int bits, const Array& qweight) {
 
 void py_unpack_qweight(const Array& qweight, int bits, const Array& codes) {
   const char* op = "unpack_qweight";
+  on_cpu(op, {{"codes", &codes}, {"qweight", &qweight}});
   const auto in = input<std::int32_t>(op, "qweight", qweight);
   const auto out = view<std::uint8_t>(op, "codes", codes);
   nb::gil_scoped_release release;
@@ -56,6 +60,7 @@ void py_unpack_qweight(const Array& qweight, int bits, const Array& codes) {
 
 void py_pack_qzeros(const Array& zeros, int bits, const Array& qzeros) {
   const char* op = "pack_qzeros";
+  on_cpu(op, {{"zeros", &zeros}, {"qzeros", &qzeros}});
   const auto in = input<std::uint8_t>(op, "zeros", zeros);
   const auto out = view<std::int32_t>(op, "qzeros", qzeros);
   nb::gil_scoped_release release;
@@ -64,6 +69,7 @@ void py_pack_qzeros(const Array& zeros, int bits, const Array& qzeros) {
 
 void py_unpack_qzeros(const Array& qzeros, int bits, const Array& zeros) {
   const char* op = "unpack_qzeros";
+  on_cpu(op, {{"zeros", &zeros}, {"qzeros", &qzeros}});
   const auto in = input<std::int32_t>(op, "qzeros", qzeros);
   const auto out = view<std::uint8_t>(op, "zeros", zeros);
   nb::gil_scoped_release release;
@@ -79,20 +85,24 @@ i64 py_packed_size(int bits, i64 group_size, i64 in_features, i64 out_features) 
 }
 
 void py_prepack(const Array& qweight, const Array& qzeros, int bits, i64 group_size,
-                i64 in_features, i64 out_features, const Array& packed) {
+                i64 in_features, i64 out_features, const Array& packed, std::uintptr_t stream) {
   const char* op = "prepack";
+  const Execution exec =
+      on_one_device(op, stream, {{"qweight", &qweight}, {"qzeros", &qzeros}, {"packed", &packed}});
   const QuantFormat format{bits, group_size, in_features, out_features};
   check::format(op, format);
   const auto words = input<std::int32_t>(op, "qweight", qweight);
   const auto zeros = input<std::int32_t>(op, "qzeros", qzeros);
   auto* out = vector<std::uint8_t>(op, "packed", packed, static_cast<i64>(packed_size(format)));
   nb::gil_scoped_release release;
-  prepack(format, words, zeros, out);
+  prepack(format, words, zeros, out, exec);
 }
 
 void py_unpack(const Array& packed, int bits, i64 group_size, i64 in_features, i64 out_features,
-               const Array& qweight, const Array& qzeros) {
+               const Array& qweight, const Array& qzeros, std::uintptr_t stream) {
   const char* op = "unpack";
+  const Execution exec =
+      on_one_device(op, stream, {{"packed", &packed}, {"qweight", &qweight}, {"qzeros", &qzeros}});
   const QuantFormat format{bits, group_size, in_features, out_features};
   check::format(op, format);
   const auto* in =
@@ -100,70 +110,94 @@ void py_unpack(const Array& packed, int bits, i64 group_size, i64 in_features, i
   const auto words = view<std::int32_t>(op, "qweight", qweight);
   const auto zeros = view<std::int32_t>(op, "qzeros", qzeros);
   nb::gil_scoped_release release;
-  unpack(format, in, words, zeros);
+  unpack(format, in, words, zeros, exec);
 }
 
 void py_dequantize(const Array& packed, const Array& scales, const OptionalArray& g_idx, int bits,
-                   i64 group_size, i64 in_features, i64 out_features, const Array& out) {
+                   i64 group_size, i64 in_features, i64 out_features, const Array& out,
+                   std::uintptr_t stream) {
   const char* op = "dequantize";
+  const Execution exec = on_one_device(
+      op, stream,
+      {{"packed", &packed}, {"scales", &scales}, {"g_idx", present(g_idx)}, {"out", &out}});
   const QuantWeight w =
       weight(op, {bits, group_size, in_features, out_features}, packed, &scales, g_idx);
   const Matrix dense = matrix(op, "out", out);
   nb::gil_scoped_release release;
-  dequantize(w, dense);
+  dequantize(w, dense, exec);
 }
 
 void py_qgemm_nt(const Array& x, const Array& packed, const Array& scales,
                  const OptionalArray& g_idx, const OptionalArray& bias, int bits, i64 group_size,
-                 i64 in_features, i64 out_features, const Array& y) {
+                 i64 in_features, i64 out_features, const Array& y, std::uintptr_t stream) {
   const char* op = "qgemm_nt";
+  const Execution exec = on_one_device(op, stream,
+                                       {{"x", &x},
+                                        {"packed", &packed},
+                                        {"scales", &scales},
+                                        {"g_idx", present(g_idx)},
+                                        {"bias", present(bias)},
+                                        {"y", &y}});
   const QuantWeight w =
       weight(op, {bits, group_size, in_features, out_features}, packed, &scales, g_idx);
   const float* b = bias ? vector<float>(op, "bias", *bias, out_features) : nullptr;
   const ConstMatrix in = const_matrix(op, "x", x);
   const Matrix out = matrix(op, "y", y);
   nb::gil_scoped_release release;
-  qgemm_nt(in, w, b, out);
+  qgemm_nt(in, w, b, out, exec);
 }
 
 void py_qgemm_nn(const Array& dy, const Array& packed, const Array& scales,
                  const OptionalArray& g_idx, int bits, i64 group_size, i64 in_features,
-                 i64 out_features, const Array& dx) {
+                 i64 out_features, const Array& dx, std::uintptr_t stream) {
   const char* op = "qgemm_nn";
+  const Execution exec = on_one_device(op, stream,
+                                       {{"dy", &dy},
+                                        {"packed", &packed},
+                                        {"scales", &scales},
+                                        {"g_idx", present(g_idx)},
+                                        {"dx", &dx}});
   const QuantWeight w =
       weight(op, {bits, group_size, in_features, out_features}, packed, &scales, g_idx);
   const ConstMatrix in = const_matrix(op, "dy", dy);
   const Matrix out = matrix(op, "dx", dx);
   nb::gil_scoped_release release;
-  qgemm_nn(in, w, out);
+  qgemm_nn(in, w, out, exec);
 }
 
 void py_qgemm_grad_scales(const Array& dy, const Array& x, const Array& packed,
                           const OptionalArray& g_idx, int bits, i64 group_size, i64 in_features,
-                          i64 out_features, const Array& ds) {
+                          i64 out_features, const Array& ds, std::uintptr_t stream) {
   const char* op = "qgemm_grad_scales";
+  const Execution exec = on_one_device(
+      op, stream,
+      {{"dy", &dy}, {"x", &x}, {"packed", &packed}, {"g_idx", present(g_idx)}, {"ds", &ds}});
   const QuantWeight w =
       weight(op, {bits, group_size, in_features, out_features}, packed, nullptr, g_idx);
   const ConstMatrix dy_in = const_matrix(op, "dy", dy), x_in = const_matrix(op, "x", x);
   const auto out = view<float>(op, "ds", ds);
   nb::gil_scoped_release release;
-  qgemm_grad_scales(dy_in, x_in, w, out);
+  qgemm_grad_scales(dy_in, x_in, w, out, exec);
 }
 
 void py_quantize_rtn(const Array& weight, int bits, i64 group_size, bool sym, bool mse,
-                     const Array& codes, const Array& scales, const Array& zeros) {
+                     const Array& codes, const Array& scales, const Array& zeros,
+                     std::uintptr_t stream) {
   const char* op = "quantize_rtn";
+  const Execution exec = on_one_device(
+      op, stream, {{"weight", &weight}, {"codes", &codes}, {"scales", &scales}, {"zeros", &zeros}});
   const ConstMatrix w = const_matrix(op, "weight", weight);
   const QuantFormat format{bits, group_size, w.cols, w.rows};
   const auto q = view<std::uint8_t>(op, "codes", codes);
   const auto s = view<float>(op, "scales", scales);
   const auto z = view<std::uint8_t>(op, "zeros", zeros);
   nb::gil_scoped_release release;
-  quantize_rtn(w, format, {sym, mse}, q, s, z);
+  quantize_rtn(w, format, {sym, mse}, q, s, z, exec);
 }
 
 void py_accumulate_hessian(const Array& hessian, const Array& x) {
   const char* op = "accumulate_hessian";
+  on_cpu(op, {{"hessian", &hessian}, {"x", &x}});
   const auto h = view<float>(op, "hessian", hessian);
   const ConstMatrix in = const_matrix(op, "x", x);
   nb::gil_scoped_release release;
@@ -172,6 +206,7 @@ void py_accumulate_hessian(const Array& hessian, const Array& x) {
 
 void py_accumulate_cross(const Array& cross, const Array& a, const Array& b) {
   const char* op = "accumulate_cross";
+  on_cpu(op, {{"cross", &cross}, {"a", &a}, {"b", &b}});
   const auto c = view<float>(op, "cross", cross);
   const ConstMatrix left = const_matrix(op, "a", a), right = const_matrix(op, "b", b);
   nb::gil_scoped_release release;
@@ -181,6 +216,7 @@ void py_accumulate_cross(const Array& cross, const Array& a, const Array& b) {
 double py_gptq_factorize(const Array& hessian, double percdamp, bool act_order, const Array& order,
                          const Array& dead, const Array& u) {
   const char* op = "gptq_factorize";
+  on_cpu(op, {{"hessian", &hessian}, {"order", &order}, {"dead", &dead}, {"u", &u}});
   const auto h = input<float>(op, "hessian", hessian);
   auto* permutation = vector<std::int32_t>(op, "order", order, h.rows);
   auto* is_dead = vector<std::uint8_t>(op, "dead", dead, h.rows);
@@ -192,8 +228,17 @@ double py_gptq_factorize(const Array& hessian, double percdamp, bool act_order, 
 double py_gptq_quantize(const Array& weight, const Array& order, const Array& dead, const Array& u,
                         int bits, i64 group_size, bool sym, bool mse, bool static_groups,
                         const Array& codes, const Array& scales, const Array& zeros,
-                        const Array& g_idx) {
+                        const Array& g_idx, std::uintptr_t stream) {
   const char* op = "gptq_quantize";
+  const Execution exec = on_one_device(op, stream,
+                                       {{"weight", &weight},
+                                        {"order", &order},
+                                        {"dead", &dead},
+                                        {"u", &u},
+                                        {"codes", &codes},
+                                        {"scales", &scales},
+                                        {"zeros", &zeros},
+                                        {"g_idx", &g_idx}});
   const ConstMatrix w = const_matrix(op, "weight", weight);
   const QuantFormat format{bits, group_size, w.cols, w.rows};
   const auto* permutation = vector<std::int32_t>(op, "order", order, w.cols);
@@ -205,7 +250,7 @@ double py_gptq_quantize(const Array& weight, const Array& order, const Array& de
   auto* groups = vector<std::int32_t>(op, "g_idx", g_idx, w.cols);
   nb::gil_scoped_release release;
   return gptq_quantize(w, permutation, is_dead, factor, format, {{sym, mse}, static_groups}, q, s,
-                       z, groups);
+                       z, groups, exec);
 }
 
 }  // namespace

@@ -30,9 +30,6 @@ std::string dtype_name(nb::dlpack::dtype type) {
 }
 
 void check_layout(const char* op, const char* argument, const Array& a) {
-  if (a.device_type() != nb::device::cpu::value) {
-    fail(op, argument, "a tensor on the CPU", "one on another device");
-  }
   if (a.ndim() == 0) fail(op, argument, "at least 1 dimension", "0");
   const std::size_t last = a.ndim() - 1;
   if (a.shape(last) > 1 && a.size() > 0 && a.stride(last) != 1) {
@@ -69,7 +66,38 @@ V shaped(const char* op, const char* argument, const Array& a) {
   return v;
 }
 
+std::string device_name(Device device, int index) {
+  return device == Device::cpu ? "the CPU" : "CUDA device " + std::to_string(index);
+}
+
 }  // namespace
+
+Execution on_one_device(const char* op, std::uintptr_t stream,
+                        std::initializer_list<Argument> arguments) {
+  const Argument& first = *arguments.begin();
+  const Device device = device_of(op, first.name, *first.array);
+  for (const Argument& other : arguments) {
+    if (other.array == nullptr) continue;
+    const Device its = device_of(op, other.name, *other.array);
+    if (its != device || other.array->device_id() != first.array->device_id()) {
+      fail(op, other.name,
+           "a tensor on " + device_name(device, first.array->device_id()) + ", as " + first.name,
+           "one on " + device_name(its, other.array->device_id()));
+    }
+  }
+  Execution exec;
+  exec.device = device;
+  exec.stream = reinterpret_cast<void*>(stream);
+  return exec;
+}
+
+void on_cpu(const char* op, std::initializer_list<Argument> arguments) {
+  for (const Argument& argument : arguments) {
+    if (argument.array->device_type() != nb::device::cpu::value) {
+      fail(op, argument.name, "a tensor on the CPU", "one on another device");
+    }
+  }
+}
 
 ConstMatrix const_matrix(const char* op, const char* argument, const Array& a) {
   return matrix(op, argument, a);

@@ -4,9 +4,28 @@
 
 #include <lowbitcore/lowbitcore.h>
 
+#include <cstdint>
+#include <initializer_list>
+
 #include "array.h"
 
 namespace lowbitcore::python {
+
+// An array under its name in error messages; null where it is optional and absent.
+struct Argument {
+  const char* name;
+  const Array* array;
+};
+
+// Where an array lies, for the core (device.cpp).
+Device device_of(const char* op, const char* argument, const Array& array);
+
+// The device that all arrays share, the first of which is present, with its stream.
+Execution on_one_device(const char* op, std::uintptr_t stream,
+                        std::initializer_list<Argument> arguments);
+
+// For operations that only the CPU has.
+void on_cpu(const char* op, std::initializer_list<Argument> arguments);
 
 ConstMatrix const_matrix(const char* op, const char* argument, const Array& array);
 Matrix matrix(const char* op, const char* argument, const Array& array);

@@ -25,6 +25,7 @@ def prepack(
     in_features: int,
     out_features: int,
     packed: Tensor,
+    stream: int,
 ) -> None: ...
 def unpack(
     packed: Tensor,
@@ -34,6 +35,7 @@ def unpack(
     out_features: int,
     qweight: Tensor,
     qzeros: Tensor,
+    stream: int,
 ) -> None: ...
 def dequantize(
     packed: Tensor,
@@ -44,6 +46,7 @@ def dequantize(
     in_features: int,
     out_features: int,
     out: Tensor,
+    stream: int,
 ) -> None: ...
 def qgemm_nt(
     x: Tensor,
@@ -56,6 +59,7 @@ def qgemm_nt(
     in_features: int,
     out_features: int,
     y: Tensor,
+    stream: int,
 ) -> None: ...
 def qgemm_nn(
     dy: Tensor,
@@ -67,6 +71,7 @@ def qgemm_nn(
     in_features: int,
     out_features: int,
     dx: Tensor,
+    stream: int,
 ) -> None: ...
 def qgemm_grad_scales(
     dy: Tensor,
@@ -78,6 +83,7 @@ def qgemm_grad_scales(
     in_features: int,
     out_features: int,
     ds: Tensor,
+    stream: int,
 ) -> None: ...
 def quantize_rtn(
     weight: Tensor,
@@ -88,6 +94,7 @@ def quantize_rtn(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
+    stream: int,
 ) -> None: ...
 def accumulate_hessian(hessian: Tensor, x: Tensor) -> None: ...
 def accumulate_cross(cross: Tensor, a: Tensor, b: Tensor) -> None: ...
@@ -108,4 +115,5 @@ def gptq_quantize(
     scales: Tensor,
     zeros: Tensor,
     g_idx: Tensor,
+    stream: int,
 ) -> float: ...

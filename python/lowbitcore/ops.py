@@ -51,15 +51,47 @@ _library = torch.library.Library("lowbitcore", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _operator(schema: str) -> Callable[[_F], _F]:
-    """Define ``lowbitcore::schema`` with the decorated function as its CPU kernel."""
+def _operator(schema: str, *, cuda: Callable[..., Any] | None = None) -> Callable[[_F], _F]:
+    """Define ``lowbitcore::schema`` with the decorated function as its kernel on the CPU and, where
+    ``cuda`` names no other, on CUDA."""
 
     def register(kernel: _F) -> _F:
+        name = schema[: schema.index("(")]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(schema[: schema.index("(")], kernel, "CPU")
+        _library.impl(name, kernel, "CPU")
+        _library.impl(name, _on_its_device(cuda or kernel), "CUDA")
         return kernel
 
     return register
+
+
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device(first.device):
+            return kernel(first, *rest)
+
+    return run
+
+
+def _host_operator(schema: str) -> Callable[[_F], _F]:
+    """An operator that only the CPU has: on CUDA it works on copies there, and brings back what it
+    returns."""
+
+    def register(kernel: _F) -> _F:
+        def on_copies(first: Tensor, *rest: Any) -> Any:
+            result = kernel(first.cpu(), *rest)
+            if isinstance(result, Tensor):
+                return result.to(first.device)
+            return tuple(item.to(first.device) for item in result)
+
+        return _operator(schema, cuda=on_copies)(kernel)
+
+    return register
+
+
+def _stream(tensor: Tensor) -> int:
+    """The stream that work on a tensor goes to; the core takes it as an integer."""
+    return 0 if tensor.device.type == "cpu" else torch.cuda.current_stream().cuda_stream
 
 
 def _fake(name: str) -> Callable[[_F], _F]:
@@ -87,8 +119,8 @@ def _check(op: str, bits: object = 4, group_size: object = -1, **tensors: Tensor
             continue
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             _fail(op, name, "a dense tensor", getattr(tensor, "layout", type(tensor).__name__))
-        if tensor.device.type not in ("cpu", "meta"):
-            _fail(op, name, "a tensor on the CPU (there are no CUDA kernels yet)", tensor.device)
+        if tensor.device.type not in ("cpu", "cuda", "meta"):
+            _fail(op, name, "a tensor on the CPU or on CUDA", tensor.device)
         if device is None:
             device = tensor.device
         elif tensor.device != device:
@@ -176,7 +208,7 @@ def pack_qweight(codes: Tensor, *, bits: int) -> Tensor:
     return result
 
 
-@_operator("pack_qweight(Tensor codes, int bits) -> Tensor")
+@_host_operator("pack_qweight(Tensor codes, int bits) -> Tensor")
 def _(codes: Tensor, bits: int) -> Tensor:
     qweight = _pack_qweight_fake(codes, bits)
     _C.pack_qweight(_rows(codes), bits, qweight)
@@ -199,7 +231,7 @@ def unpack_qweight(qweight: Tensor, *, bits: int) -> Tensor:
     return result
 
 
-@_operator("unpack_qweight(Tensor qweight, int bits) -> Tensor")
+@_host_operator("unpack_qweight(Tensor qweight, int bits) -> Tensor")
 def _(qweight: Tensor, bits: int) -> Tensor:
     codes = _unpack_qweight_fake(qweight, bits)
     _C.unpack_qweight(_rows(qweight), bits, codes)
@@ -220,7 +252,7 @@ def pack_qzeros(zeros: Tensor, *, bits: int) -> Tensor:
     return result
 
 
-@_operator("pack_qzeros(Tensor zeros, int bits) -> Tensor")
+@_host_operator("pack_qzeros(Tensor zeros, int bits) -> Tensor")
 def _(zeros: Tensor, bits: int) -> Tensor:
     qzeros = _pack_qzeros_fake(zeros, bits)
     _C.pack_qzeros(_rows(zeros), bits, qzeros)
@@ -243,7 +275,7 @@ def unpack_qzeros(qzeros: Tensor, *, bits: int) -> Tensor:
     return result
 
 
-@_operator("unpack_qzeros(Tensor qzeros, int bits) -> Tensor")
+@_host_operator("unpack_qzeros(Tensor qzeros, int bits) -> Tensor")
 def _(qzeros: Tensor, bits: int) -> Tensor:
     zeros = _unpack_qzeros_fake(qzeros, bits)
     _C.unpack_qzeros(_rows(qzeros), bits, zeros)
@@ -273,7 +305,7 @@ def _(qweight: Tensor, qzeros: Tensor, bits: int, group_size: int) -> Tensor:
     k = words * 32 // bits
     _C.check_format("prepack", bits, group_size, k, n)
     packed = qweight.new_empty(_C.packed_size(bits, group_size, k, n), dtype=torch.uint8)
-    _C.prepack(_rows(qweight), _rows(qzeros), bits, group_size, k, n, packed)
+    _C.prepack(_rows(qweight), _rows(qzeros), bits, group_size, k, n, packed, _stream(qweight))
     return packed
 
 
@@ -304,7 +336,16 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _C.check_format("unpack", bits, group_size, in_features, out_features)
     qweight, qzeros = _unpack_fake(packed, bits, group_size, in_features, out_features)
-    _C.unpack(_dense(packed), bits, group_size, in_features, out_features, qweight, qzeros)
+    _C.unpack(
+        _dense(packed),
+        bits,
+        group_size,
+        in_features,
+        out_features,
+        qweight,
+        qzeros,
+        _stream(packed),
+    )
     return qweight, qzeros
 
 
@@ -364,7 +405,17 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     out = _dequantize_fake(packed, scales, g_idx, bits, group_size, in_features, dtype)
-    _C.dequantize(packed, _rows(scales), g_idx, bits, group_size, in_features, scales.shape[1], out)
+    _C.dequantize(
+        packed,
+        _rows(scales),
+        g_idx,
+        bits,
+        group_size,
+        in_features,
+        scales.shape[1],
+        out,
+        _stream(packed),
+    )
     return out
 
 
@@ -442,6 +493,7 @@ def _(
         k,
         n,
         y if y.numel() else y.new_empty(0, n),
+        _stream(x),
     )
     return y
 
@@ -521,6 +573,7 @@ def _(
         in_features,
         scales.shape[1],
         dx.view(-1, in_features) if dx.numel() else dx.new_empty(0, in_features),
+        _stream(dy),
     )
     return dx
 
@@ -575,7 +628,9 @@ def _(
     k, n = x.shape[-1], dy.shape[-1]
     _C.check_format("qgemm_grad_scales", bits, group_size, k, n)
     ds = _qgemm_grad_scales_fake(dy, x, packed, g_idx, bits, group_size)
-    _C.qgemm_grad_scales(_rows(dy), _rows(x), packed, g_idx, bits, group_size, k, n, ds)
+    _C.qgemm_grad_scales(
+        _rows(dy), _rows(x), packed, g_idx, bits, group_size, k, n, ds, _stream(dy)
+    )
     return ds
 
 
@@ -732,7 +787,9 @@ def _(
     n, k = weight.shape
     _C.check_format("quantize_rtn", bits, group_size, k, n)
     codes, scales, zeros = _quantized_like(weight, group_size)
-    _C.quantize_rtn(_rows(weight), bits, group_size, sym, mse, codes, scales, zeros)
+    _C.quantize_rtn(
+        _rows(weight), bits, group_size, sym, mse, codes, scales, zeros, _stream(weight)
+    )
     return codes, scales, zeros
 
 
@@ -752,7 +809,16 @@ def accumulate_hessian_(hessian: Tensor, x: Tensor) -> None:
     torch.ops.lowbitcore.accumulate_hessian_(hessian, x.detach())
 
 
-@_operator("accumulate_hessian_(Tensor(a!) hessian, Tensor x) -> ()")
+def _add_square(hessian: Tensor, x: Tensor) -> None:
+    _add_product(hessian, x, x)
+
+
+def _add_product(cross: Tensor, a: Tensor, b: Tensor) -> None:
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    cross.addmm_(a.float().mT, b.float())
+
+
+@_operator("accumulate_hessian_(Tensor(a!) hessian, Tensor x) -> ()", cuda=_add_square)
 def _(hessian: Tensor, x: Tensor) -> None:
     _C.accumulate_hessian(hessian, _rows(x))
 
@@ -772,7 +838,7 @@ def accumulate_cross_(cross: Tensor, a: Tensor, b: Tensor) -> None:
     torch.ops.lowbitcore.accumulate_cross_(cross, a.detach(), b.detach())
 
 
-@_operator("accumulate_cross_(Tensor(a!) cross, Tensor a, Tensor b) -> ()")
+@_operator("accumulate_cross_(Tensor(a!) cross, Tensor a, Tensor b) -> ()", cuda=_add_product)
 def _(cross: Tensor, a: Tensor, b: Tensor) -> None:
     _C.accumulate_cross(cross, _rows(a), _rows(b))
 
@@ -799,7 +865,7 @@ def gptq_factorize(
     return GptqFactor(order, u, dead, float(used))
 
 
-@_operator(
+@_host_operator(
     "gptq_factorize(Tensor hessian, float percdamp, bool act_order)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -899,6 +965,7 @@ def _(
             scales,
             zeros,
             g_idx,
+            _stream(weight),
         )
     )
     return codes, scales, zeros, g_idx, loss

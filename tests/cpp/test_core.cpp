@@ -143,13 +143,13 @@ void products(int bits, std::int64_t group_size, std::int64_t m) {
       }
       ::operator delete(memory, alignment);
     };
-    with_workspace(lbc::qgemm_nt_workspace_size(layer.format, m, threads), [&](const auto& exec) {
+    with_workspace(lbc::qgemm_nt_workspace_size(layer.format, m, {threads}), [&](const auto& exec) {
       lbc::qgemm_nt(xm, w, bias.data(), {y.data(), lbc::DType::f32, m, n, n}, exec);
     });
-    with_workspace(lbc::qgemm_nn_workspace_size(layer.format, m, threads), [&](const auto& exec) {
+    with_workspace(lbc::qgemm_nn_workspace_size(layer.format, m, {threads}), [&](const auto& exec) {
       lbc::qgemm_nn(dym, w, {dx.data(), lbc::DType::f32, m, k, k}, exec);
     });
-    with_workspace(lbc::qgemm_grad_scales_workspace_size(layer.format, m, threads),
+    with_workspace(lbc::qgemm_grad_scales_workspace_size(layer.format, m, {threads}),
                    [&](const auto& exec) {
                      lbc::qgemm_grad_scales(dym, xm, w, view(ds, layer.format.groups(), n), exec);
                    });

@@ -19,10 +19,11 @@ void unpack_qweight(View<const std::int32_t> qweight, int bits, View<std::uint8_
 void pack_qzeros(View<const std::uint8_t> zeros, int bits, View<std::int32_t> qzeros);
 void unpack_qzeros(View<const std::int32_t> qzeros, int bits, View<std::uint8_t> zeros);
 
-// Interchange layout -> execution layout (packed_size(format) bytes), and bit-exactly back.
+// Interchange layout -> execution layout of the device (packed_size(format) bytes, the same on
+// all), and bit-exactly back.
 void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
-             View<const std::int32_t> qzeros, void* packed);
+             View<const std::int32_t> qzeros, void* packed, const Execution& exec = {});
 void unpack(const QuantFormat& format, const void* packed, View<std::int32_t> qweight,
-            View<std::int32_t> qzeros);
+            View<std::int32_t> qzeros, const Execution& exec = {});
 
 }  // namespace lowbitcore

@@ -2,7 +2,10 @@
 //
 // Activations are fp32, bf16 or fp16; inputs and outputs of one call share their type. Sums are
 // fp32 and rounded once. Results do not depend on the number of threads. Scratch does not grow with
-// N*K: ask for its size and bring it in Execution, or let the library keep one per calling thread.
+// N*K: ask for its size and bring it in Execution, or leave it to the library.
+//
+// On CUDA a g_idx is trusted, since its values cannot be seen without waiting for the device: an
+// entry that is no group stops the kernel.
 #pragma once
 
 #include <lowbitcore/format.h>
@@ -13,17 +16,19 @@ namespace lowbitcore {
 // y [M,N] = x [M,K] W^T (+ bias [N], fp32, may be null)
 void qgemm_nt(ConstMatrix x, const QuantWeight& weight, const float* bias, Matrix y,
               const Execution& exec = {});
-std::size_t qgemm_nt_workspace_size(const QuantFormat& format, std::int64_t m, int num_threads = 0);
+std::size_t qgemm_nt_workspace_size(const QuantFormat& format, std::int64_t m,
+                                    const Execution& exec = {});
 
 // dx [M,K] = dy [M,N] W
 void qgemm_nn(ConstMatrix dy, const QuantWeight& weight, Matrix dx, const Execution& exec = {});
-std::size_t qgemm_nn_workspace_size(const QuantFormat& format, std::int64_t m, int num_threads = 0);
+std::size_t qgemm_nn_workspace_size(const QuantFormat& format, std::int64_t m,
+                                    const Execution& exec = {});
 
 // ds [G,N] = sum over k in g of (q[n,k] - z[g,n]) * sum over m of dy[m,n] x[m,k]
 // (the gradient of PEQA, arXiv 2305.14152, without a dense dW). weight.scales is not read.
 void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& weight, View<float> ds,
                        const Execution& exec = {});
 std::size_t qgemm_grad_scales_workspace_size(const QuantFormat& format, std::int64_t m,
-                                             int num_threads = 0);
+                                             const Execution& exec = {});
 
 }  // namespace lowbitcore

@@ -18,6 +18,9 @@ class Error : public std::runtime_error {
 
 enum class DType { f32, bf16, f16 };
 
+// Where the data of a call lies, all of it, and where it is computed.
+enum class Device { cpu, cuda };
+
 // A row-major matrix of a type known at compile time. `stride` is the distance between rows, in
 // elements; columns are contiguous.
 template <typename T>
@@ -47,12 +50,18 @@ struct Matrix {
   operator ConstMatrix() const { return {data, dtype, rows, cols, stride}; }
 };
 
-// What a host brings to a call. Zero threads means get_num_threads(); no workspace means that the
-// library keeps one per calling thread and reuses it.
+// What a host brings to a call.
+//
+// On the CPU, zero threads means get_num_threads(), and no workspace means that the library keeps
+// one per calling thread and reuses it. On CUDA, data and workspace are device memory of the
+// current device, the call returns once its work is in `stream` (a cudaStream_t; null is the
+// default stream), and no workspace means that one is allocated in the order of the stream.
 struct Execution {
   int num_threads = 0;
   void* workspace = nullptr;
   std::size_t workspace_bytes = 0;
+  Device device = Device::cpu;
+  void* stream = nullptr;
 };
 
 }  // namespace lowbitcore

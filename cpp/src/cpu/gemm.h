@@ -232,13 +232,13 @@ void panel_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y, 
                       });
 }
 
-void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, int threads, void* workspace) {
+void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
     with_element(dy.dtype == DType::bf16, [&](auto element) {
       using Element = decltype(element);
       constexpr int64_t kBlockElements = kBlockN / Operand<Element>::kPer;
-      panel_gemm<Element>(dy, nullptr, dx, threads, workspace,
+      panel_gemm<Element>(dy, nullptr, dx, use.threads, use.workspace,
                           [&](int64_t panel, int64_t first, int64_t count, Element* p) {
                             for (int64_t n = 0; n < count; n += kBlockElements) {
                               const Block<B> block(w, (first + n) / kBlockElements);
@@ -256,10 +256,10 @@ size_t qgemm_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
   return gemm_workspace(m, f.out_features, threads);
 }
 
-void dequantize(const QuantWeight& w, Matrix out, int threads) {
+void dequantize(const QuantWeight& w, Matrix out, const Resources& use) {
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
-    parallel_for(w.format.out_features / kBlockN, threads, [&](int64_t n, int) {
+    parallel_for(w.format.out_features / kBlockN, use.threads, [&](int64_t n, int) {
       const Block<B> block(w, n);
       for (int64_t tile = 0; tile < w.format.in_features / kTileK; ++tile) {
         alignas(64) float rows[kBlockN * kTileK];

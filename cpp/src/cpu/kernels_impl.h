@@ -29,17 +29,17 @@
 namespace lowbitcore {
 namespace {
 
-void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y, int threads,
-              void* workspace) {
+void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
+              const Resources& use) {
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
     const bool direct = x.rows <= kDirectRows;
     with_element(x.dtype == DType::bf16 && !(direct && w.g_idx != nullptr), [&](auto element) {
       using Element = decltype(element);
       if (direct) {
-        direct_nt<B, Element>(x, w, bias, y, threads, workspace);
+        direct_nt<B, Element>(x, w, bias, y, use.threads, use.workspace);
       } else {
-        panel_nt<B, Element>(x, w, bias, y, threads, workspace);
+        panel_nt<B, Element>(x, w, bias, y, use.threads, use.workspace);
       }
     });
   });
@@ -61,11 +61,13 @@ constexpr Backend make_backend(const char* name) {
           qgemm_grad_scales_workspace,
           dequantize,
           quantize_rtn,
+          quantize_rtn_workspace,
           accumulate_hessian,
           accumulate_hessian_workspace,
           accumulate_cross,
           accumulate_cross_workspace,
-          gptq};
+          gptq,
+          gptq_workspace};
 }
 
 }  // namespace

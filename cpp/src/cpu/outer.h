@@ -147,14 +147,14 @@ void grad_scales(const ConstMatrix& dy, const ConstMatrix& x, const QuantWeight&
 }
 
 void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View<float> ds,
-                       int threads, void* workspace) {
+                       const Resources& use) {
   for (int64_t g = 0; g < w.format.groups(); ++g) {
     std::memset(ds.data + g * ds.stride, 0, static_cast<size_t>(ds.cols) * sizeof(float));
   }
   with_bits(w.format.bits, [&](auto bits) {
     with_element(dy.dtype == DType::bf16 && x.dtype == DType::bf16, [&](auto element) {
-      grad_scales<decltype(bits)::value>(dy, x, w, ds, threads,
-                                         static_cast<decltype(element)*>(workspace));
+      grad_scales<decltype(bits)::value>(dy, x, w, ds, use.threads,
+                                         static_cast<decltype(element)*>(use.workspace));
     });
   });
 }
@@ -191,44 +191,43 @@ void accumulate_panel_row(const Element* a, const Element* b, int64_t depth, int
   }
 }
 
-void accumulate_hessian(ConstMatrix x, View<float> h, int threads, void* workspace) {
+void accumulate_hessian(ConstMatrix x, View<float> h, const Resources& use) {
   const int64_t panels = x.cols / kPanel;
   with_element(x.dtype == DType::bf16, [&](auto element) {
     using Element = decltype(element);
-    Element* xp = static_cast<Element*>(workspace);
+    Element* xp = static_cast<Element*>(use.workspace);
     for (int64_t row0 = 0; row0 < x.rows; row0 += kPassRows<Element>) {
       const int64_t rows = smaller(kPassRows<Element>, x.rows - row0);
       const int64_t depth = token_elements<Element>(rows);
-      pack_panels(x, row0, rows, xp, threads);
+      pack_panels(x, row0, rows, xp, use.threads);
       Element* left = xp;
       if constexpr (!Left<Element>::kTakesPanels) {
         left = xp + depth * x.cols;
-        pack_left_panels(x, row0, rows, left, threads);
+        pack_left_panels(x, row0, rows, left, use.threads);
       }
-      parallel_for(panels, threads,
+      parallel_for(panels, use.threads,
                    [&](int64_t i, int) { accumulate_panel_row(left, xp, depth, i, i, h); });
     }
   });
   // The lower triangle mirrors the upper one.
-  parallel_for(panels, threads, [&](int64_t i, int) {
+  parallel_for(panels, use.threads, [&](int64_t i, int) {
     for (int64_t r = i * kPanel; r < (i + 1) * kPanel; ++r) {
       for (int64_t c = 0; c < r; ++c) h.data[r * h.stride + c] = h.data[c * h.stride + r];
     }
   });
 }
 
-void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, int threads,
-                      void* workspace) {
+void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Resources& use) {
   with_element(a.dtype == DType::bf16 && b.dtype == DType::bf16, [&](auto element) {
     using Element = decltype(element);
-    Element* ap = static_cast<Element*>(workspace);
+    Element* ap = static_cast<Element*>(use.workspace);
     for (int64_t row0 = 0; row0 < a.rows; row0 += kPassRows<Element>) {
       const int64_t rows = smaller(kPassRows<Element>, a.rows - row0);
       const int64_t depth = token_elements<Element>(rows);
       Element* bp = ap + depth * a.cols;
-      pack_left_panels(a, row0, rows, ap, threads);
-      pack_panels(b, row0, rows, bp, threads);
-      parallel_for(a.cols / kPanel, threads,
+      pack_left_panels(a, row0, rows, ap, use.threads);
+      pack_panels(b, row0, rows, bp, use.threads);
+      parallel_for(a.cols / kPanel, use.threads,
                    [&](int64_t i, int) { accumulate_panel_row(ap, bp, depth, i, 0, cross); });
     }
   });

@@ -117,12 +117,12 @@ inline void store_codes(const float* q, int64_t column, int64_t first, int64_t c
 }
 
 void quantize_rtn(ConstMatrix weight, const QuantFormat& f, const GridOptions& options,
-                  View<uint8_t> codes, View<float> scales, View<uint8_t> zeros, int threads) {
+                  View<uint8_t> codes, View<float> scales, View<uint8_t> zeros,
+                  const Resources& use) {
   const int64_t group = group_columns(f);
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << f.bits) - 1));
-  // Allocated here, since nothing may throw inside the parallel region.
-  float* scratch = new float[static_cast<size_t>(threads * group * kLanes)];
-  parallel_for(divide_up(f.out_features, kLanes), threads, [&](int64_t strip, int thread) {
+  float* scratch = static_cast<float*>(use.workspace);
+  parallel_for(divide_up(f.out_features, kLanes), use.threads, [&](int64_t strip, int thread) {
     const int64_t first = strip * kLanes, count = smaller(kLanes, f.out_features - first);
     float* w = scratch + thread * group * kLanes;
     for (int64_t g = 0; g < f.groups(); ++g) {
@@ -144,7 +144,10 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& f, const GridOptions& o
       }
     }
   });
-  delete[] scratch;
+}
+
+size_t quantize_rtn_workspace(const QuantFormat& f, int threads) {
+  return static_cast<size_t>(threads * group_columns(f) * kLanes) * sizeof(float);
 }
 
 // ---- GPTQ ----
@@ -269,16 +272,23 @@ inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* err
   p.loss[strip] = loss;
 }
 
-void gptq(const GptqProblem& p, int threads) {
-  const int64_t floats = (p.format.in_features + kGptqBlock) * kLanes;
-  const int64_t grid_floats = p.format.groups() * 2 * kLanes;
-  float* scratch = new float[static_cast<size_t>(threads * (floats + grid_floats))];
-  parallel_for(divide_up(p.format.out_features, kLanes), threads, [&](int64_t strip, int thread) {
-    float* w = scratch + thread * floats;
-    gptq_strip(p, strip, w, w + p.format.in_features * kLanes,
-               scratch + threads * floats + thread * grid_floats);
-  });
-  delete[] scratch;
+// Floats of a strip: its weights and the errors of a block, and its grids.
+inline int64_t strip_floats(const QuantFormat& f) { return (f.in_features + kGptqBlock) * kLanes; }
+inline int64_t grid_floats(const QuantFormat& f) { return f.groups() * 2 * kLanes; }
+
+size_t gptq_workspace(const QuantFormat& f, int threads) {
+  return static_cast<size_t>(threads * (strip_floats(f) + grid_floats(f))) * sizeof(float);
+}
+
+void gptq(const GptqProblem& p, const Resources& use) {
+  const int64_t floats = strip_floats(p.format);
+  float* scratch = static_cast<float*>(use.workspace);
+  parallel_for(divide_up(p.format.out_features, kLanes), use.threads,
+               [&](int64_t strip, int thread) {
+                 float* w = scratch + thread * floats;
+                 gptq_strip(p, strip, w, w + p.format.in_features * kLanes,
+                            scratch + use.threads * floats + thread * grid_floats(p.format));
+               });
 }
 
 }  // namespace

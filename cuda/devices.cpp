@@ -1,5 +1,5 @@
-// What CUDA devices are there. This build has no CUDA kernels yet: operations run on the CPU.
-#include <cuda_runtime.h>
+// What CUDA devices are there.
+#include <cuda_runtime_api.h>
 #include <lowbitcore/runtime.h>
 
 namespace lowbitcore {
@@ -8,7 +8,7 @@ std::string cuda_status() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) return std::string("built, but ") + cudaGetErrorString(error);
-  std::string status = "built, without kernels yet; devices:";
+  std::string status = "built; devices:";
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties;
     if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;

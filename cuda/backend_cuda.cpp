@@ -1,0 +1,264 @@
+// The CUDA backend: device memory, and which kernel computes what.
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "../cpp/src/check.h"
+#include "cuda_check.h"
+#include "dispatch.h"
+
+namespace lowbitcore {
+
+namespace cuda {
+
+namespace {
+
+cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+// ---- memory ----
+
+void* allocate(std::size_t bytes, void* stream) {
+  void* scratch = nullptr;
+  check(cudaMallocAsync(&scratch, bytes, stream_of(stream)), "workspace");
+  return scratch;
+}
+
+// Also called while an exception is on its way, whose message matters more.
+void release(void* scratch, void* stream) { cudaFreeAsync(scratch, stream_of(stream)); }
+
+void to_host(void* host, const void* device, std::size_t pitch, std::size_t width, std::size_t rows,
+             void* stream) {
+  check(cudaMemcpy2DAsync(host, width, device, pitch, width, rows, cudaMemcpyDeviceToHost,
+                          stream_of(stream)),
+        "to_host");
+  check(cudaStreamSynchronize(stream_of(stream)), "to_host");
+}
+
+void from_host(void* device, const void* host, std::size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_of(stream)),
+        "from_host");
+  check(cudaStreamSynchronize(stream_of(stream)), "from_host");
+}
+
+void check_finite(const char* op, const char* argument, const char* expected, ConstMatrix matrix,
+                  void* stream) {
+  void* scratch = allocate(kAllFiniteWorkspace, stream);
+  const bool finite = all_finite(matrix, scratch, stream_of(stream));
+  release(scratch, stream);
+  if (!finite) lowbitcore::check::fail(op, argument, expected, "NaN or Inf");
+}
+
+void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
+             View<const std::int32_t> qzeros, void* packed, void* stream) {
+  launch_prepack(format, qweight, qzeros, static_cast<std::uint8_t*>(packed), stream_of(stream));
+}
+
+void unpack(const QuantFormat& format, const void* packed, View<std::int32_t> qweight,
+            View<std::int32_t> qzeros, void* stream) {
+  launch_unpack(format, static_cast<const std::uint8_t*>(packed), qweight, qzeros,
+                stream_of(stream));
+}
+
+// ---- products ----
+
+int multiprocessors() {
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> known{};
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device < kDevices && (count = known[static_cast<std::size_t>(device)].load()) > 0) {
+    return count;
+  }
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  if (device < kDevices) known[static_cast<std::size_t>(device)].store(count);
+  return count;
+}
+
+bool aligned(const void* data, std::int64_t stride, std::int64_t element_bytes) {
+  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride * element_bytes % 16 == 0;
+}
+
+// Whether the tensor-core kernels take these operands; qgemm_simt.cu takes what is left.
+bool on_tensor_cores(const ConstMatrix& a, const ConstMatrix& b, const QuantWeight& w) {
+  return a.dtype != DType::f32 && w.g_idx == nullptr && aligned(a.data, a.stride, 2) &&
+         aligned(b.data, b.stride, 2) && aligned(w.packed, 16, 1);
+}
+
+bool on_tensor_cores_with_scales(const ConstMatrix& a, const ConstMatrix& b, const QuantWeight& w) {
+  return on_tensor_cores(a, b, w) && aligned(w.scales.data, w.scales.stride, 4);
+}
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+int splits_of(Op op, const QuantFormat& f, std::int64_t m) {
+  constexpr std::int64_t kStep = 64;
+  const bool few = choose_tile(op, m) == Tile::few;
+  const std::int64_t rows = few ? 16 : 128;
+  const std::int64_t columns = op == Op::nn && few ? 256 : 128;
+  const std::int64_t out = op == Op::nt ? f.out_features : f.in_features;
+  const std::int64_t depth = op == Op::nt ? f.in_features : f.out_features;
+  return choose_splits(divide_up(m, rows) * divide_up(out, columns), divide_up(depth, kStep),
+                       multiprocessors());
+}
+
+int grad_scales_splits(const QuantFormat& f, std::int64_t m) {
+  constexpr std::int64_t kTokens = 32, kTileSize = 128;
+  return choose_splits(divide_up(f.out_features, kTileSize) * divide_up(f.in_features, kTileSize),
+                       divide_up(m, kTokens), multiprocessors());
+}
+
+// Calls body with the width as a constant.
+template <typename Body>
+void with_bits(int bits, const Body& body) {
+  switch (bits) {
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    case 4:
+      return body(std::integral_constant<int, 4>());
+    case 8:
+      return body(std::integral_constant<int, 8>());
+    default:
+      unsupported_bits(bits);
+  }
+}
+
+int group_tiles(const QuantFormat& f) {
+  return static_cast<int>((f.group_size == -1 ? f.in_features : f.group_size) / 32);
+}
+
+GemmArgs gemm_args(const ConstMatrix& in, const QuantWeight& w, const float* bias,
+                   const Matrix& out, void* partial) {
+  return {in.data,
+          in.stride,
+          static_cast<const std::uint8_t*>(w.packed),
+          w.scales.data,
+          w.scales.stride,
+          bias,
+          out.data,
+          out.stride,
+          static_cast<float*>(partial),
+          static_cast<int>(in.rows),
+          static_cast<int>(w.format.out_features),
+          static_cast<int>(w.format.in_features),
+          group_tiles(w.format)};
+}
+
+void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
+              const Resources& use) {
+  const cudaStream_t stream = stream_of(use.stream);
+  if (!on_tensor_cores_with_scales(x, y, w)) return launch_simt_nt(x, w, bias, y, stream);
+  const int splits = splits_of(Op::nt, w.format, x.rows);
+  const GemmArgs args = gemm_args(x, w, bias, y, use.workspace);
+  with_bits(w.format.bits, [&](auto bits) {
+    launch_qgemm_nt<bits.value>(x.dtype, choose_tile(Op::nt, x.rows), args, splits, stream);
+  });
+  if (splits > 1) launch_reduce_splits(args.partial, splits, bias, y, stream);
+}
+
+std::size_t qgemm_nt_workspace(const QuantFormat& f, std::int64_t m, int) {
+  const std::int64_t splits = splits_of(Op::nt, f, m);
+  return splits == 1 ? 0 : static_cast<std::size_t>(splits * m * f.out_features) * sizeof(float);
+}
+
+void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
+  const cudaStream_t stream = stream_of(use.stream);
+  if (!on_tensor_cores_with_scales(dy, dx, w)) return launch_simt_nn(dy, w, dx, stream);
+  const int splits = splits_of(Op::nn, w.format, dy.rows);
+  const GemmArgs args = gemm_args(dy, w, nullptr, dx, use.workspace);
+  with_bits(w.format.bits, [&](auto bits) {
+    launch_qgemm_nn<bits.value>(dy.dtype, choose_tile(Op::nn, dy.rows), args, splits, stream);
+  });
+  if (splits > 1) launch_reduce_splits(args.partial, splits, nullptr, dx, stream);
+}
+
+std::size_t qgemm_nn_workspace(const QuantFormat& f, std::int64_t m, int) {
+  const std::int64_t splits = splits_of(Op::nn, f, m);
+  return splits == 1 ? 0 : static_cast<std::size_t>(splits * m * f.in_features) * sizeof(float);
+}
+
+void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View<float> ds,
+                       const Resources& use) {
+  const cudaStream_t stream = stream_of(use.stream);
+  if (!on_tensor_cores(dy, x, w) || dy.rows == 0) {
+    return launch_simt_grad_scales(dy, x, w, ds, use.workspace, stream);
+  }
+  const int splits = grad_scales_splits(w.format, dy.rows);
+  const GradScalesArgs args = {dy.data,
+                               dy.stride,
+                               x.data,
+                               x.stride,
+                               static_cast<const std::uint8_t*>(w.packed),
+                               static_cast<float*>(use.workspace),
+                               static_cast<int>(dy.rows),
+                               static_cast<int>(w.format.out_features),
+                               static_cast<int>(w.format.in_features),
+                               group_tiles(w.format)};
+  with_bits(w.format.bits, [&](auto bits) {
+    launch_qgemm_grad_scales<bits.value>(dy.dtype, args, splits, stream);
+  });
+  launch_reduce_groups(args.partial, splits, args.k / 32, args.group_tiles, ds, stream);
+}
+
+std::size_t qgemm_grad_scales_workspace(const QuantFormat& f, std::int64_t m, int) {
+  const std::int64_t sums = grad_scales_splits(f, m) * (f.in_features / 32) * f.out_features;
+  const std::size_t fast = static_cast<std::size_t>(sums) * sizeof(float);
+  const std::size_t slow = simt_grad_scales_workspace(f);
+  return fast > slow ? fast : slow;
+}
+
+// ---- the weight itself ----
+
+void dequantize(const QuantWeight& w, Matrix out, const Resources& use) {
+  launch_dequantize(w, out, stream_of(use.stream));
+}
+
+void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptions& grid,
+                  View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,
+                  const Resources& use) {
+  launch_quantize_rtn(weight, format, grid, codes, scales, zeros, stream_of(use.stream));
+}
+
+std::size_t no_workspace(const QuantFormat&, int) { return 0; }
+
+void gptq(const GptqProblem& problem, const Resources& use) {
+  launch_gptq(problem, use.workspace, stream_of(use.stream));
+}
+
+std::size_t gptq_workspace_any_threads(const QuantFormat& f, int) { return gptq_workspace(f); }
+
+}  // namespace
+
+}  // namespace cuda
+
+const Backend& cuda_backend() {
+  // Products of two dense matrices are left to the BLAS that the caller has on the device.
+  static constexpr Backend backend = {"cuda",
+                                      cuda::qgemm_nt,
+                                      cuda::qgemm_nn,
+                                      cuda::qgemm_grad_scales,
+                                      cuda::qgemm_nt_workspace,
+                                      cuda::qgemm_nn_workspace,
+                                      cuda::qgemm_grad_scales_workspace,
+                                      cuda::dequantize,
+                                      cuda::quantize_rtn,
+                                      cuda::no_workspace,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      cuda::gptq,
+                                      cuda::gptq_workspace_any_threads};
+  return backend;
+}
+
+const Memory& cuda_memory() {
+  static constexpr Memory memory = {cuda::allocate,  cuda::release,      cuda::to_host,
+                                    cuda::from_host, cuda::check_finite, cuda::prepack,
+                                    cuda::unpack};
+  return memory;
+}
+
+}  // namespace lowbitcore

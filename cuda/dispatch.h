@@ -1,0 +1,46 @@
+// Which kernel a product takes, and how the device is filled with it.
+#pragma once
+
+#include "kernels.h"
+
+namespace lowbitcore::cuda {
+
+enum class Op { nt, nn };
+
+// Tensor-core tiles by rows of the activations: the first entry of an operation whose max_rows is
+// not exceeded. Tile::few reads a weight once for up to 16 rows; more rows in it would read the
+// weight again for each 16, which costs more than the idle rows of a large tile as soon as there
+// are two of them (roofline: bytes of W at 16 rows against mma issue slots).
+struct TileRule {
+  Op op;
+  std::int64_t max_rows;
+  Tile tile;
+};
+
+constexpr std::int64_t kAnyRows = std::int64_t{1} << 62;
+constexpr TileRule kTileRules[] = {
+    {Op::nt, 16, Tile::few},
+    {Op::nt, kAnyRows, Tile::many},
+    {Op::nn, 16, Tile::few},
+    {Op::nn, kAnyRows, Tile::many},
+};
+
+constexpr Tile choose_tile(Op op, std::int64_t rows) {
+  for (const TileRule& rule : kTileRules) {
+    if (rule.op == op && rows <= rule.max_rows) return rule.tile;
+  }
+  return Tile::many;
+}
+
+// Parts into which the contraction is cut so that `blocks` output tiles fill the device: two blocks
+// for each multiprocessor, but no fewer than four steps in a part, which is what fills its
+// pipeline.
+constexpr int choose_splits(std::int64_t blocks, std::int64_t steps, int multiprocessors) {
+  constexpr std::int64_t kBlocksEach = 2, kLeastSteps = 4;
+  const std::int64_t wanted = kBlocksEach * multiprocessors / (blocks > 0 ? blocks : 1);
+  const std::int64_t most = steps / kLeastSteps;
+  const std::int64_t splits = wanted < most ? wanted : most;
+  return splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+}  // namespace lowbitcore::cuda

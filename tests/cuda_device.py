@@ -1,0 +1,132 @@
+"""Where the tests of the CUDA backend run: in the interpreter of ptxsim, or on a GPU.
+
+By default the extension is built once more with its kernels for the interpreter (CMake's
+LOWBITCORE_EMULATE_CUDA), where device memory is host memory, and takes the place of `ops._C` for
+the length of a test. With `pytest --device cuda` the same tests use the installed extension and a
+GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import ptxsim
+from lowbitcore import ops
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def why_not_emulated() -> str | None:
+    """What is missing for the interpreter's build, if anything."""
+    for tool in ("nvcc", "cmake", "c++"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed: the CUDA kernels are not tested"
+    if importlib.util.find_spec("nanobind") is None:
+        return "nanobind is not installed (pip install '.[test]'): the CUDA kernels are not tested"
+    return None
+
+
+def build_emulated() -> Path:
+    """The extension for the interpreter, brought up to date; kept in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    key = hashlib.sha256(f"{REPOSITORY}\0{sys.executable}".encode()).hexdigest()[:16]
+    build = home / "lowbitcore-ptxsim" / f"extension-{key}"
+    configure = ["cmake", "-S", str(REPOSITORY), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+    configure += ["-DLOWBITCORE_PYTHON=ON", "-DLOWBITCORE_CUDA=ON", "-DLOWBITCORE_EMULATE_CUDA=ON"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+    nanobind = importlib.util.find_spec("nanobind")
+    assert nanobind is not None and nanobind.origin is not None
+    configure += [f"-Dnanobind_DIR={Path(nanobind.origin).parent / 'cmake'}"]
+    for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return next(build.glob("_C*.so"))
+
+
+class Emulated:
+    """Stands for the extension: its tensors are the memory that kernels may touch."""
+
+    def __init__(self, path: Path) -> None:
+        loader = importlib.machinery.ExtensionFileLoader("emulated._C", str(path))
+        spec = importlib.util.spec_from_file_location("emulated._C", path, loader=loader)
+        assert spec is not None
+        self._module: ModuleType = importlib.util.module_from_spec(spec)
+        loader.exec_module(self._module)
+        self.simulator = ptxsim.Simulator(path)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if isinstance(found, type) or not callable(found):
+            return found
+
+        def call(*arguments: Any) -> Any:
+            memory = {_extent(item) for item in arguments if isinstance(item, torch.Tensor)}
+            with self.simulator.regions(*memory):
+                return found(*arguments)
+
+        return call
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address and bytes from the first element to the last."""
+    if not tensor.numel():
+        return tensor.data_ptr(), 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), (last + 1) * tensor.element_size()
+
+
+class CudaDevice:
+    """`device.put(tensor)` is the tensor where the backend works."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._installed = ops._C
+        self.emulated = Emulated(build_emulated()) if name == "emulated" else None
+        self.torch = torch.device("cpu" if self.emulated else name)
+
+    def put(self, tensor: torch.Tensor | None) -> Any:
+        return None if tensor is None else tensor.to(self.torch)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[CudaDevice]:
+        """`lowbitcore.ops` computes here in the meantime."""
+        if self.emulated is not None:
+            ops._C = self.emulated  # type: ignore[assignment]
+        try:
+            yield self
+        finally:
+            ops._C = self._installed
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """`lowbitcore.ops` is the installed extension's again, for tensors on the CPU."""
+        current, ops._C = ops._C, self._installed
+        try:
+            yield
+        finally:
+            ops._C = current
+
+    @contextlib.contextmanager
+    def schedule(self, seed: int) -> Iterator[None]:
+        """Warps and blocks take turns as `seed` says; a GPU does as it likes."""
+        if self.emulated is None:
+            yield
+            return
+        options = {"seed": seed, "quantum": 1 + 37 * seed, "resident": 1 + seed % 3}
+        with self.emulated.simulator.options(**options if seed else {}):
+            yield
