@@ -93,9 +93,9 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b;
 
 int splits_of(Op op, const QuantFormat& f, std::int64_t m) {
   constexpr std::int64_t kStep = 64;
-  const bool few = choose_tile(op, m) == Tile::few;
-  const std::int64_t rows = few ? 16 : 128;
-  const std::int64_t columns = op == Op::nn && few ? 256 : 128;
+  const Tile tile = choose_tile(op, m);
+  const std::int64_t rows = tile_rows(tile);
+  const std::int64_t columns = op == Op::nn && tile == Tile::few ? 256 : 128;
   const std::int64_t out = op == Op::nt ? f.out_features : f.in_features;
   const std::int64_t depth = op == Op::nt ? f.in_features : f.out_features;
   return choose_splits(divide_up(m, rows) * divide_up(out, columns), divide_up(depth, kStep),
@@ -211,8 +211,8 @@ std::size_t qgemm_grad_scales_workspace(const QuantFormat& f, std::int64_t m, in
 
 // ---- the weight itself ----
 
-void dequantize(const QuantWeight& w, Matrix out, const Resources& use) {
-  launch_dequantize(w, out, stream_of(use.stream));
+void dequantize(const QuantWeight& w, Matrix out, std::int64_t first_output, const Resources& use) {
+  launch_dequantize(w, out, first_output, stream_of(use.stream));
 }
 
 void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptions& grid,

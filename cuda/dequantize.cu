@@ -20,7 +20,8 @@ __device__ uint4 pack8(const float (&v)[kPerThread]) {
 
 // `aligned`: every row of `out` begins at a multiple of 16 bytes.
 template <int kBits>
-__global__ void __launch_bounds__(kThreads) dequantize(PackedWeight w, Matrix out, bool aligned) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize(PackedWeight w, Matrix out, int first_output, bool aligned) {
   const int across = (w.k + kInputs - 1) / kInputs;
   const int row =
       static_cast<int>(blockIdx.x) / across * kTile + static_cast<int>(threadIdx.x) / kPerRow;
@@ -29,14 +30,15 @@ __global__ void __launch_bounds__(kThreads) dequantize(PackedWeight w, Matrix ou
   if (column >= w.k) return;
 
   float v[kPerThread];
-  Affine first = w.affine(w.group(column), row), second = first;
+  const int output = first_output + row;
+  Affine first = w.affine(w.group(column), output), second = first;
 #pragma unroll
   for (int i = 0; i < kPerThread; i += 2) {
     if (w.g_idx != nullptr) {
-      first = w.affine(w.group(column + i), row);
-      second = w.affine(w.group(column + i + 1), row);
+      first = w.affine(w.group(column + i), output);
+      second = w.affine(w.group(column + i + 1), output);
     }
-    const uint2 q = w.code_pair(kBits, row, column + i);
+    const uint2 q = w.code_pair(kBits, output, column + i);
     v[i] = first(q.x);
     v[i + 1] = second(q.y);
   }
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) dequantize(PackedWeight w, Matrix ou
 
 }  // namespace
 
-void launch_dequantize(const QuantWeight& w, Matrix out, cudaStream_t stream) {
+void launch_dequantize(const QuantWeight& w, Matrix out, std::int64_t first_output,
+                       cudaStream_t stream) {
   const int element = out.dtype == DType::f32 ? 4 : 2;
   const bool aligned =
       reinterpret_cast<std::uintptr_t>(out.data) % 16 == 0 && out.stride * element % 16 == 0;
@@ -73,9 +76,11 @@ void launch_dequantize(const QuantWeight& w, Matrix out, cudaStream_t stream) {
     }
     unsupported_bits(w.format.bits);
   }();
-  const unsigned blocks = tiles_of(w.format.in_features, kInputs) *
-                          static_cast<unsigned>(w.format.out_features / kTile);
-  kernel<<<blocks, kThreads, 0, stream>>>(PackedWeight(w), out, aligned);
+  const unsigned blocks =
+      tiles_of(w.format.in_features, kInputs) * static_cast<unsigned>(out.rows / kTile);
+  if (blocks == 0) return;
+  kernel<<<blocks, kThreads, 0, stream>>>(PackedWeight(w), out, static_cast<int>(first_output),
+                                          aligned);
   check_launch("dequantize");
 }
 

@@ -8,9 +8,8 @@ namespace lowbitcore::cuda {
 enum class Op { nt, nn };
 
 // Tensor-core tiles by rows of the activations: the first entry of an operation whose max_rows is
-// not exceeded. Tile::few reads a weight once for up to 16 rows; more rows in it would read the
-// weight again for each 16, which costs more than the idle rows of a large tile as soon as there
-// are two of them (roofline: bytes of W at 16 rows against mma issue slots).
+// not exceeded. A weight is read once for the rows of a block, and idle rows cost tensor time, so
+// that the smallest tile that holds all rows wins; beyond the largest, blocks share it.
 struct TileRule {
   Op op;
   std::int64_t max_rows;
@@ -19,11 +18,13 @@ struct TileRule {
 
 constexpr std::int64_t kAnyRows = std::int64_t{1} << 62;
 constexpr TileRule kTileRules[] = {
-    {Op::nt, 16, Tile::few},
-    {Op::nt, kAnyRows, Tile::many},
-    {Op::nn, 16, Tile::few},
-    {Op::nn, kAnyRows, Tile::many},
+    {Op::nt, 16, Tile::few}, {Op::nt, 64, Tile::some}, {Op::nt, kAnyRows, Tile::many},
+    {Op::nn, 16, Tile::few}, {Op::nn, 64, Tile::some}, {Op::nn, kAnyRows, Tile::many},
 };
+
+constexpr std::int64_t tile_rows(Tile tile) {
+  return tile == Tile::few ? 16 : tile == Tile::some ? 64 : 128;
+}
 
 constexpr Tile choose_tile(Op op, std::int64_t rows) {
   for (const TileRule& rule : kTileRules) {

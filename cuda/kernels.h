@@ -11,8 +11,8 @@ namespace lowbitcore::cuda {
 // ---- tensor cores (qgemm_*.cuh, one object per width): 16-bit activations, trivial g_idx, rows
 // aligned to 16 bytes ----
 
-// The tile of a tensor-core kernel: few rows (16 per block), or many (128).
-enum class Tile { few, many };
+// Rows of activations that a block of a tensor-core kernel works on: 16, 64 or 128.
+enum class Tile { few, some, many };
 
 // One product with a packed weight, forward or transposed. With more than one split of the
 // contraction, results go to `partial` and launch_reduce_splits adds them (and the bias).
@@ -74,7 +74,8 @@ void launch_prepack(const QuantFormat& format, View<const std::int32_t> qweight,
                     View<const std::int32_t> qzeros, std::uint8_t* packed, cudaStream_t stream);
 void launch_unpack(const QuantFormat& format, const std::uint8_t* packed,
                    View<std::int32_t> qweight, View<std::int32_t> qzeros, cudaStream_t stream);
-void launch_dequantize(const QuantWeight& w, Matrix out, cudaStream_t stream);
+void launch_dequantize(const QuantWeight& w, Matrix out, std::int64_t first_output,
+                       cudaStream_t stream);
 void launch_quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptions& grid,
                          View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,
                          cudaStream_t stream);

@@ -157,6 +157,8 @@ void launch_qgemm_nn(DType dtype, Tile tile, const GemmArgs& args, int splits,
     using T = decltype(element);
     if (tile == Tile::few) {
       launch_qgemm_nn_tile<T, kBits, 1, 1, 4, 3>(args, splits, stream);
+    } else if (tile == Tile::some) {
+      launch_qgemm_nn_tile<T, kBits, 2, 2, 2, 3>(args, splits, stream);
     } else {
       launch_qgemm_nn_tile<T, kBits, 4, 2, 2, 3>(args, splits, stream);
     }

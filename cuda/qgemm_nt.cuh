@@ -218,6 +218,8 @@ void launch_qgemm_nt(DType dtype, Tile tile, const GemmArgs& args, int splits,
     using T = decltype(element);
     if (tile == Tile::few) {
       launch_qgemm_nt_tile<T, kBits, 1, 1, 1, 4, 4>(args, splits, stream);
+    } else if (tile == Tile::some) {
+      launch_qgemm_nt_tile<T, kBits, 4, 1, 1, 4, 4>(args, splits, stream);
     } else {
       launch_qgemm_nt_tile<T, kBits, 8, 1, 1, 4, 3>(args, splits, stream);
     }

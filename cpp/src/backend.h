@@ -45,7 +45,7 @@ struct Backend {
   std::size_t (*qgemm_nt_workspace)(const QuantFormat&, std::int64_t m, int threads);
   std::size_t (*qgemm_nn_workspace)(const QuantFormat&, std::int64_t m, int threads);
   std::size_t (*qgemm_grad_scales_workspace)(const QuantFormat&, std::int64_t m, int threads);
-  void (*dequantize)(const QuantWeight&, Matrix out, const Resources&);
+  void (*dequantize)(const QuantWeight&, Matrix out, std::int64_t first_output, const Resources&);
   void (*quantize_rtn)(ConstMatrix weight, const QuantFormat&, const GridOptions&,
                        View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,
                        const Resources&);

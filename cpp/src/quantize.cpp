@@ -28,11 +28,21 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptio
   check_scales_fit(op, scales, exec);
 }
 
-void dequantize(const QuantWeight& weight, Matrix out, const Execution& exec) {
+void dequantize(const QuantWeight& weight, Matrix out, std::int64_t first_output,
+                const Execution& exec) {
   const char* op = "dequantize";
   check::weight(op, weight, true, exec.device);
-  check::shape(op, "out", out, weight.format.out_features, weight.format.in_features);
-  backend_of(exec).dequantize(weight, out, Call(op, exec, 0));
+  const std::int64_t n = weight.format.out_features;
+  if (first_output < 0 || first_output % 32 != 0 || first_output >= n) {
+    check::fail(op, "first_output", "a multiple of 32 below " + std::to_string(n),
+                std::to_string(first_output));
+  }
+  if (out.rows % 32 != 0 || out.rows > n - first_output) {
+    check::fail(op, "out", "a multiple of 32 rows, at most " + std::to_string(n - first_output),
+                std::to_string(out.rows));
+  }
+  check::shape(op, "out", out, out.rows, weight.format.in_features);
+  backend_of(exec).dequantize(weight, out, first_output, Call(op, exec, 0));
 }
 
 }  // namespace lowbitcore

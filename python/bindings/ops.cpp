@@ -114,8 +114,8 @@ void py_unpack(const Array& packed, int bits, i64 group_size, i64 in_features, i
 }
 
 void py_dequantize(const Array& packed, const Array& scales, const OptionalArray& g_idx, int bits,
-                   i64 group_size, i64 in_features, i64 out_features, const Array& out,
-                   std::uintptr_t stream) {
+                   i64 group_size, i64 in_features, i64 out_features, i64 first_output,
+                   const Array& out, std::uintptr_t stream) {
   const char* op = "dequantize";
   const Execution exec = on_one_device(
       op, stream,
@@ -124,7 +124,7 @@ void py_dequantize(const Array& packed, const Array& scales, const OptionalArray
       weight(op, {bits, group_size, in_features, out_features}, packed, &scales, g_idx);
   const Matrix dense = matrix(op, "out", out);
   nb::gil_scoped_release release;
-  dequantize(w, dense, exec);
+  dequantize(w, dense, first_output, exec);
 }
 
 void py_qgemm_nt(const Array& x, const Array& packed, const Array& scales,

@@ -45,6 +45,7 @@ def dequantize(
     group_size: int,
     in_features: int,
     out_features: int,
+    first_output: int,
     out: Tensor,
     stream: int,
 ) -> None: ...

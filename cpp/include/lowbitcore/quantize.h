@@ -20,7 +20,8 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptio
                   View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,
                   const Execution& exec = {});
 
-// The dense [N,K] matrix of a packed weight.
-void dequantize(const QuantWeight& weight, Matrix out, const Execution& exec = {});
+// The dense weight, or the rows of it [rows, K] from `first_output` on; both multiples of 32.
+void dequantize(const QuantWeight& weight, Matrix out, std::int64_t first_output = 0,
+                const Execution& exec = {});
 
 }  // namespace lowbitcore

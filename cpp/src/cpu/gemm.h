@@ -256,11 +256,11 @@ size_t qgemm_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
   return gemm_workspace(m, f.out_features, threads);
 }
 
-void dequantize(const QuantWeight& w, Matrix out, const Resources& use) {
+void dequantize(const QuantWeight& w, Matrix out, int64_t first_output, const Resources& use) {
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
-    parallel_for(w.format.out_features / kBlockN, use.threads, [&](int64_t n, int) {
-      const Block<B> block(w, n);
+    parallel_for(out.rows / kBlockN, use.threads, [&](int64_t n, int) {
+      const Block<B> block(w, first_output / kBlockN + n);
       for (int64_t tile = 0; tile < w.format.in_features / kTileK; ++tile) {
         alignas(64) float rows[kBlockN * kTileK];
         dequantize_transposed(block, tile, rows);
