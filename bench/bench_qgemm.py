@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+import device
 import lowbitcore as lbc
 from ceilings import CACHE_BYTES, peak_gflops, read_gbytes_per_s
 from lowbitcore import ops
@@ -41,7 +41,7 @@ CASES = [
         n,
         k,
         dtype,
-        id=f"{lbc.runtime.isa()}-bits{bits}-g{GROUP_SIZE}-M{m}-N{n}-K{k}-{name}",
+        id=f"{device.name()}-bits{bits}-g{GROUP_SIZE}-M{m}-N{n}-K{k}-{name}",
         marks=pytest.mark.full if (n, k) in FULL_SHAPES or m in FULL_ROWS else (),
     )
     for (n, k), m, bits, (name, dtype) in itertools.product(
@@ -50,8 +50,12 @@ CASES = [
 ]
 
 
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device=device.device(), dtype=dtype)
+
+
 def packed_weight(n: int, k: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, scales, zeros = ops.quantize_rtn(torch.randn(n, k), bits=bits, group_size=GROUP_SIZE)
+    codes, scales, zeros = ops.quantize_rtn(randn(n, k), bits=bits, group_size=GROUP_SIZE)
     qweight, qzeros = ops.pack_qweight(codes, bits=bits), ops.pack_qzeros(zeros, bits=bits)
     return ops.prepack(qweight, qzeros, bits=bits, group_size=GROUP_SIZE), scales
 
@@ -67,9 +71,7 @@ def compare(benchmark: Any, run: Callable[[], Any], **baselines: Callable[[], An
         times: dict[str, list[float]] = {"ours": []} | {name: [] for name in baselines}
         for _ in range(ROUNDS + 1):
             for name, function in [("ours", run), *baselines.items()]:
-                start = time.perf_counter()
-                function()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(device.seconds(function))
         medians = {name: statistics.median(values[1:]) for name, values in times.items()}
         benchmark.extra_info["ms"] = medians["ours"] * 1e3
         for name in baselines:
@@ -82,7 +84,7 @@ def describe(
 ) -> None:
     benchmark.extra_info.update(
         op=op,
-        isa=lbc.runtime.isa(),
+        isa=device.name(),
         bits=bits,
         group_size=GROUP_SIZE,
         M=m,
@@ -108,8 +110,8 @@ def describe(
 def test_qgemm_nt(benchmark: Any, bits: int, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     packed, scales = packed_weight(n, k, bits)
     form: dict[str, Any] = {"bits": bits, "group_size": GROUP_SIZE}
-    x = torch.randn(m, k).to(dtype)
-    ours, dense = copies(packed, m), copies(torch.randn(n, k).to(dtype), m)
+    x = randn(m, k, dtype=dtype)
+    ours, dense = copies(packed, m), copies(randn(n, k, dtype=dtype), m)
 
     def dequantize_first() -> torch.Tensor:
         weight = ops.dequantize(next(ours), scales, in_features=k, dtype=dtype, **form)
@@ -128,8 +130,8 @@ def test_qgemm_nt(benchmark: Any, bits: int, m: int, n: int, k: int, dtype: torc
 def test_qgemm_nn(benchmark: Any, bits: int, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     packed, scales = packed_weight(n, k, bits)
     form: dict[str, Any] = {"bits": bits, "group_size": GROUP_SIZE}
-    dy = torch.randn(m, n).to(dtype)
-    ours, dense = copies(packed, m), copies(torch.randn(n, k).to(dtype), m)
+    dy = randn(m, n, dtype=dtype)
+    ours, dense = copies(packed, m), copies(randn(n, k, dtype=dtype), m)
     compare(
         benchmark,
         lambda: ops.qgemm_nn(dy, next(ours), scales, in_features=k, **form),
@@ -143,7 +145,7 @@ def test_qgemm_grad_scales(
     benchmark: Any, bits: int, m: int, n: int, k: int, dtype: torch.dtype
 ) -> None:
     packed, _ = packed_weight(n, k, bits)
-    dy, x = torch.randn(m, n).to(dtype), torch.randn(m, k).to(dtype)
+    dy, x = randn(m, n, dtype=dtype), randn(m, k, dtype=dtype)
     compare(
         benchmark,
         lambda: ops.qgemm_grad_scales(dy, x, packed, bits=bits, group_size=GROUP_SIZE),

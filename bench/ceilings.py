@@ -6,10 +6,11 @@ import functools
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+
+import device
 
 CACHE_BYTES = 256 << 20  # above the last-level caches of today
 
@@ -17,21 +18,20 @@ CACHE_BYTES = 256 << 20  # above the last-level caches of today
 @functools.cache
 def read_gbytes_per_s() -> float:
     """A sum over more than the caches hold."""
-    values = torch.ones(CACHE_BYTES, dtype=torch.float32)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        values.sum()
-        times.append(time.perf_counter() - start)
-    return 4 * CACHE_BYTES / min(times) / 1e9
+    values = torch.ones(CACHE_BYTES, dtype=torch.float32, device=device.device())
+    return 4 * CACHE_BYTES / min(device.seconds(values.sum) for _ in range(5)) / 1e9
 
 
 @functools.cache
 def peak_gflops(dtype: torch.dtype) -> float | None:
-    """A loop on registers, of the level that is in use; None without a C++ compiler.
+    """A loop on registers, of the level that is in use; None without a C++ compiler. On a GPU, a
+    large dense product of torch.
 
     Activations that are not bf16 are multiplied in fp32 on every level.
     """
+    if device.on_gpu():
+        a = torch.randn(8192, 8192, device=device.device(), dtype=dtype)
+        return 2 * 8192**3 / min(device.seconds(lambda: a @ a) for _ in range(5)) / 1e9
     from lowbitcore import runtime  # not before: the peers' interpreter may lack it
 
     level = runtime.isa()
