@@ -1,9 +1,9 @@
 """The papers' comparisons, on a model of your own: what each method gains, beside its baselines.
 
-    python bench/methods.py peqa  MODEL OUT --prose FILE
-    python bench/methods.py tasks MODEL OUT --prose FILE --instructions FILE
-    python bench/methods.py emef  MODEL OUT --instructions FILE
-    python bench/methods.py lrec  MODEL OUT --prose FILE --texts FILE FILE
+    python bench/quality/methods.py peqa  MODEL OUT --prose FILE
+    python bench/quality/methods.py tasks MODEL OUT --prose FILE --instructions FILE
+    python bench/quality/methods.py emef  MODEL OUT --instructions FILE
+    python bench/quality/methods.py lrec  MODEL OUT --prose FILE --texts FILE FILE
 
 MODEL is a 16-bit model. Each step is one `lowbitcore` command in a process of its own; what is in
 OUT already is not run again. One document in twenty, and 200 instructions, are held out of all
@@ -13,91 +13,15 @@ training and calibration.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from commands import Bench
+
 RANK = 8
-HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
-CALIBRATION = ["--samples", 32, "--length", 1024]
-
-
-class Bench:
-    """Commands whose results are kept in a directory, under names."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.model, self.out, self.windows = arguments.model, arguments.out, arguments.windows
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._record = self.out / "results.json"
-        self.results: dict[str, Any] = (
-            json.loads(self._record.read_text()) if self._record.exists() else {}
-        )
-
-    def command(self, name: str, *words: Any) -> dict[str, Any]:
-        """What the command reports under --json."""
-        if name not in self.results:
-            command = [sys.executable, "-m", "lowbitcore", *map(str, words), "--json"]
-            print("$ lowbitcore", *map(str, words), file=sys.stderr, flush=True)
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            self.keep(name, json.loads(done.stdout.splitlines()[-1]))
-        return self.results[name]
-
-    def keep(self, name: str, result: Any) -> Any:
-        self.results[name] = result
-        self._record.write_text(json.dumps(self.results, indent=2) + "\n")
-        return result
-
-    def path(self, name: str) -> Path:
-        return self.out / name
-
-    def quantize(
-        self, method: str, bits: int, group_size: int, text: Path, *, rank: int = 0
-    ) -> Path:
-        name = f"{method}-{bits}-{'row' if group_size == -1 else group_size}"
-        name += f"-rank{rank}" if rank else ""
-        name += "" if text.stem == "prose" else f"-{text.stem}"
-        data = [] if method == "rtn" else ["--calib", text, *CALIBRATION, "--rank", rank]
-        options = ["--bits", bits, "--group-size", group_size, "--method", method, *data]
-        options += ["--resume"] if (self.path(name) / ".partial").exists() else []
-        self.command(name, "quantize", self.model, self.path(name), *options)
-        return self.path(name)
-
-    def train(self, method: str, model: Path | str, name: str, *options: Any) -> Path:
-        again = ["--resume"] if (self.path(name) / "training.json").exists() else []
-        self.command(name, method, model, self.path(name), *options, *again)
-        return self.path(name)
-
-    def ppl(self, model: Path | str, text: Path, adapter: Path | None = None) -> float:
-        name = f"ppl {Path(model).name} {text.name}" + (f" {adapter.name}" if adapter else "")
-        under = ["--adapter", adapter] if adapter else []
-        count = ["--windows", self.windows] if self.windows else []
-        return float(self.command(name, "eval", model, "--text", text, *count, *under)["ppl"])
-
-    def split_prose(self, source: Path) -> tuple[Path, Path]:
-        """Documents to learn from, and those held out."""
-        lines = source.read_text().strip().split("\n")
-        return self._split(
-            "prose",
-            [line for i, line in enumerate(lines) if i % HELD_OUT_DOCUMENT],
-            lines[::HELD_OUT_DOCUMENT],
-        )
-
-    def split_instructions(self, source: Path) -> tuple[Path, Path]:
-        lines = [json.dumps(item) for item in json.loads(source.read_text())]
-        return self._split(
-            "instructions", lines[HELD_OUT_INSTRUCTIONS:], lines[:HELD_OUT_INSTRUCTIONS]
-        )
-
-    def _split(self, name: str, kept: list[str], held: list[str]) -> tuple[Path, Path]:
-        paths = self.path(f"{name}.jsonl"), self.path(f"{name}-held-out.jsonl")
-        for path, lines in zip(paths, (kept, held), strict=True):
-            path.write_text("\n".join(lines) + "\n")
-        return paths
 
 
 def peqa(bench: Bench, arguments: argparse.Namespace) -> None:
