@@ -286,3 +286,50 @@ def test_layer_trains(device: CudaDevice, bits: int) -> None:
     assert layer.scales.grad is not None and torch.isfinite(layer.scales.grad).all()
     rebuilt = layer.canonical()
     assert torch.equal(rebuilt["qweight"].cpu(), problem.qweight())
+
+
+# ---- what goes wrong ----
+
+
+def test_views_that_tensor_cores_cannot_take(device: CudaDevice) -> None:
+    """Rows that are not aligned to 16 bytes take the slower kernels, with the same result."""
+    problem = ref.random_problem(7, bits=4, group_size=32, out_features=64, in_features=96)
+    core = OnDevice(device, problem)
+    wide = device.put(torch.randn(5, 101).bfloat16())
+    x = wide[:, 3:99]
+    got = ops.qgemm_nt(x, core.packed, core.scales, **core.layout).cpu()
+    ref.assert_close(got, *ref.expect_nt(x.cpu(), problem.w_hat))
+
+
+def test_device_without_kernels(device: CudaDevice) -> None:
+    if device.emulated is None:
+        pytest.skip("needs a pretended device")
+    problem = ref.random_problem(8, bits=4, group_size=32, out_features=64, in_features=96)
+    core = OnDevice(device, problem)
+    x = ref.random_activations(0, 130, 96, torch.float16)
+    with (
+        device.emulated.simulator.options(compute_capability=70),
+        pytest.raises(ops._C.Error, match="qgemm_nt: CUDA: .*"),
+    ):
+        core.nt(x)
+    with (
+        device.emulated.simulator.options(max_dynamic_shared=32 << 10),
+        pytest.raises(ops._C.Error, match="qgemm_nt: CUDA: .*"),
+    ):
+        core.nt(x)
+    ref.assert_close(core.nt(x), *bounded_nt(x, problem))
+
+
+def test_index_of_no_group_stops_the_kernel(device: CudaDevice) -> None:
+    if device.emulated is None:
+        pytest.skip("a trap ends the CUDA context of the process")
+    problem = ref.random_problem(9, bits=4, group_size=32, out_features=64, in_features=96)
+    core = OnDevice(device, problem)
+    core.g_idx = torch.full((96,), 7, dtype=torch.int32)
+    with pytest.raises(ops._C.Error, match="trap"):
+        core.nt(torch.randn(3, 96))
+
+
+def bounded_nt(x: torch.Tensor, problem: ref.Problem) -> tuple[ref.F64, ref.F64]:
+    expected, bound = ref.expect_nt(x, problem.w_hat)
+    return expected, bound + rounding_term(x, problem.w_hat.T, problem)

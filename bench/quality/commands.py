@@ -1,4 +1,4 @@
-"""Comparisons made of `lowbitcore` commands, each in a process of its own, whose results are kept."""
+"""Comparisons made of `lowbitcore` commands, each in its own process; results are kept."""
 
 from __future__ import annotations
 
