@@ -75,13 +75,30 @@ def test_attributes() -> None:
     layer = layer_of(problem, a_bias())
     assert (layer.in_features, layer.out_features, layer.bits, layer.group_size) == (160, 96, 4, 64)
     assert dict(layer.named_parameters()).keys() == {"scales", "bias"}
-    assert dict(layer.named_buffers()).keys() == {"packed", "g_idx"}
+    assert dict(layer.named_buffers()).keys() == {"packed", "g_idx", "order"}
     assert isinstance(layer.scales, nn.Parameter)
     assert layer.scales.dtype == torch.float32
     assert not layer.scales.requires_grad
     assert layer.g_idx.dtype == torch.int32
     for part in ("160", "96", "bits=4", "group_size=64"):
         assert part in repr(layer)
+
+
+def test_groups_of_whole_size_are_packed_one_after_another() -> None:
+    """What act-order leaves: kernels see a trivial weight, and nobody else does."""
+    problem = a_problem(g_idx="permuted")
+    layer = layer_of(problem)
+    assert layer.order is not None and layer_of(a_problem(g_idx="ragged")).order is None
+    x = torch.randn(2, 3, 160).requires_grad_()
+    dy = torch.randn(2, 3, 96)
+    layer.scales.requires_grad_()
+    layer(x).backward(dy)
+    weight = torch.from_numpy(problem.w_hat).float()
+    torch.testing.assert_close(layer(x), x @ weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, dy @ weight, rtol=1e-4, atol=1e-4)
+    expected, bound = ref.expect_grad_scales(dy.view(-1, 96), x.detach().view(-1, 160), problem)
+    ref.assert_close(layer.scales.grad, expected, bound)
+    torch.testing.assert_close(layer.dequantize(), weight, rtol=1e-6, atol=0)
 
 
 def test_a_trivial_g_idx_is_dropped() -> None:

@@ -109,8 +109,9 @@ class _Recorder(nn.Module):
 class Calibration:
     """The hidden states before the next block, and how each block wants to be called.
 
-    `hidden`: a tensor [windows, length, features] for each micro-batch, in the compute dtype;
-    `reference`: the same in the 16-bit model, which starts out from the same embeddings.
+    `windows` are where the model is. `hidden`: a tensor [windows, length, features] for each
+    micro-batch, in the compute dtype; `reference`: the same in the 16-bit model, which starts out
+    from the same embeddings.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import model
+from . import model, runtime
 from .adapters import load_adapter
 from .evaluate import perplexity
 from .formats.checkpoint import atomic_path, write_json
@@ -41,13 +41,14 @@ _WINDOWS = 8
 
 
 def run(
-    out: Path, calibration: Callable[[str], torch.Tensor], *, minutes: float
+    out: Path, calibration: Callable[[str], torch.Tensor], *, minutes: float, device: str = "cpu"
 ) -> tuple[dict[str, Any], list[str]]:
     """Run the demo into ``out``; returns the results and the lines of its report.
 
     ``calibration`` makes the windows, int64 [n, length], from the path of the model; ``minutes`` is
-    what training may take.
+    what training may take; ``device`` "cpu" or "cuda".
     """
+    runtime.resolve_device(device)  # before anything is fetched
     source = fetch()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = model.load_tokenizer(source)
@@ -56,7 +57,7 @@ def run(
     def measure(
         name: str, path: Path, seconds: float | None, adapter: Path | None = None
     ) -> dict[str, Any]:
-        loaded = model.load(path, dtype=torch.bfloat16)
+        loaded = model.load(path, dtype=torch.bfloat16, device=device)
         summary = summarize(path)
         extra = 0
         if adapter is not None:
@@ -89,7 +90,7 @@ def run(
         start = time.perf_counter()
         if not (target / "config.json").exists():
             config = QuantConfig(bits=bits, group_size=GROUP_SIZE, rank=rank)
-            quantize_checkpoint(source, target, windows, config, resume=True)
+            quantize_checkpoint(source, target, windows, config, device=device, resume=True)
         seconds = time.perf_counter() - start
         rows.append(measure(name, target, seconds, target / CORRECTION if rank else None))
 
@@ -109,6 +110,7 @@ def run(
             Lora(RANK, RANK, None, 0.0, start=str(corrected / CORRECTION)),
             Teacher(str(source), lambda_kl=1.0, lambda_ce=0.1, kl="forward", cache=None),
             dtype="bfloat16",
+            device=device,
         )
         train(recipe, repaired, resume=True, say=lambda line: print(line, file=sys.stderr))
     rows.append(measure("2-bit+LREC", corrected, time.perf_counter() - start, repaired))

@@ -53,9 +53,10 @@ def fit_scales(
     n, k = weight.shape
     groups = scales.shape[0]
     if g_idx is None:
-        g_idx = ops.trivial_g_idx(k, group_size)
+        g_idx = ops.trivial_g_idx(k, group_size, codes.device)
     # Groups side by side, so that half of the symmetric system is enough.
     index, columns = g_idx.long().sort(stable=True)
+    sizes = torch.bincount(index, minlength=groups).tolist()
     dead = (hessian.diagonal() == 0)[columns]
     damped = hessian[columns][:, columns]
     damped.diagonal().add_(percdamp * damped.diagonal()[~dead].mean() if not dead.all() else 1.0)
@@ -63,14 +64,16 @@ def fit_scales(
     steps = codes.float()[:, columns] - zeros.float()[index].T
 
     def sum_groups(matrix: Tensor, first: int) -> Tensor:
-        return matrix.new_zeros(n, groups).index_add_(1, index[first:], matrix)
+        """From group `first` on. Not by index_add_, whose order of sums on a GPU is chance."""
+        return torch.stack([part.sum(1) for part in matrix.split(sizes[first:], dim=1)], dim=1)
 
     right = sum_groups(steps * (target @ damped), 0).double()
-    system = torch.empty(n, groups, groups, dtype=torch.float64)
-    ends = torch.bincount(index, minlength=groups).cumsum(0).tolist()
-    for group, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        products = steps[:, first:end] @ damped[first:end, first:]
-        system[:, group] = sum_groups(steps[:, first:] * products, first)
+    system = right.new_zeros(n, groups, groups)
+    end = 0
+    for group, size in enumerate(sizes):
+        start, end = end, end + size
+        products = steps[:, start:end] @ damped[start:end, start:]
+        system[:, group, group:] = sum_groups(steps[:, start:] * products, group)
     system = system.triu() + system.triu(1).mT
     # A group whose integers are all at the zero point has no scale to find; this keeps it solvable.
     diagonal = system.diagonal(dim1=1, dim2=2)
@@ -92,7 +95,7 @@ def dequantized(
 ) -> Tensor:
     """scales (codes - zeros), float32 [N, K]: codes [N, K], scales and zeros [G, N]."""
     if g_idx is None:
-        g_idx = ops.trivial_g_idx(codes.shape[1], group_size)
+        g_idx = ops.trivial_g_idx(codes.shape[1], group_size, codes.device)
     index = g_idx.long()
     return (codes.float() - zeros.float()[index].T) * scales[index].T
 
@@ -110,7 +113,7 @@ def fit_low_rank(error: Tensor, factor: ops.GptqFactor, *, rank: int) -> tuple[T
     weighted = torch.linalg.solve_triangular(
         factor.u, error[:, factor.order.long()], upper=True, left=False
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[error.device] if error.is_cuda else []):
         torch.manual_seed(0)
         most = min(weighted.shape)
         u, _, _ = torch.svd_lowrank(weighted, q=min(rank + _OVERSAMPLED, most), niter=_ITERATIONS)

@@ -68,7 +68,8 @@ class LrecTrainer(PackedTrainer):
             train_dataset = teacher.attach(train_dataset)
         else:
             check_kind("LrecTrainer: teacher", teacher, PreTrainedModel)
-            self._teacher = teacher.eval().requires_grad_(False)
+            # The Trainer moves what it trains, and the teacher is no part of that.
+            self._teacher = teacher.to(args.device).eval().requires_grad_(False)
         super().__init__(model, args, train_dataset, **kwargs)
 
     def _trained(self, model: PreTrainedModel) -> TrainedModel:
@@ -221,7 +222,7 @@ class TeacherCache:
                     raise ValueError(
                         f"TeacherCache: teacher: its states for example {index} are not finite"
                     )
-                entries.append(Entry.of(str(index), states))
+                entries.append(Entry.of(str(index), states.cpu()))
             checkpoint.write_safetensors(cache._shard(start), entries)
         return cache
 

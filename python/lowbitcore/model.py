@@ -38,6 +38,7 @@ from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.nn import LoraLinear, QuantLinear
+from lowbitcore.runtime import resolve_device
 
 
 class Weights(Protocol):
@@ -290,7 +291,9 @@ def fill(
         value = weights.tensor(found)
         if value.is_floating_point():
             value = value.to(dtype)
-        set_module_tensor_to_device(model, name, device, value=value, dtype=value.dtype)
+        set_module_tensor_to_device(
+            model, name, device, value=value, dtype=value.dtype, clear_cache=False
+        )
 
 
 def _where(weights: Weights) -> str:
@@ -428,22 +431,23 @@ def load(
     """Loads a GPTQ or plain 16-bit directory, a hub id or a `.gguf`, ready for inference.
 
     `dtype` is that of activations and of all weights that are not quantized; "auto" is the
-    checkpoint's own. Raises ValueError (one line) for whatever does not fit together.
+    checkpoint's own. Raises ValueError (one line) for whatever does not fit together, and for a
+    device that cannot be computed on.
     """
-    if str(device) not in ("cpu", "cpu:0"):
-        raise ValueError(f"load: device: expected cpu (no CUDA kernels yet), got {device}")
+    device = resolve_device(device)
     source = open_source(path)
     chosen = _parse_dtype(dtype, source.dtype)
     model = build_skeleton(source.config, chosen)
     check_depth(model, source)
     if source.gptq is not None:
-        _place_quantized(model, source, chosen)
+        _place_quantized(model, source, chosen, device)
     done = {
         f"{path}.{name}"
         for path, module in quantized_linears(model).items()
         for name in module.state_dict()
     }
-    fill(model, source.weights, [n for n in model.state_dict() if n not in done], dtype=chosen)
+    names = [name for name in model.state_dict() if name not in done]
+    fill(model, source.weights, names, dtype=chosen, device=device)
     model.tie_weights()
     if source.gptq is not None:
         # Its presence must not make transformers look for a quantizer: a plain dict does not. The
@@ -474,7 +478,9 @@ def load_generation_config(source: Source) -> GenerationConfig:
     return GenerationConfig.from_model_config(source.config)
 
 
-def _place_quantized(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
+def _place_quantized(
+    model: PreTrainedModel, source: Source, dtype: torch.dtype, device: torch.device
+) -> None:
     """Replaces every linear that the file holds as qweight by a filled QuantLinear."""
     config, weights = cast(GptqConfig, source.gptq), source.weights
     stems = {n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight")}
@@ -501,6 +507,7 @@ def _place_quantized(model: PreTrainedModel, source: Source, dtype: torch.dtype)
                 out_features=out_features,
                 bias=module.bias is not None,
                 dtype=dtype,
+                device=device,
             ),
         )
     if stems:
@@ -518,8 +525,10 @@ def read_quant_linear(
     out_features: int,
     bias: bool,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> QuantLinear:
-    """One linear from GPTQ tensors `stem.qweight`, ...; its bias becomes `dtype`."""
+    """One linear from GPTQ tensors `stem.qweight`, ..., packed on `device`; its bias becomes
+    `dtype`."""
     names = [*gptq.SUFFIXES, "bias"] if bias else list(gptq.SUFFIXES)
     if bias and f"{stem}.bias" not in weights:
         raise ValueError(f"{_where(weights)}: {stem}.bias: missing")
@@ -537,6 +546,7 @@ def read_quant_linear(
     parts = gptq.decode_linear(
         tensors, config, in_features=in_features, out_features=out_features, where=where
     )
+    parts = {name: None if item is None else item.to(device) for name, item in parts.items()}
     bias_value = parts["bias"]
     return QuantLinear.from_canonical(
         cast(torch.Tensor, parts["qweight"]),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import ops
+from ._C import Error
 
 __all__ = ["LoraLinear", "LowRank", "QuantLinear"]
 
@@ -24,14 +25,19 @@ class QuantLinear(nn.Module):
     ``.to()`` or ``.half()`` is asked for: they are the masters that PEQA trains (arXiv 2305.14152).
     They are a parameter, frozen until somebody thaws it.
 
+    The layouts of the CPU and of CUDA differ: ``.to()``, ``.cuda()`` and ``.cpu()`` repack the
+    integers, and so does a pickle where it is read. ``packed`` alone must not be moved.
+
     The result has the type of the input; under autocast, autocast's type.
 
     Raises:
         ValueError: bits, group_size or a dimension that the format does not have.
+        lowbitcore.Error: something moved ``packed`` to another kind of device as it was.
     """
 
     packed: Tensor
     g_idx: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -57,8 +63,11 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.bits = bits
         self.group_size = group_size
+        # Zeros mean the same in every layout.
         self.register_buffer("packed", torch.zeros(size, dtype=torch.uint8, device=device))
+        self._layout = self.packed.device.type
         self.register_buffer("g_idx", None)
+        self.register_buffer("order", None)
         self.scales = nn.Parameter(
             torch.zeros(groups, out_features, dtype=torch.float32, device=device),
             requires_grad=False,
@@ -112,8 +121,7 @@ class QuantLinear(nn.Module):
         self._check(qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
         if g_idx is not None:
             g_idx = self._nontrivial(g_idx)
-        self.packed = ops.prepack(qweight, qzeros, bits=self.bits, group_size=self.group_size)
-        self.g_idx = g_idx
+        self._hold(qweight, qzeros, g_idx)
         trains = self.scales.requires_grad
         self.scales = nn.Parameter(scales.detach().float().clone(), requires_grad=trains)
         if bias is not None:
@@ -166,15 +174,48 @@ class QuantLinear(nn.Module):
     def _trivial_g_idx(self, device: torch.device) -> Tensor:
         return ops.trivial_g_idx(self.in_features, self.group_size, device)
 
-    def canonical(self) -> dict[str, Tensor]:
-        """``qweight``, ``qzeros``, ``scales``, ``g_idx`` (even if trivial) and any ``bias``."""
+    def _hold(self, qweight: Tensor, qzeros: Tensor, g_idx: Tensor | None) -> None:
+        """Pack the integers. Columns of permuted groups are packed in the ``order`` of their groups
+        where these then lie as trivial ones do: kernels read a trivial weight, and the activations
+        are permuted instead, which costs little."""
+        order = self._group_order(g_idx)
+        if order is not None:
+            qweight = _select_columns(qweight, order, self.bits)
+        self.packed = ops.prepack(qweight, qzeros, bits=self.bits, group_size=self.group_size)
+        self._layout = self.packed.device.type
+        self.g_idx, self.order = g_idx, order
+
+    def _group_order(self, g_idx: Tensor | None) -> Tensor | None:
+        if g_idx is None or g_idx.is_meta:
+            return None
+        groups, order = g_idx.sort(stable=True)
+        return order if torch.equal(groups, self._trivial_g_idx(g_idx.device)) else None
+
+    def _unpack(self) -> tuple[Tensor, Tensor]:
         qweight, qzeros = ops.unpack(
-            self.packed,
+            self._readable(),
             bits=self.bits,
             group_size=self.group_size,
             in_features=self.in_features,
             out_features=self.out_features,
         )
+        if self.order is not None:
+            qweight = _select_columns(qweight, _inverse(self.order), self.bits)
+        return qweight, qzeros
+
+    def _readable(self) -> Tensor:
+        """``packed``, unless its layout is another device's: kernels could not tell."""
+        device = self.packed.device.type
+        if device not in (self._layout, "meta"):
+            raise Error(
+                f"QuantLinear: packed: expected the layout of {device}, got that of "
+                f"{self._layout}: move the layer, not its buffer"
+            )
+        return self.packed
+
+    def canonical(self) -> dict[str, Tensor]:
+        """``qweight``, ``qzeros``, ``scales``, ``g_idx`` (even if trivial) and any ``bias``."""
+        qweight, qzeros = self._unpack()
         tensors = {
             "qweight": qweight,
             "qzeros": qzeros,
@@ -187,15 +228,16 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [N, K]."""
-        return ops.dequantize(
-            self.packed,
+        weight = ops.dequantize(
+            self._readable(),
             self.scales,
             bits=self.bits,
             group_size=self.group_size,
             in_features=self.in_features,
-            g_idx=self.g_idx,
+            g_idx=self.g_idx if self.order is None else None,
             dtype=dtype,
         )
+        return weight if self.order is None else weight.index_select(1, _inverse(self.order))
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -204,13 +246,15 @@ class QuantLinear(nn.Module):
         castable = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if castable and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.order is not None and x.shape[-1:] == (self.in_features,):
+            x = _Reorder.apply(x, self.order)
         return ops.qgemm_nt(
             x,
-            self.packed,
+            self._readable(),
             self.scales,
             bits=self.bits,
             group_size=self.group_size,
-            g_idx=self.g_idx,
+            g_idx=self.g_idx if self.order is None else None,
             bias=self.bias,
         )
 
@@ -222,14 +266,33 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        # .to(dtype) and .half() go through here. Moving is fine, casting the masters is not.
+        # .to(), .cuda() and .half() go through here. Casting the masters is not fine, and moving
+        # is where the layout stays the same.
         masters = self.scales.detach()  # super() may put other data into the same parameter
+        kinds = {self.packed.device.type, _device_after(fn, self.packed).type}
+        if len(kinds) == 2 and "meta" not in kinds:
+            qweight, qzeros = self._unpack()
+            self._hold(fn(qweight), fn(qzeros), None if self.g_idx is None else fn(self.g_idx))
         super()._apply(fn, recurse)
+        if "meta" in kinds:  # no bytes came along
+            self._layout = self.packed.device.type
         if self.scales.dtype != torch.float32:
             self.scales = nn.Parameter(
                 masters.to(self.scales.device), requires_grad=self.scales.requires_grad
             )
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Canonical: a pickle may be read on another device.
+        qweight, qzeros = self._unpack()
+        buffers = {**self._buffers, "packed": None}
+        return {**self.__dict__, "_buffers": buffers, "_canonical": (qweight, qzeros)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        qweight, qzeros = state.pop("_canonical")
+        super().__setstate__(state)
+        self._hold(qweight, qzeros, self.g_idx)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -262,11 +325,9 @@ class QuantLinear(nn.Module):
                 raise ValueError("expected qweight and qzeros together, got one of them")
             self._check(**{name: x for name, x in found.items() if name != "g_idx"})
             g_idx = self._nontrivial(found["g_idx"]) if "g_idx" in found else self.g_idx
-            if "qweight" in found:
-                self.packed = ops.prepack(
-                    found["qweight"], found["qzeros"], bits=self.bits, group_size=self.group_size
-                )
-            self.g_idx = g_idx
+            if found.keys() & {"qweight", "g_idx"}:
+                integers = [found[name] for name in ("qweight", "qzeros") if name in found]
+                self._hold(*(integers or self._unpack()), g_idx)
             for name in ("scales", "bias"):
                 if name in found:
                     self._load_parameter(name, found[name])
@@ -283,6 +344,37 @@ class QuantLinear(nn.Module):
             setattr(self, name, nn.Parameter(value, requires_grad=own.requires_grad))
         else:
             own.copy_(value)
+
+
+def _select_columns(qweight: Tensor, columns: Tensor, bits: int) -> Tensor:
+    codes = ops.unpack_qweight(qweight, bits=bits)
+    return ops.pack_qweight(codes.index_select(1, columns), bits=bits)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class _Reorder(torch.autograd.Function):
+    """``x[..., order]``, whose gradient is a selection too; torch's own adds up."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor) -> Tensor:
+        return x.index_select(-1, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        return dy.index_select(-1, _inverse(order)), None
+
+
+def _device_after(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> torch.device:
+    """Where what ``Module._apply`` is given puts a tensor."""
+    return fn(tensor.new_empty(0)).device
 
 
 class _Dropout(nn.Dropout):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, dispatch
 
 __all__ = [
     "GptqFactor",
@@ -289,7 +289,11 @@ def _unpack_qzeros_fake(qzeros: Tensor, bits: int) -> Tensor:
 
 
 def prepack(qweight: Tensor, qzeros: Tensor, *, bits: int, group_size: int) -> Tensor:
-    """Canonical tensors -> the execution layout, uint8 [P]: opaque, holds integers and zeros."""
+    """Canonical tensors -> the execution layout, uint8 [P]: opaque, holds integers and zeros.
+
+    The CPU and CUDA have layouts of their own, which no operation can tell apart: go from one to
+    the other by :func:`unpack` on the one and this on the other, as ``QuantLinear`` does.
+    """
     _check("prepack", bits, group_size, qweight=qweight, qzeros=qzeros)
     _check_dims("prepack", "qweight", qweight, 2)
     _check_dims("prepack", "qzeros", qzeros, 2)
@@ -395,7 +399,7 @@ def dequantize(
     "dequantize(Tensor packed, Tensor scales, Tensor? g_idx, int bits, int group_size,"
     " int in_features, ScalarType dtype) -> Tensor"
 )
-def _(
+def _dequantize(
     packed: Tensor,
     scales: Tensor,
     g_idx: Tensor | None,
@@ -413,6 +417,7 @@ def _(
         group_size,
         in_features,
         scales.shape[1],
+        0,
         out,
         _stream(packed),
     )
@@ -433,6 +438,15 @@ def _dequantize_fake(
 
 
 # ---- multiplication ------------------------------------------------------------------------------
+
+
+def _by_dequantizing(op: dispatch.Op, x: Tensor, g_idx: Tensor | None, weights: int) -> bool:
+    """Whether a product is better left to torch (only on CUDA; see dispatch)."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    rows, permuted = x.shape[:-1].numel(), g_idx is not None
+    found = dispatch.path(op, rows, x.device, dtype=x.dtype, permuted=permuted, weights=weights)
+    return found == "dequantize"
 
 
 def qgemm_nt(
@@ -456,6 +470,10 @@ def qgemm_nt(
     Returns:
         [..., N] in the type of ``x``; sums are float32. Differentiable in ``x``, ``scales`` (the
         gradient of PEQA, arXiv 2305.14152, with no dense dW) and ``bias``, to any order.
+
+    On CUDA, :mod:`lowbitcore.dispatch` may send many rows of 16 bits through a dequantized weight
+    and torch's dense product. Weights and ``bias`` are then rounded to the type of ``x``, and sums
+    are as torch's settings have them.
     """
     _check("qgemm_nt", bits, group_size, x=x, packed=packed, scales=scales, g_idx=g_idx, bias=bias)
     _check_dims("qgemm_nt", "scales", scales, 2)
@@ -482,6 +500,31 @@ def _(
     k = _stored_in_features("qgemm_nt", packed, scales, bits, group_size)
     n = scales.shape[1]
     y = x.new_empty((*x.shape[:-1], n))
+    if _by_dequantizing("qgemm_nt", x, g_idx, n * k):
+        if x.shape[-1] != k:
+            _fail("qgemm_nt", "x", f"shape [..., {k}]", list(x.shape))
+        if bias is not None and bias.shape != (n,):
+            _fail("qgemm_nt", "bias", f"shape [{n}]", list(bias.shape))
+        rows, out = x.reshape(-1, k), y.view(-1, n)
+        for span in dispatch.panels(n, k, x.dtype):
+            panel = x.new_empty((span.stop - span.start, k))
+            _C.dequantize(
+                packed,
+                _rows(scales),
+                g_idx,
+                bits,
+                group_size,
+                k,
+                n,
+                span.start,
+                panel,
+                _stream(x),
+            )
+            if bias is None:
+                torch.mm(rows, panel.mT, out=out[:, span])
+            else:
+                torch.addmm(bias[span].to(x.dtype), rows, panel.mT, out=out[:, span])
+        return y
     _C.qgemm_nt(
         _rows(x),
         packed,
@@ -563,6 +606,10 @@ def _(
     in_features: int,
 ) -> Tensor:
     dx = _qgemm_nn_fake(dy, packed, scales, g_idx, bits, group_size, in_features)
+    if _by_dequantizing("qgemm_nn", dy, g_idx, scales.shape[1] * in_features):
+        weight = _dequantize(packed, scales, g_idx, bits, group_size, in_features, dy.dtype)
+        torch.mm(dy.reshape(-1, len(weight)), weight, out=dx.view(-1, in_features))
+        return dx
     _C.qgemm_nn(
         _rows(dy),
         packed,
@@ -926,7 +973,7 @@ def gptq_quantize(
         mse,
         static_groups,
     )
-    trivial = torch.equal(g_idx, trivial_g_idx(weight.shape[1], group_size))
+    trivial = torch.equal(g_idx, trivial_g_idx(weight.shape[1], group_size, g_idx.device))
     return GptqResult(codes, scales, zeros, None if trivial else g_idx, float(loss))
 
 

@@ -38,6 +38,7 @@ from lowbitcore.heap import return_tensors_at_once
 from lowbitcore.lora import prepare_lora
 from lowbitcore.lrec import LrecTrainer, TeacherCache
 from lowbitcore.peqa import prepare_peqa
+from lowbitcore.runtime import resolve_device, synchronize
 from lowbitcore.training import (
     Checkpointing,
     Deadline,
@@ -125,6 +126,7 @@ class Recipe:
     teacher: Teacher | None = None
     adapters: tuple[str, ...] = ()
     dtype: str = "auto"
+    device: str = "cpu"
 
     @property
     def product(self) -> str:
@@ -141,6 +143,7 @@ def train(
     that a run with other settings began.
     """
     schedule = recipe.schedule
+    device = _device(recipe)
     if schedule.checkpointing == "full":
         return_tensors_at_once()  # whoever asks for it is short of memory
     if schedule.minutes is not None and _processes() > 1:
@@ -151,7 +154,7 @@ def train(
     planned = _open(recipe, out, resume)
     if resume and not planned and _is_main():
         say(f"{out}: nothing to resume: training from the start")
-    model = models.load(recipe.model, dtype=recipe.dtype)
+    model = models.load(recipe.model, dtype=recipe.dtype, device=device)
     tokenizer = models.load_tokenizer(recipe.model)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and schedule.length > limit:
@@ -199,7 +202,7 @@ def train(
     evaluation = None if text is None else lambda m: measure(m, _EVALUATION_WINDOWS)
 
     def trainer(steps: int) -> PackedTrainer:
-        arguments = _arguments(schedule, out, steps, evaluate=text is not None)
+        arguments = _arguments(schedule, out, steps, device, evaluate=text is not None)
         kwargs: dict[str, Any] = {
             "evaluation": evaluation,
             "checkpointing": schedule.checkpointing,
@@ -332,6 +335,14 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _device(recipe: Recipe) -> torch.device:
+    """That of this process: under torchrun each one has a GPU of its own."""
+    device = recipe.device
+    if device == "cuda" and _processes() > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return resolve_device(device)
+
+
 def _record(recipe: Recipe, out: Path, steps: int) -> IO[str]:
     """Begins, or goes on with, a run in `out`; the lock that keeps others out of it."""
     out.mkdir(parents=True, exist_ok=True)
@@ -350,7 +361,7 @@ def _teacher(
         return None
     if recipe.teacher.cache is not None and Path(recipe.teacher.cache).is_file():
         raise ValueError(f"--cache: expected a directory, got the file {recipe.teacher.cache}")
-    teacher = models.load(recipe.teacher.model, dtype=model.dtype)
+    teacher = models.load(recipe.teacher.model, dtype=model.dtype, device=model.device)
     if models.quantized_linears(teacher):
         raise ValueError(f"--teacher: {recipe.teacher.model}: expected a 16-bit model")
     if teacher.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
@@ -359,11 +370,14 @@ def _teacher(
         return teacher
     size = TeacherCache.bytes_needed(teacher, examples)
     say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")
-    with PartialState(cpu=True).main_process_first():  # the others find it filled
+    # The others find it filled.
+    with PartialState(cpu=model.device.type == "cpu").main_process_first():
         return TeacherCache.fill(recipe.teacher.cache, teacher, examples)
 
 
-def _arguments(schedule: Schedule, out: Path, steps: int, *, evaluate: bool) -> TrainingArguments:
+def _arguments(
+    schedule: Schedule, out: Path, steps: int, device: torch.device, *, evaluate: bool
+) -> TrainingArguments:
     processes = _processes()
     micro = schedule.micro_batch or max(1, schedule.batch // processes)
     if schedule.batch % (micro * processes):
@@ -391,8 +405,10 @@ def _arguments(schedule: Schedule, out: Path, steps: int, *, evaluate: bool) -> 
         eval_on_start=evaluate,  # where it starts from, and whether the text will do
         disable_tqdm=True,  # its bar prints every log on stdout
         report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
-        use_cpu=True,
-        ddp_backend="gloo" if processes > 1 else None,
+        use_cpu=device.type == "cpu",
+        # The packed weights are buffers, the same in all processes: no traffic for each forward.
+        ddp_broadcast_buffers=False,
+        ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
     )
 
 
@@ -426,11 +442,13 @@ def _seconds_a_step(trainer: PackedTrainer, schedule: Schedule, examples: Traini
     model = trainer.model
     micro = schedule.micro_batch or schedule.batch
     batch = collate([trainer.train_dataset[i % len(examples)] for i in range(micro)])
+    batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
     model.train()
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()
         model(**batch)["loss"].backward()
+        synchronize()
         seconds = time.perf_counter() - start
     model.zero_grad()
     return seconds * schedule.batch / micro

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from . import _C
 
 __all__ = [
+    "CudaDevice",
     "available_isas",
     "cmake_dir",
+    "cuda_devices",
     "cuda_status",
     "force_isa",
+    "free_memory",
     "isa",
     "num_threads",
+    "resolve_device",
     "set_num_threads",
+    "synchronize",
+    "why_no_cuda",
 ]
+
+# What the kernels are written for: cp.async, and mma.sync on bf16.
+_OLDEST_ARCHITECTURE = (8, 0)
 
 
 def isa() -> str:
@@ -60,6 +73,92 @@ def set_num_threads(count: int) -> None:
 def cuda_status() -> str:
     """One line on CUDA: its devices, or why there are none."""
     return _C.cuda_status()
+
+
+class CudaDevice(NamedTuple):
+    """A GPU, in torch's order. ``memory`` in bytes; ``why_not``: why there are no kernels for it,
+    None where there are."""
+
+    name: str
+    architecture: str
+    memory: int
+    why_not: str | None
+
+
+def cuda_devices() -> list[CudaDevice]:
+    """The GPUs that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        CudaDevice(
+            device.name,
+            f"sm_{device.major}{device.minor}",
+            device.total_memory,
+            _why_no_kernels((device.major, device.minor)),
+        )
+        for device in found
+    ]
+
+
+def _why_no_kernels(capability: tuple[int, int]) -> str | None:
+    if not _built_with_cuda():
+        return f"CUDA is {cuda_status()}"
+    if capability < _OLDEST_ARCHITECTURE:
+        return f"kernels need sm_80 or newer, this is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def _built_with_cuda() -> bool:
+    return not cuda_status().startswith("not built")
+
+
+def why_no_cuda(index: int = 0) -> str | None:
+    """Why GPU number ``index`` cannot be computed on; None where it can."""
+    if not _built_with_cuda():
+        return f"CUDA is {cuda_status()}"
+    if torch.version.cuda is None:
+        return f"this torch, {torch.__version__}, has no CUDA"
+    devices = cuda_devices()
+    if not devices:
+        return f"torch sees no GPU (CUDA is {cuda_status()})"
+    if index >= len(devices):
+        return f"torch sees {len(devices)} GPUs"
+    why_not = devices[index].why_not
+    return None if why_not is None else f"{devices[index].name}: {why_not}"
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device called "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: it is not one of these, or cannot be computed on; says why.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"resolve_device: device: expected cpu or cuda, got {device}")
+    why_not = why_no_cuda(found.index or 0) if found.type == "cuda" else None
+    if why_not is not None:
+        raise ValueError(f"resolve_device: device: expected cpu, got {device}: {why_not}")
+    return found
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done what it was given, if one is in use; for measuring time."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes on a device that nothing uses now."""
+    if device.type == "cuda":
+        # torch's allocator keeps freed memory, which the driver counts as used.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def cmake_dir() -> str:

@@ -51,6 +51,7 @@ from lowbitcore.quantize import (
     each_block,
     package_version,
 )
+from lowbitcore.runtime import resolve_device
 
 _PARTIAL, _LOCK = ".partial", "lock"
 
@@ -62,23 +63,25 @@ def quantize_checkpoint(
     calibration: Any,
     config: QuantConfig,
     *,
+    device: str | torch.device = "cpu",
     resume: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Quantizes a checkpoint to a GPTQ directory with one block in memory at a time.
+    """Quantizes a checkpoint to a GPTQ directory with one block in memory at a time, on `device`.
 
     `source`: a Hugging Face directory, hub id or `.gguf` (which counts as a bf16 model);
     `calibration` as in `quantize_model`. Finished blocks go to `out/.partial`, from where
     `resume=True` goes on after a kill with a result equal to the last bit. Raises ValueError for
     bad input, an `out` that exists, and a resume with other settings.
     """
+    device = resolve_device(device)
     opened = open_source(source)
     if opened.gptq is not None:
         raise ValueError(f"quantize_checkpoint: {source}: is quantized already")
     if isinstance(opened.weights, GgufFile) and opened.dtype == torch.float32:
         opened = opened._replace(dtype=torch.bfloat16)
     windows = calibration_for(config, calibration, lambda: load_tokenizer(source), opened.config)
-    run = _StreamingRun(opened, Path(out), windows, config)
+    run = _StreamingRun(opened, Path(out), windows, config, device)
     run.open(resume=resume)
     return run.quantize(progress=progress)
 
@@ -112,13 +115,20 @@ class _StreamingRun:
     """One streamed quantization: its source, its `.partial` directory and its progress."""
 
     def __init__(
-        self, source: Source, out: Path, windows: torch.Tensor, config: QuantConfig
+        self,
+        source: Source,
+        out: Path,
+        windows: torch.Tensor,
+        config: QuantConfig,
+        device: torch.device,
     ) -> None:
         self._source, self._out, self._config = source, out, config
-        self._windows = windows
+        self._windows, self._device = windows, device
         self._partial = out / _PARTIAL
-        self._dtype = compute_dtype(source.dtype)
+        self._dtype = compute_dtype(source.dtype, device)
         self._model = build_skeleton(source.config, source.dtype)
+        # Its buffers; parameters have no values yet.
+        self._model._apply(lambda item: item if item.is_meta else item.to(device))
         self._layout = find_blocks(self._model)
         self._names = list(self._model.state_dict())
         check_depth(self._model, source)
@@ -172,6 +182,7 @@ class _StreamingRun:
             "calibration": hashlib.sha256(tokens).hexdigest() + f" {list(self._windows.shape)}",
             "version": package_version(),
             "dtype": str(self._dtype),
+            "device": self._device.type,
         }
 
     def _save_progress(self) -> None:
@@ -220,10 +231,11 @@ class _StreamingRun:
             if not name.startswith(blocks) and id(item) not in unused
         ]
         with self._report.timing("load"):
-            fill(self._model, self._source.weights, outer, dtype=self._source.dtype)
+            self._fill(outer, self._source.dtype)
         self._load_block(0)
         with self._report.timing("forward"):
-            calibration = Calibration(self._model, self._layout, self._windows, self._dtype)
+            windows = self._windows.to(self._device)
+            calibration = Calibration(self._model, self._layout, windows, self._dtype)
         self._drop(outer)
         return calibration
 
@@ -236,7 +248,10 @@ class _StreamingRun:
         current = self._model.state_dict(keep_vars=True)
         if any(current[name].is_meta for name in names):
             with self._report.timing("load"):
-                fill(self._model, self._source.weights, names, dtype=self._dtype)
+                self._fill(names, self._dtype)
+
+    def _fill(self, names: Sequence[str], dtype: torch.dtype) -> None:
+        fill(self._model, self._source.weights, names, dtype=dtype, device=self._device)
 
     def _drop(self, names: Sequence[str]) -> None:
         for name in names:
@@ -312,6 +327,7 @@ class _StreamingRun:
                 out_features=out_features,
                 bias=module.bias is not None,
                 dtype=self._dtype,
+                device=self._device,
             )
             result[path] = Quantized(linear, corrections.get(path))
         return result

@@ -59,7 +59,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, rows: slice) -> tuple[Tensor,
     log_p = torch.log_softmax(logits, dim=-1)
     loss = -log_p.gather(1, targets[:, None]).sum()
     gradient = log_p.exp_()
-    gradient[torch.arange(len(targets)), targets] -= 1
+    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
     return loss, gradient
 
 
@@ -218,6 +218,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         set_checkpointing(model, checkpointing)
         self._evaluation = evaluation
         args.remove_unused_columns = False  # what a batch holds is for the loss to know
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # a process for each GPU: DataParallel would leave the teacher behind
         super().__init__(
             model=self._trained(model),
             args=args,

@@ -16,6 +16,7 @@ _OPTIONS = {
     "samples": "--samples",
     "length": "--length",
     "context": "--context",
+    "device": "--device",
     "windows": "--windows",
     "stride": "--stride",
     "prompt": "--prompt",
@@ -48,11 +49,14 @@ def _for_the_command_line(message: str) -> str:
 
 def main() -> None:
     """Run the command line: exit code 2 and one line on stderr for what is not a bug of ours."""
+    from torch import OutOfMemoryError  # of a GPU
+
     from lowbitcore._C import Error
 
+    known = (ValueError, OSError, MemoryError, OutOfMemoryError, FloatingPointError, Error)
     try:
         app()
-    except (ValueError, OSError, MemoryError, FloatingPointError, Error) as error:
+    except known as error:
         message = _for_the_command_line(str(error)) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

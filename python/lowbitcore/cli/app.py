@@ -51,7 +51,10 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on stdout.")]
-Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")]
+Device = Annotated[
+    Literal["cpu", "cuda"],
+    typer.Option(help="Where to compute; `lowbitcore info --device` says what there is."),
+]
 Dtype = Annotated[
     Literal["auto", "bf16", "fp32"],
     typer.Option(help="Type of activations and of all weights that are not packed."),
@@ -79,15 +82,9 @@ def load_model(
     model: str, dtype: str, device: str, adapter: list[str] | None = None
 ) -> PreTrainedModel:
     from lowbitcore import model as models
-    from lowbitcore import runtime
     from lowbitcore.adapters import load_adapter
     from lowbitcore.formats import peft
 
-    if device == "cuda":
-        raise ValueError(
-            f"--device: expected cpu (CUDA: {runtime.cuda_status()}; there are no kernels for it "
-            "yet), got cuda"
-        )
     names = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
     correction = peft.find_correction(model)
     if correction is not None and not adapter:

@@ -75,11 +75,13 @@ def quantize(
     seed: Annotated[
         int, typer.Option(help="Of the calibration windows.", min=0, max=2**63 - 1)
     ] = 0,
+    device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model into a GPTQ checkpoint, block by block."""
     from lowbitcore.quantize import QuantConfig
+    from lowbitcore.runtime import resolve_device
     from lowbitcore.streaming import check_output, quantize_checkpoint
 
     config = QuantConfig(
@@ -92,21 +94,24 @@ def quantize(
         percdamp=damp,
         rank=rank,
     )
-    check_output(out, resume=resume)  # before text is made for it
+    resolve_device(device)  # before text is made for it
+    check_output(out, resume=resume)
     windows = None
     if method == "gptq":
         if calib is None:
             raise ValueError("--calib: expected a text file, hf:NAME or self (or --method rtn)")
-        windows = _calibration(model, calib, samples, length, seed)
+        windows = _calibration(model, calib, samples, length, seed, device)
     elif calib is not None:
         raise ValueError("--calib: expected none with --method rtn, which uses no data")
     start = time.perf_counter()
-    report = quantize_checkpoint(model, out, windows, config, resume=resume)
+    report = quantize_checkpoint(model, out, windows, config, device=device, resume=resume)
     seconds = time.perf_counter() - start
     emit(as_json, *_describe_report(report, config, out, seconds))
 
 
-def _calibration(model: str, calib: str, samples: int, length: int | None, seed: int) -> Tensor:
+def _calibration(
+    model: str, calib: str, samples: int, length: int | None, seed: int, device: str
+) -> Tensor:
     from lowbitcore import data
     from lowbitcore import model as models
     from lowbitcore.summary import summarize
@@ -118,7 +123,7 @@ def _calibration(model: str, calib: str, samples: int, length: int | None, seed:
         raise ValueError(f"--length: expected at most {limit} for this model, got {length}")
     tokenizer = models.load_tokenizer(model)
     if calib == "self":
-        writer = load_model(model, "auto", "cpu")
+        writer = load_model(model, "auto", device)
         return data.sample_from_model(writer, tokenizer, samples=samples, length=length, seed=seed)
     texts = data.hub_texts(calib[3:]) if calib.startswith("hf:") else data.read_texts(calib)
     return data.calibration_windows(texts, tokenizer, samples=samples, length=length, seed=seed)
@@ -249,6 +254,7 @@ def _describe_device() -> tuple[dict[str, Any], list[str]]:
     from lowbitcore import __version__, runtime
 
     forced = os.environ.get("LOWBITCORE_ISA")
+    devices, why_no_cuda = runtime.cuda_devices(), runtime.why_no_cuda()
     result = {
         "version": __version__,
         "isa": runtime.isa(),
@@ -256,6 +262,8 @@ def _describe_device() -> tuple[dict[str, Any], list[str]]:
         "forced_isa": forced,
         "threads": runtime.num_threads(),
         "cuda": runtime.cuda_status(),
+        "cuda_devices": [device._asdict() for device in devices],
+        "why_no_cuda": why_no_cuda,
         "torch": torch.__version__,
         "cmake_dir": runtime.cmake_dir(),
     }
@@ -266,6 +274,12 @@ def _describe_device() -> tuple[dict[str, Any], list[str]]:
         f"{', '.join(runtime.available_isas())})",
         f"threads: {result['threads']}",
         f"CUDA: {result['cuda']}",
+        *(
+            f"  cuda:{index}: {item.name}, {item.architecture}, {item.memory / 1e9:.1f} GB, "
+            f"{item.why_not or 'has kernels'}"
+            for index, item in enumerate(devices)
+        ),
+        f"--device cuda: {'yes' if why_no_cuda is None else f'no: {why_no_cuda}'}",
         f"CMake package: {result['cmake_dir']}",
     ]
 
@@ -335,6 +349,7 @@ def demo(
             metavar="FILE|hf:NAME|self", help="Calibration text; self: the model writes it."
         ),
     ] = "self",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Quantize a real model to 4, 3 and 2 bits, and repair it (10 minutes)."""
@@ -342,5 +357,10 @@ def demo(
 
     if not (minutes > 0 and minutes < float("inf")):
         raise ValueError(f"--minutes: expected a positive number, got {minutes}")
-    result, lines = run(out, lambda model: _calibration(model, calib, 32, 256, 0), minutes=minutes)
+    result, lines = run(
+        out,
+        lambda model: _calibration(model, calib, 32, 256, 0, device),
+        minutes=minutes,
+        device=device,
+    )
     emit(as_json, result, lines)

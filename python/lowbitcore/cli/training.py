@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lowbitcore.cli.app import Json, app, emit, megabytes
+from lowbitcore.cli.app import Device, Json, app, emit, megabytes
 
 if TYPE_CHECKING:
     from lowbitcore.recipes import Lora, Recipe
@@ -69,6 +69,7 @@ def peqa(
     resume: Resume = False,
     adapter: Under = None,
     checkpointing: Checkpoints = "selective",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Train the scales of a packed model (PEQA).
@@ -90,7 +91,8 @@ def peqa(
         eval_text=eval_text,
         checkpointing=checkpointing,
     )
-    _train(Recipe(model, schedule, adapters=tuple(adapter or ())), out, resume, as_json)
+    recipe = Recipe(model, schedule, adapters=tuple(adapter or ()), device=device)
+    _train(recipe, out, resume, as_json)
 
 
 @app.command()
@@ -117,6 +119,7 @@ def emef(
     resume: Resume = False,
     adapter: Under = None,
     checkpointing: Checkpoints = "selective",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Fine-tune a packed model with LoRA (EMEF).
@@ -140,7 +143,8 @@ def emef(
         checkpointing=checkpointing,
     )
     lora = Lora(rank, alpha, tuple(targets.split(",")), dropout)
-    _train(Recipe(model, schedule, lora, adapters=tuple(adapter or ())), out, resume, as_json)
+    recipe = Recipe(model, schedule, lora, adapters=tuple(adapter or ()), device=device)
+    _train(recipe, out, resume, as_json)
 
 
 @app.command()
@@ -182,6 +186,7 @@ def lrec(
     resume: Resume = False,
     adapter: Under = None,
     checkpointing: Checkpoints = "selective",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Repair a packed model with LoRA on every linear (LREC).
@@ -209,6 +214,7 @@ def lrec(
         _lrec_adapter(model, rank, start, stacked=bool(adapter)),
         Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
         tuple(adapter or ()),
+        device=device,
     )
     _train(recipe, out, resume, as_json)
 

@@ -215,7 +215,7 @@ def decode_linear(
         low, high = int(g_idx.min()), int(g_idx.max())
         if low < 0 or high >= groups:
             raise ValueError(f"{where}.g_idx: expected 0..{groups - 1}, got {low}..{high}")
-        if torch.equal(g_idx, ops.trivial_g_idx(in_features, config.group_size)):
+        if torch.equal(g_idx, ops.trivial_g_idx(in_features, config.group_size, g_idx.device)):
             g_idx = None
     qzeros = tensors["qzeros"]
     if config.checkpoint_format == V1:
