@@ -326,8 +326,10 @@ class QuantLinear(nn.Module):
             self._check(**{name: x for name, x in found.items() if name != "g_idx"})
             g_idx = self._nontrivial(found["g_idx"]) if "g_idx" in found else self.g_idx
             if found.keys() & {"qweight", "g_idx"}:
-                integers = [found[name] for name in ("qweight", "qzeros") if name in found]
-                self._hold(*(integers or self._unpack()), g_idx)
+                qweight, qzeros = (
+                    (found["qweight"], found["qzeros"]) if "qweight" in found else self._unpack()
+                )
+                self._hold(qweight, qzeros, g_idx)
             for name in ("scales", "bias"):
                 if name in found:
                     self._load_parameter(name, found[name])
@@ -367,7 +369,7 @@ class _Reorder(torch.autograd.Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
         return dy.index_select(-1, _inverse(order)), None
 
