@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 TILE = 32  # outputs and inputs of a tile of the packed weight
 SECTOR = 32  # bytes that DRAM moves at once
-MMA = 16 * 8 * 16  # multiply-adds of one m16n8k16
+MMA_FLOPS = 2 * 16 * 8 * 16  # of one m16n8k16
 OPS = ("nt", "nn", "grad_scales")
 
-_NAME = re.compile(
-    r"qgemm_(nt|nn|grad_scales)_kernelI(6__half|13__nv_bfloat16)((?:Li\d+E)+)E"
+_WGMMA = re.compile(
+    r"qgemm_wgmma_kernelI\w*?(Forward|Transposed)WeightsI(6__half|13__nv_bfloat16)Li(\d+)E"
 )
+_NAME = re.compile(r"qgemm_(nt|nn|grad_scales)_kernelI(6__half|13__nv_bfloat16)((?:Li\d+E)+)E")
 
 
 def up(count: int, size: int) -> int:
@@ -76,6 +77,7 @@ class Geometry:
     warps: int
     stages: int
     stage_bytes: int
+    wgmma: bool = False
 
     @property
     def threads(self) -> int:
@@ -87,7 +89,18 @@ class Geometry:
 
     @property
     def label(self) -> str:
-        return f"{self.op} {self.bits}-bit {self.dtype} {self.rows}x{self.columns}"
+        kind = " wgmma" if self.wgmma else ""
+        return f"{self.op} {self.bits}-bit {self.dtype} {self.rows}x{self.columns}{kind}"
+
+    @property
+    def step_products(self) -> int:
+        """m16n8k16 that a warp multiplies in a step."""
+        return 2 * self.rows * self.columns * self.step // MMA_FLOPS // self.warps
+
+    @property
+    def blocks_each(self) -> int:
+        """Blocks on a multiprocessor that the dispatcher counts on."""
+        return 1 if self.wgmma else 2
 
     def tiles(self, p: Problem) -> tuple[int, int]:
         """Blocks of the result, in x and y."""
@@ -101,6 +114,9 @@ class Geometry:
 
 def geometry_of(kernel: str) -> Geometry | None:
     """None for kernels that use no tensor core."""
+    found = _WGMMA.search(kernel)
+    if found is not None:
+        return _wgmma_geometry("nt" if found[1] == "Forward" else "nn", found[2], int(found[3]))
     found = _NAME.search(kernel)
     if found is None:
         return None
@@ -122,11 +138,21 @@ def geometry_of(kernel: str) -> Geometry | None:
     return Geometry(op, dtype, bits, rows, columns, 64, warps_m * warps_n, stages, stage_bytes)
 
 
+def _wgmma_geometry(op: str, dtype: str, bits: int) -> Geometry:
+    """gemm_wgmma.cuh has one tile: two groups of four warps, 32 columns a warp."""
+    rows, columns, stages = 128, 256, 4
+    weight_bytes = 2 * columns // TILE * TILE * TILE // 8 * bits
+    grid_bytes = 2 * columns * 5 if op == "nt" else columns // TILE * 64 * 5
+    stage_bytes = up(rows * 64 * 2 + weight_bytes + grid_bytes, 1024) * 1024
+    name = "fp16" if "half" in dtype else "bf16"
+    return Geometry(op, name, bits, rows, columns, 64, 8, stages, stage_bytes, wgmma=True)
+
+
 @dataclass(frozen=True)
 class Least:
     """The least that a launch can do, given its tile."""
 
-    mma: int
+    flops: int  # of the tensor cores
     read_sectors: int  # distinct, from DRAM
     write_sectors: int
     cp_async_sectors: int
@@ -135,7 +161,7 @@ class Least:
 
 def least(g: Geometry, p: Problem, splits: int) -> Least:
     across, down = g.tiles(p)
-    mma = across * g.rows * down * g.columns * g.steps(p) * g.step // MMA
+    flops = 2 * across * g.rows * down * g.columns * g.steps(p) * g.step
     tiles = p.k // TILE
     x, dy = p.activation_sectors(p.k), p.activation_sectors(p.n)
     if g.op == "grad_scales":
@@ -145,9 +171,9 @@ def least(g: Geometry, p: Problem, splits: int) -> Least:
         loads = splits * (p.weight_sectors + tiles * p.n // 16 * 2)
         written = splits * tiles * p.n * 4 // SECTOR
         read = x + dy + p.weight_sectors + zeros
-        return Least(mma, read, written, dy * down + x * across, loads)
-    # A row of blocks reads W once. Activations come once for each column of blocks, and the rows of
-    # scales and zeros once for each step that lies in their group (nt) or each block that does (nn).
+        return Least(flops, read, written, dy * down + x * across, loads)
+    # A row of blocks reads W once. Activations come once for each column of blocks, and the rows
+    # of scales and zeros once for each step (nt) or column of blocks (nn) that lies in their group.
     operand = x if g.op == "nt" else dy
     together = g.step if g.op == "nt" else g.columns
     touched = sum(
@@ -159,4 +185,4 @@ def least(g: Geometry, p: Problem, splits: int) -> Least:
     copies = across * (p.weight_sectors + grid) + down * operand
     element = 4 if splits > 1 else 2
     written = splits * p.m * p.columns(g.op) * element // SECTOR
-    return Least(mma, operand + p.weight_sectors + p.grid_sectors, written, copies, 0)
+    return Least(flops, operand + p.weight_sectors + p.grid_sectors, written, copies, 0)

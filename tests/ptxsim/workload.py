@@ -1,4 +1,4 @@
-"""Products of the library in the interpreter: the real path from `lowbitcore.ops` to the launches."""
+"""Products of the library in the interpreter, from `lowbitcore.ops` to the launches."""
 
 from __future__ import annotations
 
@@ -64,12 +64,18 @@ class Workload:
         # Where torch allocates it lies as on a GPU: at the start of a sector.
         return packed, problem.scales_tensor().clone()
 
-    def run(self, op: str, p: Problem, dtype: str) -> tuple[list[Launch], torch.Tensor]:
-        """The launches of one product, and its result."""
+    def run(
+        self, op: str, p: Problem, dtype: str, capability: int = 80
+    ) -> tuple[list[Launch], torch.Tensor]:
+        """The launches of one product on a device of that compute capability, and its result."""
+        with self.simulator.options(compute_capability=capability):
+            return self._run(op, p, dtype)
+
+    def _run(self, op: str, p: Problem, dtype: str) -> tuple[list[Launch], torch.Tensor]:
         packed, scales = self._weight(p.bits, p.n, p.k, p.group_size)
         x = ref.random_activations(1, p.m, p.k, DTYPES[dtype])
         dy = ref.random_activations(2, p.m, p.n, DTYPES[dtype])
-        layout = {"bits": p.bits, "group_size": p.group_size}
+        layout: dict[str, Any] = {"bits": p.bits, "group_size": p.group_size}
         self.simulator.clear_log()
         if op == "nt":
             result = ops.qgemm_nt(x, packed, scales, **layout)
