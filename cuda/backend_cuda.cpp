@@ -91,15 +91,24 @@ bool on_tensor_cores_with_scales(const ConstMatrix& a, const ConstMatrix& b, con
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-int splits_of(Op op, const QuantFormat& f, std::int64_t m) {
+// How a product is computed. Depends on nothing but shapes and the device, so that workspaces fit.
+struct Plan {
+  bool wgmma;
+  Tile tile;  // without wgmma
+  int splits;
+};
+
+Plan plan_of(Op op, const QuantFormat& f, std::int64_t m) {
   constexpr std::int64_t kStep = 64;
+  const bool wgmma = choose_wgmma(op, m) && supports_wgmma();
   const Tile tile = choose_tile(op, m);
-  const std::int64_t rows = tile_rows(tile);
-  const std::int64_t columns = op == Op::nn && tile == Tile::few ? 256 : 128;
+  const std::int64_t rows = wgmma ? 128 : tile_rows(tile);
+  const std::int64_t columns = wgmma || (op == Op::nn && tile == Tile::few) ? 256 : 128;
   const std::int64_t out = op == Op::nt ? f.out_features : f.in_features;
   const std::int64_t depth = op == Op::nt ? f.in_features : f.out_features;
-  return choose_splits(divide_up(m, rows) * divide_up(out, columns), divide_up(depth, kStep),
-                       multiprocessors());
+  const int splits = choose_splits(divide_up(m, rows) * divide_up(out, columns),
+                                   divide_up(depth, kStep), multiprocessors(), wgmma ? 1 : 2);
+  return {wgmma, tile, splits};
 }
 
 int grad_scales_splits(const QuantFormat& f, std::int64_t m) {
@@ -150,32 +159,40 @@ void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
               const Resources& use) {
   const cudaStream_t stream = stream_of(use.stream);
   if (!on_tensor_cores_with_scales(x, y, w)) return launch_simt_nt(x, w, bias, y, stream);
-  const int splits = splits_of(Op::nt, w.format, x.rows);
+  const Plan plan = plan_of(Op::nt, w.format, x.rows);
   const GemmArgs args = gemm_args(x, w, bias, y, use.workspace);
   with_bits(w.format.bits, [&](auto bits) {
-    launch_qgemm_nt<bits.value>(x.dtype, choose_tile(Op::nt, x.rows), args, splits, stream);
+    if (plan.wgmma) {
+      launch_qgemm_nt_wgmma<bits.value>(x.dtype, args, plan.splits, stream);
+    } else {
+      launch_qgemm_nt<bits.value>(x.dtype, plan.tile, args, plan.splits, stream);
+    }
   });
-  if (splits > 1) launch_reduce_splits(args.partial, splits, bias, y, stream);
+  if (plan.splits > 1) launch_reduce_splits(args.partial, plan.splits, bias, y, stream);
 }
 
 std::size_t qgemm_nt_workspace(const QuantFormat& f, std::int64_t m, int) {
-  const std::int64_t splits = splits_of(Op::nt, f, m);
+  const std::int64_t splits = plan_of(Op::nt, f, m).splits;
   return splits == 1 ? 0 : static_cast<std::size_t>(splits * m * f.out_features) * sizeof(float);
 }
 
 void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
   const cudaStream_t stream = stream_of(use.stream);
   if (!on_tensor_cores_with_scales(dy, dx, w)) return launch_simt_nn(dy, w, dx, stream);
-  const int splits = splits_of(Op::nn, w.format, dy.rows);
+  const Plan plan = plan_of(Op::nn, w.format, dy.rows);
   const GemmArgs args = gemm_args(dy, w, nullptr, dx, use.workspace);
   with_bits(w.format.bits, [&](auto bits) {
-    launch_qgemm_nn<bits.value>(dy.dtype, choose_tile(Op::nn, dy.rows), args, splits, stream);
+    if (plan.wgmma) {
+      launch_qgemm_nn_wgmma<bits.value>(dy.dtype, args, plan.splits, stream);
+    } else {
+      launch_qgemm_nn<bits.value>(dy.dtype, plan.tile, args, plan.splits, stream);
+    }
   });
-  if (splits > 1) launch_reduce_splits(args.partial, splits, nullptr, dx, stream);
+  if (plan.splits > 1) launch_reduce_splits(args.partial, plan.splits, nullptr, dx, stream);
 }
 
 std::size_t qgemm_nn_workspace(const QuantFormat& f, std::int64_t m, int) {
-  const std::int64_t splits = splits_of(Op::nn, f, m);
+  const std::int64_t splits = plan_of(Op::nn, f, m).splits;
   return splits == 1 ? 0 : static_cast<std::size_t>(splits * m * f.in_features) * sizeof(float);
 }
 

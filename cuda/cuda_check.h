@@ -10,6 +10,7 @@ namespace lowbitcore::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // the runtime keeps it, too: the next check_launch would find it
   throw Error(std::string(what) + ": CUDA: " + cudaGetErrorString(error));
 }
 

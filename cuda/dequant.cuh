@@ -13,7 +13,8 @@ namespace lowbitcore::cuda {
 
 // The integers that one thread multiplies with. Four columns c of four pairs m each: forward, c is
 // the output o and a pair is two neighbouring inputs (e = 0, 1); after transpose(), c = 2 e + i and
-// a pair is two neighbouring outputs, o = (0, 2) for i = 0 and (1, 3) for i = 1.
+// a pair is two neighbouring outputs, o = (0, 2) for i = 0 and (1, 3) for i = 1. With `half`, only
+// pairs 2 half and 2 half + 1 are wanted, and become pairs 0 and 1.
 template <int kBits>
 struct Unit;
 
@@ -25,6 +26,10 @@ struct Unit<2> {
     const uint2 v = ptx::load_shared_64(tile + u * 8);
     w[0] = v.x;
     w[1] = v.y;
+  }
+  __device__ __forceinline__ Unit(std::uint32_t tile, int u, int half) : Unit(tile, u) {
+    w[0] >>= 4 * half;
+    w[1] >>= 4 * half;
   }
   __device__ __forceinline__ void transpose() {
     const std::uint32_t a = w[0], b = w[1];
@@ -42,6 +47,12 @@ struct Unit<3> {
     w[0] = v.x;
     w[1] = v.y;
     high[0] = ptx::load_shared_32(tile + 256 + u * 4);
+    high[1] = high[0] >> 8;
+  }
+  __device__ __forceinline__ Unit(std::uint32_t tile, int u, int half) : Unit(tile, u) {
+    w[0] >>= 4 * half;
+    w[1] >>= 4 * half;
+    high[0] >>= 4 * half;
     high[1] = high[0] >> 8;
   }
   __device__ __forceinline__ void transpose() {
@@ -63,6 +74,10 @@ struct Unit<4> {
     w[1] = v.y;
     w[2] = v.z;
     w[3] = v.w;
+  }
+  __device__ __forceinline__ Unit(std::uint32_t tile, int u, int half) : Unit(tile, u) {
+#pragma unroll
+    for (int o = 0; o < 4; ++o) w[o] >>= 8 * half;
   }
   __device__ __forceinline__ void transpose() {
     const std::uint32_t a = w[0], b = w[1], c = w[2], d = w[3];
@@ -86,6 +101,13 @@ struct Unit<8> {
       w[plane][2] = v.z;
       w[plane][3] = v.w;
     }
+  }
+  __device__ __forceinline__ Unit(std::uint32_t tile, int u, int half) : w{} {
+    const uint4 v = ptx::load_shared_128(tile + half * 512 + u * 16);
+    w[0][0] = v.x;
+    w[0][1] = v.y;
+    w[0][2] = v.z;
+    w[0][3] = v.w;
   }
   __device__ __forceinline__ void transpose() {
 #pragma unroll
@@ -170,6 +192,7 @@ template <int kBits, typename T>
 struct ZeroPair {
   std::uint32_t c[Places<kBits, T>::kCount];
 
+  ZeroPair() = default;
   // Bytes of `zeros` chosen by `selector` = 0x4j4i: z[i] for the lower half, z[j] for the upper.
   __device__ __forceinline__ ZeroPair(std::uint32_t zeros, std::uint32_t selector) {
     const std::uint32_t raised =
@@ -187,6 +210,7 @@ template <>
 struct ZeroPair<8, __nv_bfloat16> {
   std::uint32_t low, high;
 
+  ZeroPair() = default;
   __device__ __forceinline__ ZeroPair(std::uint32_t zeros, std::uint32_t selector) {
     const std::uint32_t z = ptx::prmt(zeros, 0, selector);
     const std::uint32_t base = twice(0x4300), minus = twice(0xbf80), nothing = twice(0x8000);

@@ -10,10 +10,40 @@ set(cuda_sources
   cuda/qgemm_simt.cu
   cuda/quantize_rtn.cu
   cuda/reduce.cu)
-foreach(family qgemm_nt qgemm_nn qgemm_grad_scales)
-  foreach(bits 2 3 4 8)
-    set(instance "${CMAKE_CURRENT_BINARY_DIR}/cuda/${family}_${bits}.cu")
-    configure_file(cuda/instance.cu.in "${instance}" @ONLY)
-    list(APPEND cuda_sources "${instance}")
+
+function(lowbitcore_kernels result)
+  set(instances)
+  foreach(family ${ARGN})
+    foreach(bits 2 3 4 8)
+      set(instance "${CMAKE_CURRENT_BINARY_DIR}/cuda/${family}_${bits}.cu")
+      configure_file(cuda/instance.cu.in "${instance}" @ONLY)
+      list(APPEND instances "${instance}")
+    endforeach()
   endforeach()
-endforeach()
+  set(${result} ${instances} PARENT_SCOPE)
+endfunction()
+
+lowbitcore_kernels(instances qgemm_nt qgemm_nn qgemm_grad_scales)
+list(APPEND cuda_sources ${instances})
+
+# wgmma is there on sm_90a and nowhere else, before or after: a target with this one architecture.
+set(wgmma_architecture)
+if(LOWBITCORE_EMULATE_CUDA)
+  set(wgmma_architecture 90a-virtual)
+elseif("${CMAKE_CUDA_ARCHITECTURES};" MATCHES "(^|;)(90a?(-|;)|all)"
+    OR (CMAKE_CUDA_ARCHITECTURES STREQUAL "native" AND CMAKE_CUDA_ARCHITECTURES_NATIVE MATCHES "90"))
+  set(wgmma_architecture 90a-real)
+endif()
+if(wgmma_architecture)
+  lowbitcore_kernels(instances qgemm_nt_wgmma qgemm_nn_wgmma)
+  add_library(lowbitcore_wgmma OBJECT ${instances})
+  set_target_properties(lowbitcore_wgmma PROPERTIES
+    CUDA_ARCHITECTURES "${wgmma_architecture}"
+    CUDA_STANDARD 17
+    CUDA_STANDARD_REQUIRED ON)
+  target_include_directories(lowbitcore_wgmma PRIVATE cuda cpp/include)
+  target_compile_options(lowbitcore_wgmma PRIVATE --Werror all-warnings -Xcompiler=-Wall,-Wextra)
+  list(APPEND cuda_sources cuda/wgmma.cpp $<TARGET_OBJECTS:lowbitcore_wgmma>)
+else()
+  list(APPEND cuda_sources cuda/no_wgmma.cpp)
+endif()

@@ -31,6 +31,7 @@ enum class InstructionClass : uint8_t {
   X(warp_instructions) /* issued, those with no active lane included */ \
   X(mma)                                                                \
   X(mma_flops)                                                          \
+  X(wgmma) /* of one warp: a quarter of the product */                  \
   X(ldmatrix)                                                           \
   X(ldmatrix_wavefronts)                                                \
   X(ldmatrix_wavefronts_ideal)                                          \

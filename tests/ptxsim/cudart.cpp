@@ -28,8 +28,18 @@ constexpr int kReservedSharedBytes = 1024;  // of each block, by the driver
 
 // What nvcc's host code has registered for one translation unit.
 struct FatBinary {
-  const Module* module = nullptr;
-  std::string error;  // why there is no module
+  const void* wrapper;
+  std::map<uint32_t, const Module*> modules;  // by architecture, of those that were used
+
+  // Of the pretended device as it is now.
+  const Module& module() {
+    Simulator& simulator = Simulator::get();
+    const ptxsim::PtxImage image =
+        ptxsim::ptx_of_fatbin(wrapper, static_cast<int>(simulator.options.compute_capability));
+    const Module*& place = modules[image.architecture];
+    if (place == nullptr) place = &simulator.load(std::string(image.text));
+    return *place;
+  }
 };
 
 struct Function {
@@ -38,8 +48,11 @@ struct Function {
   int max_dynamic_shared = -1;  // -1: not asked for
 
   const Kernel& kernel() const {
-    if (binary->module == nullptr) ptxsim::fail("%s: %s", name.c_str(), binary->error.c_str());
-    return Simulator::get().kernel(name, binary->module);
+    try {
+      return Simulator::get().kernel(name, &binary->module());
+    } catch (const std::exception& error) {
+      ptxsim::fail("%s: %s", name.c_str(), error.what());
+    }
   }
   int dynamic_limit() const {
     return max_dynamic_shared >= 0
@@ -179,11 +192,11 @@ cudaError_t symbol_memory(const void* symbol, uint8_t** memory, size_t* bytes) {
   const auto found = runtime().variables.find(symbol);
   if (found == runtime().variables.end()) return cudaErrorInvalidSymbol;
   const Variable& variable = found->second;
-  if (variable.binary->module == nullptr) ptxsim::fail("%s", variable.binary->error.c_str());
-  const auto storage = variable.binary->module->storage.find(variable.name);
-  if (storage == variable.binary->module->storage.end()) return cudaErrorInvalidSymbol;
+  const Module& module = variable.binary->module();
+  const auto storage = module.storage.find(variable.name);
+  if (storage == module.storage.end()) return cudaErrorInvalidSymbol;
   *memory = storage->second.get();
-  *bytes = variable.binary->module->variables.find(variable.name)->second.bytes;
+  *bytes = module.variables.find(variable.name)->second.bytes;
   return cudaSuccess;
 }
 
@@ -194,13 +207,12 @@ extern "C" {
 // ---- What nvcc's host code calls
 
 void** __cudaRegisterFatBinary(void* wrapper) {
-  auto* binary = new FatBinary;
-  guarded([&](Simulator& simulator) {
+  auto* binary = new FatBinary{wrapper, {}};
+  guarded([&](Simulator&) {
     try {
-      binary->module = &simulator.load(
-          ptxsim::ptx_of_fatbin(wrapper, static_cast<int>(simulator.options.compute_capability)));
-    } catch (const std::exception& error) {
-      binary->error = error.what();  // told when one of its kernels is launched
+      binary->module();  // so that its kernels are known by name
+    } catch (const std::exception&) {
+      // Told when one of its kernels is launched.
     }
     return cudaSuccess;
   });
@@ -219,7 +231,9 @@ void __cudaUnregisterFatBinary(void** handle) {
     };
     drop(runtime().functions);
     drop(runtime().variables);
-    if (binary->module != nullptr) simulator.unload(*binary->module);
+    for (const auto& [architecture, module] : binary->modules) {
+      if (module != nullptr) simulator.unload(*module);
+    }
     return cudaSuccess;
   });
 }

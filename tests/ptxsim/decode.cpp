@@ -1,5 +1,7 @@
 #include "decode.h"
 
+#include <algorithm>
+
 #include "builder.h"
 
 namespace ptxsim {
@@ -19,6 +21,7 @@ const OpcodeTable& opcodes() {
     register_async_copies(filled);
     register_warp_functions(filled);
     register_tensor_cores(filled);
+    register_warpgroup_products(filled);
     register_control(filled);
     return filled;
   }();
@@ -116,6 +119,8 @@ Kernel decode_kernel(const Module& module, const KernelText& text) {
   kernel.parameter_bytes = text.parameter_bytes;
   kernel.max_threads = text.max_threads;
   KernelBuilder(module, text, kernel).build();
+  kernel.uses_wgmma = std::any_of(kernel.instructions.begin(), kernel.instructions.end(),
+                                  [](const Instruction& i) { return i.is_wgmma; });
   return kernel;
 }
 

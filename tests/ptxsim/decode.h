@@ -58,6 +58,7 @@ void register_atomics(OpcodeTable& table);
 void register_async_copies(OpcodeTable& table);
 void register_warp_functions(OpcodeTable& table);
 void register_tensor_cores(OpcodeTable& table);
+void register_warpgroup_products(OpcodeTable& table);
 void register_control(OpcodeTable& table);
 
 }  // namespace ptxsim

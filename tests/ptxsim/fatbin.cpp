@@ -43,9 +43,19 @@ T read(const uint8_t* from) {
   return value;
 }
 
+// Whether a text says `.target sm_90a` or the like.
+bool is_specific(std::string_view ptx) {
+  const size_t target = ptx.find(".target");
+  if (target == ptx.npos) return false;
+  const size_t digits = ptx.find("sm_", target);
+  if (digits == ptx.npos) return false;
+  const size_t end = ptx.find_first_not_of("0123456789", digits + 3);
+  return end != ptx.npos && (ptx[end] == 'a' || ptx[end] == 'f');
+}
+
 }  // namespace
 
-std::string ptx_of_fatbin(const void* wrapper_address, int compute_capability) {
+PtxImage ptx_of_fatbin(const void* wrapper_address, int compute_capability) {
   const auto wrapper = read<Wrapper>(static_cast<const uint8_t*>(wrapper_address));
   if (wrapper.magic != kWrapperMagic || wrapper.version != 1) {
     fail("a fat binary of an unknown kind (separate compilation is not supported)");
@@ -54,31 +64,33 @@ std::string ptx_of_fatbin(const void* wrapper_address, int compute_capability) {
   if (header.magic != kHeaderMagic) fail("a fat binary of an unknown kind");
   const uint8_t* at = wrapper.data + header.header_bytes;
   const uint8_t* const end = at + header.bytes;
-  std::string ptx;
-  uint32_t best = 0;
+  PtxImage best = {};
   bool compressed = false;
   while (at < end) {
     const auto entry = read<Entry>(at);
     const uint8_t* text = at + entry.header_bytes;
     at = text + entry.bytes;
-    const bool fits = entry.kind == kPtx && entry.architecture > best &&
-                      entry.architecture <= static_cast<uint32_t>(compute_capability);
+    const auto wanted = static_cast<uint32_t>(compute_capability);
+    const bool fits = entry.kind == kPtx && entry.architecture >= best.architecture &&
+                      entry.architecture <= wanted;
     if (!fits) continue;
     if (entry.compressed_bytes != 0) {
       compressed = true;
       continue;
     }
-    best = entry.architecture;
-    ptx.assign(reinterpret_cast<const char*>(text), entry.bytes);
+    const std::string_view ptx(reinterpret_cast<const char*>(text), entry.bytes);
+    if (is_specific(ptx) ? entry.architecture == wanted : entry.architecture > best.architecture) {
+      best = {entry.architecture, ptx};
+    }
   }
-  if (ptx.empty()) {
+  if (best.text.empty()) {
     fail(
         "no %sPTX for sm_%d in the fat binary; compile with -gencode "
         "arch=compute_%d,code=compute_%d --compress-mode=none",
         compressed ? "uncompressed " : "", compute_capability, compute_capability,
         compute_capability);
   }
-  return ptx;
+  return best;
 }
 
 }  // namespace ptxsim

@@ -68,6 +68,7 @@ struct Instruction {
   Space space = Space::kGeneric;
   bool guard_negated = false;
   bool sign_extend = false;
+  bool is_wgmma = false;  // wgmma.mma_async: uses its registers after it was issued
   Control control = Control::kNone;
   Convergence convergence = Convergence::kAny;
   Definedness definedness = Definedness::kPropagate;
@@ -132,6 +133,7 @@ struct Kernel {
   std::vector<SpecialRegister> specials;
   uint32_t register_words = 0;  // of a warp's register file
   uint32_t predicates = 0;
+  bool uses_wgmma = false;
 };
 
 // Decodes the body of a kernel; an instruction that is not known is an error.

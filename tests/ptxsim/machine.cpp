@@ -138,6 +138,7 @@ void Machine::start(Block& block, uint64_t number) {
   constexpr uint8_t kPoison = 0xff;  // NaN in every floating type
   block.local.assign(static_cast<size_t>(threads) * kernel_.local_bytes, kPoison);
   block.barriers.fill({});
+  block.warpgroups.fill({});
   block.warps.resize(warps);
   for (uint32_t k = 0; k < warps; ++k) {
     Warp& warp = block.warps[k];
@@ -152,6 +153,13 @@ void Machine::start(Block& block, uint64_t number) {
     warp.copies.clear();
     warp.committed.fill(0);
     warp.executed = 0;
+    warp.wgmmas.clear();
+    warp.wgmma_groups = 0;
+    warp.wgmma_fence = 0;
+    if (kernel_.uses_wgmma) {
+      warp.in_flight.assign(kernel_.register_names.size(), kIdle);
+      warp.written.assign(kernel_.register_names.size(), 0);
+    }
     fill_specials(warp, block);
   }
 }
@@ -233,6 +241,39 @@ void Machine::check_defined(const Instruction& instruction, uint32_t active) {
   };
   const uint32_t* reads = kernel_.register_ids.data() + instruction.first_read;
   for (int k = 0; k < instruction.reads; ++k) check(reads[k], active);
+}
+
+void Machine::check_wgmma_registers(Warp& warp, const Instruction& instruction) const {
+  if (!warp.wgmmas.empty()) {
+    const uint32_t* reads = kernel_.register_ids.data() + instruction.first_read;
+    for (int k = 0; k < instruction.reads; ++k) {
+      if (warp.in_flight[reads[k]] != kAccumulates) continue;
+      fail("in flight: a read of %s, which a wgmma is still accumulating",
+           kernel_.register_names[reads[k]].c_str());
+    }
+  }
+  const uint32_t* writes = kernel_.register_ids.data() + instruction.first_write;
+  for (int k = 0; k < instruction.writes; ++k) {
+    if (warp.in_flight[writes[k]] != kIdle) {
+      fail("in flight: a write to %s, which a wgmma is still %s",
+           kernel_.register_names[writes[k]].c_str(),
+           warp.in_flight[writes[k]] == kAccumulates ? "accumulating" : "reading");
+    }
+    warp.written[writes[k]] = warp.executed;
+  }
+}
+
+void Machine::check_wgmmas_at_exit(const Block& block, const Warp& warp) const {
+  if (!warp.wgmmas.empty()) fail("in flight: the warp exits with a wgmma that no wait has covered");
+  const size_t first = static_cast<size_t>(warp.index) / 4 * 4;
+  const Warpgroup& group = block.warpgroups[first / 4];
+  for (size_t k = 0; k < 4 && first + k < block.warps.size(); ++k) {
+    const size_t mine = group.count[static_cast<size_t>(warp.index) % 4];
+    if (block.warps[first + k].live == 0 && group.count[k] != mine) {
+      fail("warpgroup: warp %d exits after %zu wgmmas, warp %zu after %zu", warp.index, mine,
+           first + k, group.count[k]);
+    }
+  }
 }
 
 bool Machine::converge(Warp& warp, Group& group, uint32_t active, const Instruction& instruction) {
@@ -321,6 +362,7 @@ void Machine::step_group(Block& block, Warp& warp, size_t chosen, int64_t& quant
       }
     }
     ++counters_.by_class[static_cast<int>(instruction.instruction_class)];
+    if (kernel_.uses_wgmma && !instruction.is_wgmma) check_wgmma_registers(warp, instruction);
     if (check) {
       uint32_t valid = kAllLanes;
       const uint32_t* reads = ids + instruction.first_read;
@@ -352,6 +394,7 @@ void Machine::step_group(Block& block, Warp& warp, size_t chosen, int64_t& quant
     switch (instruction.control) {
       case Control::kExit:
         warp.live &= ~active;
+        if (warp.live == 0 && kernel_.uses_wgmma) check_wgmmas_at_exit(block, warp);
         warp.groups[chosen].mask &= ~active;
         warp.groups[chosen].pc = pc + 1;
         if (warp.groups[chosen].mask == 0) {

@@ -43,6 +43,17 @@ struct PendingCopy {
   uint8_t bytes;
 };
 
+// A wgmma.mma_async that no wait has covered.
+struct PendingWgmma {
+  const Instruction* instruction;
+  uint64_t a, b;       // descriptors; a is none if that operand is in registers
+  bool accumulates;    // scale-d
+  uint32_t group = 0;  // the warp's how-manieth commit covers it
+};
+
+// What a wgmma under way does with a register.
+enum : uint8_t { kIdle, kAccumulates, kIsOperand };
+
 struct Warp {
   int index = 0;
   uint32_t live = 0;  // lanes that have not exited
@@ -54,6 +65,13 @@ struct Warp {
   std::array<uint32_t, kLanes> committed{};
   uint64_t executed = 0;
 
+  // With a kernel that uses wgmma; the vectors by register id.
+  std::vector<PendingWgmma> wgmmas;
+  uint32_t wgmma_groups = 0;       // committed
+  uint64_t wgmma_fence = 0;        // `executed` at the last one
+  std::vector<uint8_t> in_flight;  // kIdle, kAccumulates, kIsOperand
+  std::vector<uint64_t> written;   // `executed` at the last write by another instruction
+
   bool runnable() const;
 };
 
@@ -61,6 +79,12 @@ struct Barrier {
   uint32_t arrived = 0;   // threads
   uint32_t expected = 0;  // 0: all of the block
   uint32_t warps = 0;     // that take part
+};
+
+// Four warps whose wgmmas are the same, one after the other; each runs at its own pace here.
+struct Warpgroup {
+  std::vector<PendingWgmma> issued;  // by the warp that is ahead
+  std::array<size_t, 4> count{};     // of each warp
 };
 
 struct Block {
@@ -71,6 +95,7 @@ struct Block {
   SharedMemory shared;
   std::vector<uint8_t> local;
   std::array<Barrier, 16> barriers;
+  std::array<Warpgroup, 8> warpgroups;
 };
 
 // What a handler works on.
@@ -103,6 +128,8 @@ struct Context {
     uint32_t& place = warp->predicates[operand.offset];
     place = (place & ~mask) | (value & mask);
   }
+  // Names the instruction that runs; grows from each to the next.
+  uint32_t serial() const { return static_cast<uint32_t>(counters->warp_instructions); }
   uint32_t defined(const Operand& operand) const { return warp->defined[operand.id]; }
   void set_defined(const Operand& operand, uint32_t value, uint32_t mask) const {
     uint32_t& place = warp->defined[operand.id];
@@ -130,6 +157,8 @@ class Machine {
   void step_group(Block& block, Warp& warp, size_t group, int64_t& quantum);
   bool converge(Warp& warp, Group& group, uint32_t active, const Instruction& instruction);
   void check_defined(const Instruction& instruction, uint32_t active);
+  void check_wgmma_registers(Warp& warp, const Instruction& instruction) const;
+  void check_wgmmas_at_exit(const Block& block, const Warp& warp) const;
   void branch(Warp& warp, size_t group, uint32_t taken, const Instruction& instruction);
   void arrive(Block& block, Warp& warp, Group& group, const Instruction& instruction,
               uint32_t active);

@@ -161,6 +161,8 @@ void SharedMemory::reset(uint32_t bytes, int warps, int races, Counters* counter
   words_.assign((bytes + 3) / 4, Shadow());
   split_.clear();
   for (auto& row : synced_) row.fill(1);
+  async_reads_.clear();
+  for (auto& row : fenced_) row.fill(0);
   tick_ = 1;
   warps_ = warps;
   races_ = races;
@@ -261,6 +263,10 @@ void SharedMemory::read(uint32_t address, uint32_t bytes, int warp, int lane) {
 
 void SharedMemory::check_write(const Shadow& shadow, uint32_t at, int warp, int lane,
                                const char* what) {
+  if (!async_reads_.empty() && async_reads_[at / 4] != 0) {
+    fail("in flight: %s at shared address 0x%x, lane %d, to bytes that a wgmma is still reading",
+         what, at, lane);
+  }
   if (shadow.state == kInFlight) {
     fail(
         "in flight: %s at shared address 0x%x, lane %d, to bytes that a cp.async of warp %d is "
@@ -303,13 +309,14 @@ void SharedMemory::write(uint32_t address, const uint8_t* value, uint32_t bytes,
     shadow.readers = 0;
     shadow.serial = serial;
     shadow.writer = static_cast<uint8_t>(warp);
+    shadow.lane = static_cast<uint8_t>(lane);
     shadow.atomic = false;
     shadow.state = kWritten;
   });
   std::memcpy(&data_[address], value, bytes);
 }
 
-void SharedMemory::atomic(uint32_t address, uint32_t bytes, int warp, int lane) {
+void SharedMemory::atomic(uint32_t address, uint32_t bytes, int warp, int lane, uint32_t serial) {
   visit(address, bytes, [&](Shadow& shadow, uint32_t at, uint32_t) {
     if (shadow.state == kUninitialised) {
       fail("uninitialised shared memory: an atomic at 0x%x, lane %d, on bytes that nobody wrote",
@@ -318,6 +325,8 @@ void SharedMemory::atomic(uint32_t address, uint32_t bytes, int warp, int lane) 
     const bool concurrent = shadow.atomic && !writer_ordered(shadow, warp);
     if (!concurrent) check_write(shadow, at, warp, lane, "an atomic");
     shadow.writer = concurrent ? kSeveral : static_cast<uint8_t>(warp);
+    shadow.lane = static_cast<uint8_t>(lane);
+    shadow.serial = serial;
     shadow.write_tick = tick_;
     shadow.readers = 0;
     shadow.atomic = true;
@@ -337,14 +346,42 @@ void SharedMemory::issue_copy(uint32_t address, uint32_t bytes, int warp, int la
 }
 
 void SharedMemory::land_copy(uint32_t address, const uint8_t* source, uint32_t from_source,
-                             uint32_t bytes, int warp) {
+                             uint32_t bytes, int warp, int lane, uint32_t serial) {
   std::memset(&data_[address], 0, bytes);
   std::memcpy(&data_[address], source, from_source);
   visit(address, bytes, [&](Shadow& shadow, uint32_t, uint32_t) {
     shadow.write_tick = tick_;
     shadow.writer = static_cast<uint8_t>(warp);
+    shadow.lane = static_cast<uint8_t>(lane);
+    shadow.serial = serial;
     shadow.state = kWritten;
   });
+}
+
+void SharedMemory::begin_async_read(uint32_t address, uint32_t bytes, int warp) {
+  read(address, bytes, warp, 0);
+  if (async_reads_.empty()) async_reads_.assign(words_.size(), 0);
+  visit(address, bytes, [&](const Shadow& shadow, uint32_t at, uint32_t) {
+    // Atomics of several warps keep no record of their lanes.
+    if (shadow.writer != kSeveral && fenced_[shadow.writer][shadow.lane] < shadow.serial) {
+      fail(
+          "no proxy fence: a wgmma of warp %d reads shared address 0x%x, which lane %d of warp %d "
+          "wrote with no fence.proxy.async since",
+          warp, at, shadow.lane, shadow.writer);
+    }
+    ++async_reads_[at / 4];
+  });
+}
+
+void SharedMemory::end_async_read(uint32_t address, uint32_t bytes, int warp) {
+  read(address, bytes, warp, 0);
+  visit(address, bytes, [&](const Shadow&, uint32_t at, uint32_t) { --async_reads_[at / 4]; });
+}
+
+void SharedMemory::proxy_fence(int warp, uint32_t lanes, uint32_t serial) {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (lanes >> lane & 1) fenced_[warp][lane] = serial;
+  }
 }
 
 void SharedMemory::barrier(uint32_t participants) {

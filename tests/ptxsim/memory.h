@@ -64,10 +64,16 @@ class SharedMemory {
   // `serial` names the instruction: two of its lanes may not write different values to one place.
   void write(uint32_t address, const uint8_t* value, uint32_t bytes, int warp, int lane,
              uint32_t serial);
-  void atomic(uint32_t address, uint32_t bytes, int warp, int lane);
+  void atomic(uint32_t address, uint32_t bytes, int warp, int lane, uint32_t serial);
   void issue_copy(uint32_t address, uint32_t bytes, int warp, int lane);
   void land_copy(uint32_t address, const uint8_t* source, uint32_t from_source, uint32_t bytes,
-                 int warp);
+                 int warp, int lane, uint32_t serial);
+
+  // A wgmma reads from its issue to the wait that covers it, through the asynchronous proxy: what a
+  // lane wrote must be behind one of its fences.
+  void begin_async_read(uint32_t address, uint32_t bytes, int warp);
+  void end_async_read(uint32_t address, uint32_t bytes, int warp);
+  void proxy_fence(int warp, uint32_t lanes, uint32_t serial);
 
   // A barrier orders what `participants` did before it with what they do after it.
   void barrier(uint32_t participants);
@@ -78,8 +84,9 @@ class SharedMemory {
     uint32_t write_tick = 0;
     uint32_t read_tick = 0;
     uint32_t readers = 0;  // kSplit: the index in split_
-    uint32_t serial = 0;
+    uint32_t serial = 0;   // of the write
     uint8_t writer = 0;
+    uint8_t lane = 0;  // of the writer
     bool atomic = false;
     State state = kUninitialised;
   };
@@ -98,6 +105,8 @@ class SharedMemory {
   std::vector<Shadow> words_;
   std::vector<std::array<Shadow, 4>> split_;
   std::array<std::array<uint32_t, 32>, 32> synced_{};
+  std::vector<uint16_t> async_reads_;                  // under way, by word; empty before the first
+  std::array<std::array<uint32_t, 32>, 32> fenced_{};  // serial of a lane's last proxy fence
   uint32_t tick_ = 1;
   int warps_ = 0;
   int races_ = 1;

@@ -73,9 +73,9 @@ void wait(Context& context, const Instruction& i, uint32_t mask) {
   };
   const auto landing = std::stable_partition(copies.begin(), copies.end(), stays);
   for (auto copy = landing; copy != copies.end(); ++copy) {
-    context.block->shared.land_copy(copy->destination,
-                                    reinterpret_cast<const uint8_t*>(copy->source),
-                                    copy->from_source, copy->bytes, context.warp->index);
+    context.block->shared.land_copy(
+        copy->destination, reinterpret_cast<const uint8_t*>(copy->source), copy->from_source,
+        copy->bytes, context.warp->index, copy->lane, context.serial());
   }
   copies.erase(landing, copies.end());
 }

@@ -98,7 +98,7 @@ void atomic(Context& context, const Instruction& i, uint32_t mask) {
   for_active(mask, [&](int lane) {
     if (shared) {
       context.block->shared.atomic(static_cast<uint32_t>(access.addresses[lane]), sizeof(T),
-                                   context.warp->index, lane);
+                                   context.warp->index, lane, context.serial());
     }
     uint8_t* place = access.host(lane);
     T old;

@@ -15,6 +15,16 @@ void trap(Context&, const Instruction&, uint32_t mask) {
 
 void decode_nothing(Decoding& x) { x.out.execute = nothing; }
 
+// Of the asynchronous proxy only wgmma's reads of shared memory are modelled.
+void proxy_fence(Context& context, const Instruction&, uint32_t mask) {
+  context.block->shared.proxy_fence(context.warp->index, mask, context.serial());
+}
+
+void decode_fence(Decoding& x) {
+  const bool shared = x.has("proxy") && x.has("async") && !x.has("global");
+  x.out.execute = shared ? proxy_fence : nothing;
+}
+
 void decode_branch(Decoding& x) {
   x.out.control = Control::kBranch;
   x.out.instruction_class = InstructionClass::k_control;
@@ -69,8 +79,9 @@ void register_control(OpcodeTable& table) {
   table["barrier"] = decode_barrier;
   table["createpolicy"] = decode_create_policy;
   table["trap"] = [](Decoding& x) { x.out.execute = trap; };
-  for (const std::string_view name : {"membar", "fence", "prefetch", "prefetchu", "nanosleep",
-                                      "griddepcontrol", "applypriority"}) {
+  table["fence"] = decode_fence;
+  for (const std::string_view name :
+       {"membar", "prefetch", "prefetchu", "nanosleep", "griddepcontrol", "applypriority"}) {
     table[name] = decode_nothing;
   }
 }

@@ -61,7 +61,7 @@ void store(Context& context, const Instruction& i, uint32_t mask) {
     context.counters->global_store_bytes += bytes * static_cast<uint32_t>(__builtin_popcount(mask));
     context.counters->global_store_sectors += access.count_sectors(GlobalMemory::Direction::kWrite);
   }
-  const auto serial = static_cast<uint32_t>(context.counters->warp_instructions);
+  const uint32_t serial = context.serial();
   for_active(mask, [&](int lane) {
     uint8_t value[32];
     for (int k = 0; k < i.elements; ++k) {

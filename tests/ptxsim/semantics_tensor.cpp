@@ -176,7 +176,7 @@ void store_matrix(Context& context, const Instruction& i, uint32_t mask) {
   Access access(context, i, i.d, mask);
   if (access.space != Space::kShared) fail("stmatrix: the addresses are not in shared memory");
   check_rows(context, access, i.elements, "an stmatrix");
-  const auto serial = static_cast<uint32_t>(context.counters->warp_instructions);
+  const uint32_t serial = context.serial();
   for (int q = 0; q < i.elements; ++q) {
     const uint32_t* a = context.source(context.part(i.a, q));
     uint16_t matrix[8][8];

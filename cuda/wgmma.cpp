@@ -1,0 +1,18 @@
+// Which devices the kernels of gemm_wgmma.cuh run on.
+#include "cuda_check.h"
+#include "kernels.h"
+
+namespace lowbitcore::cuda {
+
+// Asked for every time: the runtime answers from memory.
+bool supports_wgmma() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "cudaDeviceGetAttribute");
+  return major == 9 && minor == 0;
+}
+
+}  // namespace lowbitcore::cuda
