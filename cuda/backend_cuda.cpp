@@ -103,18 +103,21 @@ Plan plan_of(Op op, const QuantFormat& f, std::int64_t m) {
   const bool wgmma = choose_wgmma(op, m) && supports_wgmma();
   const Tile tile = choose_tile(op, m);
   const std::int64_t rows = wgmma ? 128 : tile_rows(tile);
-  const std::int64_t columns = wgmma || (op == Op::nn && tile == Tile::few) ? 256 : 128;
+  const std::int64_t columns = wgmma || tile == Tile::few ? 256 : 128;
   const std::int64_t out = op == Op::nt ? f.out_features : f.in_features;
   const std::int64_t depth = op == Op::nt ? f.in_features : f.out_features;
+  // Few rows leave room for a second block, and small partial results; more rows would move more
+  // of these than the second block is worth.
+  const int blocks_each = !wgmma && tile == Tile::few ? 2 : 1;
   const int splits = choose_splits(divide_up(m, rows) * divide_up(out, columns),
-                                   divide_up(depth, kStep), multiprocessors(), wgmma ? 1 : 2);
+                                   divide_up(depth, kStep), multiprocessors(), blocks_each);
   return {wgmma, tile, splits};
 }
 
 int grad_scales_splits(const QuantFormat& f, std::int64_t m) {
   constexpr std::int64_t kTokens = 32, kTileSize = 128;
   return choose_splits(divide_up(f.out_features, kTileSize) * divide_up(f.in_features, kTileSize),
-                       divide_up(m, kTokens), multiprocessors());
+                       divide_up(m, kTokens), multiprocessors(), 2);
 }
 
 // Calls body with the width as a constant.

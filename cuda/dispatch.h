@@ -48,17 +48,19 @@ constexpr bool choose_wgmma(Op op, std::int64_t rows) {
   return false;
 }
 
-// Parts into which the contraction is cut so that `blocks` output tiles fill the device: as many
-// blocks as each multiprocessor holds, but no fewer than four steps in a part, which is what fills
-// its pipeline.
+// Parts into which the contraction is cut so that `blocks` output tiles fill the device:
+// `blocks_each` for each multiprocessor, but no fewer than four steps in a part, which is what
+// fills its pipeline. No part is empty.
 constexpr int choose_splits(std::int64_t blocks, std::int64_t steps, int multiprocessors,
-                            int blocks_each = 2) {
+                            int blocks_each) {
   constexpr std::int64_t kLeastSteps = 4;
   const std::int64_t wanted =
       std::int64_t{blocks_each} * multiprocessors / (blocks > 0 ? blocks : 1);
   const std::int64_t most = steps / kLeastSteps;
-  const std::int64_t splits = wanted < most ? wanted : most;
-  return splits < 1 ? 1 : static_cast<int>(splits);
+  const std::int64_t parts = wanted < most ? wanted : most;
+  if (parts <= 1) return 1;
+  const std::int64_t share = (steps + parts - 1) / parts;
+  return static_cast<int>((steps + share - 1) / share);
 }
 
 }  // namespace lowbitcore::cuda

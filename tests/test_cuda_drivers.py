@@ -465,7 +465,7 @@ def test_exact_products_stay_fused(device: CudaDevice, monkeypatch: pytest.Monke
     [
         ((8, 0), False, None),
         ((8, 9), False, None),
-        ((9, 0), False, 640),
+        ((9, 0), False, 1920),
         ((10, 0), False, 640),
         ((12, 0), False, None),
         ((8, 6), True, 64),

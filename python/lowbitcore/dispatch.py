@@ -53,8 +53,8 @@ class Rule(NamedTuple):
 # at 4 bits.
 #
 # sm_80 to sm_89, sm_120: mma.sync is what the dense product runs on too, so F = D.
-# sm_90: F = 520 TFLOP/s of mma.sync, D = 800 of wgmma, B = 3.0 TB/s: 620, at 8 bits 740. sm_100 is
-# further from mma.sync still.
+# sm_90: both are wgmma, D = 800 TFLOP/s, B = 3.0 TB/s; if the fused kernel reaches 85% of D: 1890.
+# sm_100: F is that of mma.sync, 520 on the H100 and no less there, and D is at least 800: 620.
 # g_idx: F is that of fp32 units. 13 rows on an H100 (F = 33), 35 on an A100 (F = 19.5, D = 250,
 # B = 1.5), 70 on an RTX 4090 (F = 41, D = 165, B = 1.0).
 RULES = tuple(
@@ -62,7 +62,8 @@ RULES = tuple(
     for op in ("qgemm_nt", "qgemm_nn")
     for permuted, capability, rows in (
         (False, (8, 0), None),
-        (False, (9, 0), 640),
+        (False, (9, 0), 1920),
+        (False, (10, 0), 640),
         (False, (12, 0), None),
         (True, (8, 0), 64),
     )

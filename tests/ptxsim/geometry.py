@@ -100,7 +100,7 @@ class Geometry:
     @property
     def blocks_each(self) -> int:
         """Blocks on a multiprocessor that the dispatcher counts on."""
-        return 1 if self.wgmma else 2
+        return 2 if self.op == "grad_scales" or self.rows == 16 else 1
 
     def tiles(self, p: Problem) -> tuple[int, int]:
         """Blocks of the result, in x and y."""
