@@ -2,6 +2,8 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <mutex>
+#include <string>
 
 #include "../cpp/src/check.h"
 #include "cuda_check.h"
@@ -17,9 +19,37 @@ cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream);
 
 // ---- memory ----
 
+constexpr int kDevices = 64;  // of a process; caches have an entry for each
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device >= kDevices) throw Error("CUDA device " + std::to_string(device) + ": too many");
+  return device;
+}
+
+// The library's own pool of a device: it keeps what was freed, where the default one gives it back
+// to the system whenever somebody waits for the device.
+cudaMemPool_t scratch_pool() {
+  static std::array<cudaMemPool_t, kDevices> pools{};
+  static std::mutex mutex;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaMemPool_t& pool = pools[static_cast<std::size_t>(device)];
+  if (pool == nullptr) {
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location = {cudaMemLocationTypeDevice, device};
+    check(cudaMemPoolCreate(&pool, &properties), "workspace");
+    std::uint64_t keep_all = ~std::uint64_t{0};
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all), "workspace");
+  }
+  return pool;
+}
+
 void* allocate(std::size_t bytes, void* stream) {
   void* scratch = nullptr;
-  check(cudaMallocAsync(&scratch, bytes, stream_of(stream)), "workspace");
+  check(cudaMallocFromPoolAsync(&scratch, bytes, scratch_pool(), stream_of(stream)), "workspace");
   return scratch;
 }
 
@@ -62,16 +92,14 @@ void unpack(const QuantFormat& format, const void* packed, View<std::int32_t> qw
 // ---- products ----
 
 int multiprocessors() {
-  constexpr int kDevices = 64;
   static std::array<std::atomic<int>, kDevices> known{};
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  if (device < kDevices && (count = known[static_cast<std::size_t>(device)].load()) > 0) {
-    return count;
-  }
+  const int device = current_device();
+  std::atomic<int>& cached = known[static_cast<std::size_t>(device)];
+  int count = cached.load();
+  if (count > 0) return count;
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
-  if (device < kDevices) known[static_cast<std::size_t>(device)].store(count);
+  cached.store(count);
   return count;
 }
 
