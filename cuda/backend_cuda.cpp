@@ -54,7 +54,9 @@ void* allocate(std::size_t bytes, void* stream) {
 }
 
 // Also called while an exception is on its way, whose message matters more.
-void release(void* scratch, void* stream) { cudaFreeAsync(scratch, stream_of(stream)); }
+void release(void* scratch, void* stream) {
+  if (cudaFreeAsync(scratch, stream_of(stream)) != cudaSuccess) cudaGetLastError();
+}
 
 void to_host(void* host, const void* device, std::size_t pitch, std::size_t width, std::size_t rows,
              void* stream) {

@@ -597,3 +597,20 @@ def test_out_of_device_memory(monkeypatch: pytest.MonkeyPatch, checkpoints: Path
     monkeypatch.setattr("lowbitcore.model.load", full)
     line = fail("eval", checkpoints / "quantized", "--text", checkpoints / "text.txt")
     assert line == "error: CUDA out of memory. Tried to allocate 1 GiB"
+
+
+def test_a_state_dict_from_elsewhere_does_not_move_a_layer() -> None:
+    """As torch's own modules: values are copied to where the layer is."""
+    problem = ref.random_problem(11, bits=4, group_size=32, out_features=64, in_features=96)
+    layer = nn.QuantLinear(96, 64, bits=4, group_size=32)
+    state = {
+        "qweight": problem.qweight(),
+        "qzeros": problem.qzeros(),
+        "scales": problem.scales_tensor(),
+        "g_idx": torch.from_numpy(problem.group).int(),
+    }
+    with Elsewheres():
+        layer.load_state_dict({name: Elsewhere(tensor) for name, tensor in state.items()})
+    assert layer.packed.device.type == "cpu"
+    weight = torch.from_numpy(problem.w_hat).float()
+    torch.testing.assert_close(layer.dequantize(), weight, rtol=1e-6, atol=0)

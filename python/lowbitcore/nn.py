@@ -271,8 +271,12 @@ class QuantLinear(nn.Module):
         masters = self.scales.detach()  # super() may put other data into the same parameter
         kinds = {self.packed.device.type, _device_after(fn, self.packed).type}
         if len(kinds) == 2 and "meta" not in kinds:
-            qweight, qzeros = self._unpack()
-            self._hold(fn(qweight), fn(qzeros), None if self.g_idx is None else fn(self.g_idx))
+            old = self.packed.device
+            qweight, qzeros = (fn(tensor) for tensor in self._unpack())
+            g_idx = None if self.g_idx is None else fn(self.g_idx)
+            if old.type == "cuda":  # copies to the CPU may still be under way (non_blocking)
+                torch.cuda.current_stream(old).synchronize()
+            self._hold(qweight, qzeros, g_idx)
         super()._apply(fn, recurse)
         if "meta" in kinds:  # no bytes came along
             self._layout = self.packed.device.type
@@ -325,6 +329,18 @@ class QuantLinear(nn.Module):
                 raise ValueError("expected qweight and qzeros together, got one of them")
             self._check(**{name: x for name, x in found.items() if name != "g_idx"})
             g_idx = self._nontrivial(found["g_idx"]) if "g_idx" in found else self.g_idx
+            # The layer stays where it is, as its parameters do.
+            assigns = self.packed.is_meta or local_metadata.get("assign_to_params_buffers", False)
+            if found.keys() & {"qweight", "g_idx"} and not assigns:
+                device = self.packed.device
+                g_idx = None if g_idx is None else g_idx.to(device)
+                found.update(
+                    {
+                        name: found[name].to(device)
+                        for name in ("qweight", "qzeros")
+                        if name in found
+                    }
+                )
             if found.keys() & {"qweight", "g_idx"}:
                 qweight, qzeros = (
                     (found["qweight"], found["qzeros"]) if "qweight" in found else self._unpack()

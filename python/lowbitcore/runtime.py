@@ -102,20 +102,21 @@ def cuda_devices() -> list[CudaDevice]:
 
 
 def _why_no_kernels(capability: tuple[int, int]) -> str | None:
-    if not _built_with_cuda():
+    if not _works():
         return f"CUDA is {cuda_status()}"
     if capability < _OLDEST_ARCHITECTURE:
         return f"kernels need sm_80 or newer, this is sm_{capability[0]}{capability[1]}"
     return None
 
 
-def _built_with_cuda() -> bool:
-    return not cuda_status().startswith("not built")
+def _works() -> bool:
+    """Whether this build has kernels and its CUDA runtime accepts the driver."""
+    return cuda_status().startswith("built; devices")
 
 
 def why_no_cuda(index: int = 0) -> str | None:
     """Why GPU number ``index`` cannot be computed on; None where it can."""
-    if not _built_with_cuda():
+    if cuda_status().startswith("not built"):
         return f"CUDA is {cuda_status()}"
     if torch.version.cuda is None:
         return f"this torch, {torch.__version__}, has no CUDA"
