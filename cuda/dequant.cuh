@@ -11,6 +11,31 @@
 
 namespace lowbitcore::cuda {
 
+// Four words from shared memory.
+__device__ __forceinline__ void load_words(std::uint32_t (&w)[4], std::uint32_t shared) {
+  const uint4 v = ptx::load_shared_128(shared);
+  w[0] = v.x;
+  w[1] = v.y;
+  w[2] = v.z;
+  w[3] = v.w;
+}
+
+// From words whose halves are two inputs to words whose halves are two outputs: of each input, the
+// outputs of words i and i + half the count.
+__device__ __forceinline__ void transpose_words(std::uint32_t (&w)[2]) {
+  const std::uint32_t a = w[0], b = w[1];
+  w[0] = ptx::prmt(a, b, 0x5410);
+  w[1] = ptx::prmt(a, b, 0x7632);
+}
+
+__device__ __forceinline__ void transpose_words(std::uint32_t (&w)[4]) {
+  const std::uint32_t a = w[0], b = w[1], c = w[2], d = w[3];
+  w[0] = ptx::prmt(a, c, 0x5410);
+  w[1] = ptx::prmt(b, d, 0x5410);
+  w[2] = ptx::prmt(a, c, 0x7632);
+  w[3] = ptx::prmt(b, d, 0x7632);
+}
+
 // The integers that one thread multiplies with. Four columns c of four pairs m each: forward, c is
 // the output o and a pair is two neighbouring inputs (e = 0, 1); after transpose(), c = 2 e + i and
 // a pair is two neighbouring outputs, o = (0, 2) for i = 0 and (1, 3) for i = 1. With `half`, only
@@ -31,11 +56,7 @@ struct Unit<2> {
     w[0] >>= 4 * half;
     w[1] >>= 4 * half;
   }
-  __device__ __forceinline__ void transpose() {
-    const std::uint32_t a = w[0], b = w[1];
-    w[0] = ptx::prmt(a, b, 0x5410);
-    w[1] = ptx::prmt(a, b, 0x7632);
-  }
+  __device__ __forceinline__ void transpose() { transpose_words(w); }
 };
 
 template <>
@@ -56,9 +77,8 @@ struct Unit<3> {
     high[1] = high[0] >> 8;
   }
   __device__ __forceinline__ void transpose() {
-    const std::uint32_t a = w[0], b = w[1], h = high[0];
-    w[0] = ptx::prmt(a, b, 0x5410);
-    w[1] = ptx::prmt(a, b, 0x7632);
+    const std::uint32_t h = high[0];
+    transpose_words(w);
     high[0] = ptx::prmt(h, 0, 0x4140);
     high[1] = ptx::prmt(h, 0, 0x4342);
   }
@@ -68,24 +88,12 @@ template <>
 struct Unit<4> {
   std::uint32_t w[4];
 
-  __device__ __forceinline__ Unit(std::uint32_t tile, int u) {
-    const uint4 v = ptx::load_shared_128(tile + u * 16);
-    w[0] = v.x;
-    w[1] = v.y;
-    w[2] = v.z;
-    w[3] = v.w;
-  }
+  __device__ __forceinline__ Unit(std::uint32_t tile, int u) { load_words(w, tile + u * 16); }
   __device__ __forceinline__ Unit(std::uint32_t tile, int u, int half) : Unit(tile, u) {
 #pragma unroll
     for (int o = 0; o < 4; ++o) w[o] >>= 8 * half;
   }
-  __device__ __forceinline__ void transpose() {
-    const std::uint32_t a = w[0], b = w[1], c = w[2], d = w[3];
-    w[0] = ptx::prmt(a, c, 0x5410);
-    w[1] = ptx::prmt(b, d, 0x5410);
-    w[2] = ptx::prmt(a, c, 0x7632);
-    w[3] = ptx::prmt(b, d, 0x7632);
-  }
+  __device__ __forceinline__ void transpose() { transpose_words(w); }
 };
 
 template <>
@@ -93,46 +101,32 @@ struct Unit<8> {
   std::uint32_t w[2][4];  // pairs m = 0, 1 and m = 2, 3
 
   __device__ __forceinline__ Unit(std::uint32_t tile, int u) {
-#pragma unroll
-    for (int plane = 0; plane < 2; ++plane) {
-      const uint4 v = ptx::load_shared_128(tile + plane * 512 + u * 16);
-      w[plane][0] = v.x;
-      w[plane][1] = v.y;
-      w[plane][2] = v.z;
-      w[plane][3] = v.w;
-    }
+    load_words(w[0], tile + u * 16);
+    load_words(w[1], tile + 512 + u * 16);
   }
   __device__ __forceinline__ Unit(std::uint32_t tile, int u, int half) : w{} {
-    const uint4 v = ptx::load_shared_128(tile + half * 512 + u * 16);
-    w[0][0] = v.x;
-    w[0][1] = v.y;
-    w[0][2] = v.z;
-    w[0][3] = v.w;
+    load_words(w[0], tile + half * 512 + u * 16);
   }
   __device__ __forceinline__ void transpose() {
-#pragma unroll
-    for (int plane = 0; plane < 2; ++plane) {
-      const std::uint32_t a = w[plane][0], b = w[plane][1], c = w[plane][2], d = w[plane][3];
-      w[plane][0] = ptx::prmt(a, c, 0x5410);
-      w[plane][1] = ptx::prmt(b, d, 0x5410);
-      w[plane][2] = ptx::prmt(a, c, 0x7632);
-      w[plane][3] = ptx::prmt(b, d, 0x7632);
-    }
+    transpose_words(w[0]);
+    transpose_words(w[1]);
   }
 };
 
 // The same 16-bit pattern in both halves.
 __host__ __device__ constexpr std::uint32_t twice(std::uint32_t half) { return half << 16 | half; }
 
-// Patterns of 16-bit numbers: an even power of two above which a field is read, and the numbers
-// 2^-p and base - base / 2^p that undo a shift by p. Fields of a word are spread over kShifts
-// places; there is one constant of the zero point for each.
+// Patterns of 16-bit numbers: an even power of two above which a field is read, the numbers 2^-p
+// and base - base / 2^p that undo a shift by p, and how many bits of a half word are read without a
+// shift of the word: fp16 has 10 bits of mantissa for them, bf16 has 7, and the third bit of a
+// 3-bit field needs one more than these.
 template <typename T>
 struct Pattern;
 
 template <>
 struct Pattern<__half> {
   static constexpr std::uint32_t kBase = 0x6400;  // 1024
+  static constexpr int kReadBits = 8;
   static constexpr std::uint32_t kMinusOne = 0xbc00;
   static constexpr std::uint32_t kMinusZero = 0x8000;
   __host__ __device__ static constexpr std::uint32_t power(int p) { return (15u - p) << 10; }
@@ -145,6 +139,7 @@ struct Pattern<__half> {
 template <>
 struct Pattern<__nv_bfloat16> {
   static constexpr std::uint32_t kBase = 0x4300;  // 128
+  static constexpr int kReadBits = 4;
   static constexpr std::uint32_t kMinusOne = 0xbf80;
   static constexpr std::uint32_t kMinusZero = 0x8000;
   __host__ __device__ static constexpr std::uint32_t power(int p) { return (127u - p) << 7; }
@@ -155,36 +150,11 @@ struct Pattern<__nv_bfloat16> {
 };
 
 // How many places of a word the fields of a column are read at without a shift of the word, and how
-// far these are apart. fp16 has 10 bits of mantissa for it, bf16 has 7.
+// far these are apart; 3-bit fields lie in a plane of 2 bits.
 template <int kBits, typename T>
-struct Places;
-template <>
-struct Places<2, __half> {
-  static constexpr int kCount = 4, kStep = 2;
-};
-template <>
-struct Places<3, __half> {
-  static constexpr int kCount = 4, kStep = 2;
-};
-template <>
-struct Places<4, __half> {
-  static constexpr int kCount = 2, kStep = 4;
-};
-template <>
-struct Places<8, __half> {
-  static constexpr int kCount = 1, kStep = 8;
-};
-template <>
-struct Places<2, __nv_bfloat16> {
-  static constexpr int kCount = 2, kStep = 2;
-};
-template <>
-struct Places<3, __nv_bfloat16> {
-  static constexpr int kCount = 2, kStep = 2;
-};
-template <>
-struct Places<4, __nv_bfloat16> {
-  static constexpr int kCount = 1, kStep = 4;
+struct Places {
+  static constexpr int kStep = kBits == 3 ? 2 : kBits;
+  static constexpr int kCount = Pattern<T>::kReadBits / kStep;
 };
 
 // What takes the zero points of a pair away: -(base / 2^p + z) for each place p.
@@ -220,12 +190,7 @@ struct ZeroPair<8, __nv_bfloat16> {
   }
 };
 
-// Pair m of column c as base + (q << p), where p is i * kStep with i = place(c, m).
-template <int kBits, typename T>
-__device__ __forceinline__ constexpr int place(int m) {
-  return m % Places<kBits, T>::kCount;
-}
-
+// Pair m of column c as base + (q << p), where p is kStep times m % kCount.
 template <typename T>
 __device__ __forceinline__ std::uint32_t raised(const Unit<4>& unit, int c, int m) {
   constexpr int kCount = Places<4, T>::kCount;
