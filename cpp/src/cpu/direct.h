@@ -5,6 +5,8 @@
 // inputs with one scale: there each weight is scaled, in fp32.
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace lowbitcore {
@@ -12,6 +14,12 @@ namespace {
 
 // Rows that share one decoding; more rows are cut into such strips.
 constexpr int kDirectStrip = 8;
+
+// Blocks of outputs that a thread takes at once, at most.
+constexpr int64_t kMostBlocks = 8;
+
+// How far ahead words are fetched: caches do not look across a page, nor past a block's end.
+constexpr int64_t kFetchAhead = 4096;
 
 // Fewer rows need several sums each, or additions would wait for one another.
 constexpr int chains(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
@@ -63,6 +71,15 @@ void pack_few(const ConstMatrix& x, int64_t first, int64_t rows, uint32_t* out) 
 }
 #endif
 
+// Asks for the scales and zeros that this thread's next block but one has of a group. They lie a
+// row of scales apart, where no cache expects them.
+template <int B>
+LOWBITCORE_INLINE void fetch_group(const Block<B>& block, int64_t g, int64_t groups) {
+  constexpr int64_t kBlocks = 2;
+  __builtin_prefetch(block.scales + g * block.stride + kBlocks * kBlockN);
+  __builtin_prefetch(block.zeros + (kBlocks * groups + g) * kBlockN);
+}
+
 // total[r] += the sums of one group over tiles [first, last), for one vector of outputs.
 template <int B, int R, typename Element>
 LOWBITCORE_INLINE void add_group(const Block<B>& block, int64_t g, int64_t first, int64_t last,
@@ -75,6 +92,8 @@ LOWBITCORE_INLINE void add_group(const Block<B>& block, int64_t g, int64_t first
     for (int c = 0; c < C; ++c) acc[r][c] = Vec::broadcast(0.0f);
   }
   for (int64_t tile = first; tile < last; ++tile) {
+    const char* ahead = reinterpret_cast<const char*>(block.tile_words(tile)) + kFetchAhead;
+    for (int r = 0; r < B; ++r) __builtin_prefetch(ahead + r * kBlockN * 4);
     const Element* xt = x + tile * kTileElements<Element> * R;
     for_each_difference(
         block, tile, lane, z,
@@ -104,12 +123,13 @@ LOWBITCORE_INLINE void add_scaled(const Block<B>& block, int64_t tile, int lane,
 // y [R][16] = x W^T for one block of outputs.
 template <int B, int R, typename Element>
 void direct_block(const Block<B>& block, int64_t tiles, const Element* x, float* y) {
-  const int64_t group_tiles = block.group_size / kTileK;
+  const int64_t group_tiles = block.group_size / kTileK, groups = divide_up(tiles, group_tiles);
   for (int lane = 0; lane < kBlockN; lane += kWidth) {
     Vec total[R];
     for (int r = 0; r < R; ++r) total[r] = Vec::broadcast(0.0f);
     if (block.g_idx == nullptr) {
       for (int64_t first = 0, g = 0; first < tiles; first += group_tiles, ++g) {
+        fetch_group(block, g, groups);
         add_group(block, g, first, smaller(first + group_tiles, tiles), lane, x, total);
       }
     } else if constexpr (Operand<Element>::kPer == 1) {
@@ -123,10 +143,15 @@ template <int B, int R, typename Element>
 void direct_strip(const ConstMatrix& x, int64_t first, int64_t rows, const QuantWeight& w,
                   const float* bias, const Matrix& y, int threads, Element* packed) {
   pack_few<B, R>(x, first, rows, packed);
-  parallel_for(y.cols / kBlockN, threads, [&](int64_t n, int) {
-    alignas(64) float out[R * kBlockN];
-    direct_block<B, R>(Block<B>(w, n), x.cols / kTileK, packed, out);
-    store_outputs(out, rows, kBlockN, bias, y, first, n * kBlockN);
+  // Blocks that follow each other are one stream of bytes.
+  const int64_t blocks = y.cols / kBlockN;
+  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads), 1, kMostBlocks);
+  parallel_for(divide_up(blocks, run), threads, [&](int64_t i, int) {
+    for (int64_t n = i * run; n < smaller((i + 1) * run, blocks); ++n) {
+      alignas(64) float out[R * kBlockN];
+      direct_block<B, R>(Block<B>(w, n), x.cols / kTileK, packed, out);
+      store_outputs(out, rows, kBlockN, bias, y, first, n * kBlockN);
+    }
   });
 }
 

@@ -61,17 +61,29 @@ inline void transpose_tile_pairs(const float* in, std::uint32_t* out) {
 namespace lowbitcore {
 namespace {
 
-// Elements p of a tile: two codes that lie 16 bits apart in a word (3 bits: 16 inputs apart), as
-// 16-bit integers.
+// The words of a tile, with what pairs up 16 bits apart. So it lies in memory, but for 3 bits:
+// there inputs 0 to 15 go into the lower halves and inputs 16 to 31 into the upper ones.
+template <int B>
+LOWBITCORE_INLINE void load_pair_words(const std::uint32_t* words, VecI (&w)[B]) {
+  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
+  if constexpr (B == 3) {
+    constexpr __mmask32 kUpper = 0xaaaaaaaau;
+    const VecI middle = w[0].template right<16>() | w[2].template left<16>();
+    w[0].v = _mm512_mask_blend_epi16(kUpper, w[0].v, w[1].v);
+    w[2].v = _mm512_mask_blend_epi16(kUpper, w[1].v, w[2].v);
+    w[1] = middle;
+  }
+}
+
+// Pair P of a tile as 16-bit integers, from words whose halves are two streams of bits.
 template <int B, int P>
 LOWBITCORE_INLINE __m512i code_pair(const VecI (&w)[B]) {
-  if constexpr (B == 3) {
-    return (code<3, P>(w) | code<3, P + 16>(w).template left<16>()).v;
-  } else {
-    constexpr int kPerHalf = 16 / B;
-    return _mm512_and_si512(_mm512_srli_epi16(w[P / kPerHalf].v, P % kPerHalf * B),
-                            _mm512_set1_epi16((1 << B) - 1));
+  constexpr int bit = B * P, word = bit / 16, shift = bit % 16;
+  __m512i value = _mm512_srli_epi16(w[word].v, shift);
+  if constexpr (shift + B > 16) {
+    value = _mm512_or_si512(value, _mm512_slli_epi16(w[word + 1].v, 16 - shift));
   }
+  return _mm512_and_si512(value, _mm512_set1_epi16((1 << B) - 1));
 }
 
 // The integers -16..15 as bf16.
@@ -80,14 +92,16 @@ alignas(64) constexpr std::uint16_t kSmallIntegers[32] = {
     0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
     0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
 
-// Differences of 16-bit codes and zeros, as bf16: all are exact.
+// What zeros are less by, so that differences of up to 4 bits count entries of kSmallIntegers.
+template <int B>
+constexpr int kZeroOffset = B <= 4 ? 16 : 0;
+
+// Differences of 16-bit codes and lessened zeros, as bf16: all are exact.
 template <int B>
 LOWBITCORE_INLINE VecI bf16_difference(__m512i codes, __m512i zeros) {
   const __m512i d = _mm512_sub_epi16(codes, zeros);
   if constexpr (B <= 4) {
-    // Of an index only the low five bits count, so that -16 and 16 are one.
-    return {_mm512_permutexvar_epi16(_mm512_xor_si512(d, _mm512_set1_epi16(16)),
-                                     _mm512_load_si512(kSmallIntegers))};
+    return {_mm512_permutexvar_epi16(d, _mm512_load_si512(kSmallIntegers))};
   } else {
     const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(d, 16), 16);
     const __m512 l = _mm512_cvtepi32_ps(low), h = _mm512_cvtepi32_ps(_mm512_srai_epi32(d, 16));
@@ -100,9 +114,10 @@ template <int B, typename F, int... P>
 LOWBITCORE_INLINE void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f,
                                           std::integer_sequence<int, P...>) {
   VecI w[B];
-  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
+  load_pair_words(words, w);
   const __m512i z = _mm512_cvtps_epi32(zero.v);
-  const __m512i zeros = _mm512_or_si512(z, _mm512_slli_epi32(z, 16));
+  const __m512i zeros = _mm512_sub_epi16(_mm512_or_si512(z, _mm512_slli_epi32(z, 16)),
+                                         _mm512_set1_epi16(kZeroOffset<B>));
   (f(P, bf16_difference<B>(code_pair<B, P>(w), zeros)), ...);
 }
 
