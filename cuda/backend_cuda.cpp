@@ -5,7 +5,7 @@
 #include <mutex>
 #include <string>
 
-#include "../cpp/src/check.h"
+#include "../cpp/src/call.h"
 #include "cuda_check.h"
 #include "dispatch.h"
 
@@ -28,8 +28,12 @@ int current_device() {
   return device;
 }
 
-// The library's own pool of a device: it keeps what was freed, where the default one gives it back
-// to the system whenever somebody waits for the device.
+// What a pool keeps of what was freed when somebody waits for the device: more than products take
+// (a tile of 128 KiB for each multiprocessor; for gradients of scales, an eighth of a byte for each
+// weight), and far less than GPTQ does (its copy of a weight).
+constexpr std::uint64_t kKeptScratch = std::uint64_t{64} << 20;
+
+// The library's own pool of a device: the default one keeps nothing.
 cudaMemPool_t scratch_pool() {
   static std::array<cudaMemPool_t, kDevices> pools{};
   static std::mutex mutex;
@@ -41,8 +45,8 @@ cudaMemPool_t scratch_pool() {
     properties.allocType = cudaMemAllocationTypePinned;
     properties.location = {cudaMemLocationTypeDevice, device};
     check(cudaMemPoolCreate(&pool, &properties), "workspace");
-    std::uint64_t keep_all = ~std::uint64_t{0};
-    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all), "workspace");
+    std::uint64_t kept = kKeptScratch;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "workspace");
   }
   return pool;
 }
@@ -74,10 +78,13 @@ void from_host(void* device, const void* host, std::size_t bytes, void* stream) 
 
 void check_finite(const char* op, const char* argument, const char* expected, ConstMatrix matrix,
                   void* stream) {
-  void* scratch = allocate(kAllFiniteWorkspace, stream);
-  const bool finite = all_finite(matrix, scratch, stream_of(stream));
-  release(scratch, stream);
-  if (!finite) lowbitcore::check::fail(op, argument, expected, "NaN or Inf");
+  Execution exec;
+  exec.device = Device::cuda;
+  exec.stream = stream;
+  const Call call(op, exec, kAllFiniteWorkspace);
+  if (!all_finite(matrix, call.workspace(), stream_of(stream))) {
+    lowbitcore::check::fail(op, argument, expected, "NaN or Inf");
+  }
 }
 
 void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
@@ -112,14 +119,14 @@ bool aligned(const void* data, std::int64_t stride, std::int64_t element_bytes) 
 // Whether the tensor-core kernels take these operands; qgemm_simt.cu takes what is left.
 bool on_tensor_cores(const ConstMatrix& a, const ConstMatrix& b, const QuantWeight& w) {
   return a.dtype != DType::f32 && w.g_idx == nullptr && aligned(a.data, a.stride, 2) &&
-         aligned(b.data, b.stride, 2) && aligned(w.packed, 16, 1);
-}
-
-bool on_tensor_cores_with_scales(const ConstMatrix& a, const ConstMatrix& b, const QuantWeight& w) {
-  return on_tensor_cores(a, b, w) && aligned(w.scales.data, w.scales.stride, 4);
+         aligned(b.data, b.stride, 2);
 }
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+std::int64_t columns_of(Op op, const QuantFormat& f) {
+  return op == Op::nt ? f.out_features : f.in_features;
+}
 
 // How a product is computed. Depends on nothing but shapes and the device, so that workspaces fit.
 struct Plan {
@@ -134,12 +141,11 @@ Plan plan_of(Op op, const QuantFormat& f, std::int64_t m) {
   const Tile tile = choose_tile(op, m);
   const std::int64_t rows = wgmma ? 128 : tile_rows(tile);
   const std::int64_t columns = wgmma || tile == Tile::few ? 256 : 128;
-  const std::int64_t out = op == Op::nt ? f.out_features : f.in_features;
   const std::int64_t depth = op == Op::nt ? f.in_features : f.out_features;
   // Few rows leave room for a second block, and small partial results; more rows would move more
   // of these than the second block is worth.
   const int blocks_each = !wgmma && tile == Tile::few ? 2 : 1;
-  const int splits = choose_splits(divide_up(m, rows) * divide_up(out, columns),
+  const int splits = choose_splits(divide_up(m, rows) * divide_up(columns_of(op, f), columns),
                                    divide_up(depth, kStep), multiprocessors(), blocks_each);
   return {wgmma, tile, splits};
 }
@@ -171,62 +177,55 @@ int group_tiles(const QuantFormat& f) {
   return static_cast<int>((f.group_size == -1 ? f.in_features : f.group_size) / 32);
 }
 
-GemmArgs gemm_args(const ConstMatrix& in, const QuantWeight& w, const float* bias,
-                   const Matrix& out, void* partial) {
-  return {in.data,
-          in.stride,
-          static_cast<const std::uint8_t*>(w.packed),
-          w.scales.data,
-          w.scales.stride,
-          bias,
-          out.data,
-          out.stride,
-          static_cast<float*>(partial),
-          static_cast<int>(in.rows),
-          static_cast<int>(w.format.out_features),
-          static_cast<int>(w.format.in_features),
-          group_tiles(w.format)};
+void product(Op op, ConstMatrix in, const QuantWeight& w, const float* bias, Matrix out,
+             const Resources& use) {
+  const cudaStream_t stream = stream_of(use.stream);
+  if (!on_tensor_cores(in, out, w) || !aligned(w.scales.data, w.scales.stride, 4)) {
+    return op == Op::nt ? launch_simt_nt(in, w, bias, out, stream)
+                        : launch_simt_nn(in, w, out, stream);
+  }
+  const Plan plan = plan_of(op, w.format, in.rows);
+  const GemmArgs args = {in.data,
+                         in.stride,
+                         static_cast<const std::uint8_t*>(w.packed),
+                         w.scales.data,
+                         w.scales.stride,
+                         bias,
+                         out.data,
+                         out.stride,
+                         static_cast<float*>(use.workspace),
+                         static_cast<int>(in.rows),
+                         static_cast<int>(w.format.out_features),
+                         static_cast<int>(w.format.in_features),
+                         group_tiles(w.format)};
+  with_bits(w.format.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    if (plan.wgmma) {
+      const auto launch =
+          op == Op::nt ? launch_qgemm_nt_wgmma<kBits> : launch_qgemm_nn_wgmma<kBits>;
+      launch(in.dtype, args, plan.splits, stream);
+    } else {
+      const auto launch = op == Op::nt ? launch_qgemm_nt<kBits> : launch_qgemm_nn<kBits>;
+      launch(in.dtype, plan.tile, args, plan.splits, stream);
+    }
+  });
+  if (plan.splits > 1) launch_reduce_splits(args.partial, plan.splits, bias, out, stream);
+}
+
+template <Op kOp>
+std::size_t product_workspace(const QuantFormat& f, std::int64_t m, int) {
+  const std::int64_t splits = plan_of(kOp, f, m).splits;
+  return splits == 1 ? 0
+                     : static_cast<std::size_t>(splits * m * columns_of(kOp, f)) * sizeof(float);
 }
 
 void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
               const Resources& use) {
-  const cudaStream_t stream = stream_of(use.stream);
-  if (!on_tensor_cores_with_scales(x, y, w)) return launch_simt_nt(x, w, bias, y, stream);
-  const Plan plan = plan_of(Op::nt, w.format, x.rows);
-  const GemmArgs args = gemm_args(x, w, bias, y, use.workspace);
-  with_bits(w.format.bits, [&](auto bits) {
-    if (plan.wgmma) {
-      launch_qgemm_nt_wgmma<bits.value>(x.dtype, args, plan.splits, stream);
-    } else {
-      launch_qgemm_nt<bits.value>(x.dtype, plan.tile, args, plan.splits, stream);
-    }
-  });
-  if (plan.splits > 1) launch_reduce_splits(args.partial, plan.splits, bias, y, stream);
-}
-
-std::size_t qgemm_nt_workspace(const QuantFormat& f, std::int64_t m, int) {
-  const std::int64_t splits = plan_of(Op::nt, f, m).splits;
-  return splits == 1 ? 0 : static_cast<std::size_t>(splits * m * f.out_features) * sizeof(float);
+  product(Op::nt, x, w, bias, y, use);
 }
 
 void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
-  const cudaStream_t stream = stream_of(use.stream);
-  if (!on_tensor_cores_with_scales(dy, dx, w)) return launch_simt_nn(dy, w, dx, stream);
-  const Plan plan = plan_of(Op::nn, w.format, dy.rows);
-  const GemmArgs args = gemm_args(dy, w, nullptr, dx, use.workspace);
-  with_bits(w.format.bits, [&](auto bits) {
-    if (plan.wgmma) {
-      launch_qgemm_nn_wgmma<bits.value>(dy.dtype, args, plan.splits, stream);
-    } else {
-      launch_qgemm_nn<bits.value>(dy.dtype, plan.tile, args, plan.splits, stream);
-    }
-  });
-  if (plan.splits > 1) launch_reduce_splits(args.partial, plan.splits, nullptr, dx, stream);
-}
-
-std::size_t qgemm_nn_workspace(const QuantFormat& f, std::int64_t m, int) {
-  const std::int64_t splits = plan_of(Op::nn, f, m).splits;
-  return splits == 1 ? 0 : static_cast<std::size_t>(splits * m * f.in_features) * sizeof(float);
+  product(Op::nn, dy, w, nullptr, dx, use);
 }
 
 void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View<float> ds,
@@ -289,8 +288,8 @@ const Backend& cuda_backend() {
                                       cuda::qgemm_nt,
                                       cuda::qgemm_nn,
                                       cuda::qgemm_grad_scales,
-                                      cuda::qgemm_nt_workspace,
-                                      cuda::qgemm_nn_workspace,
+                                      cuda::product_workspace<cuda::Op::nt>,
+                                      cuda::product_workspace<cuda::Op::nn>,
                                       cuda::qgemm_grad_scales_workspace,
                                       cuda::dequantize,
                                       cuda::quantize_rtn,

@@ -23,6 +23,17 @@ constexpr int power_of_two(int n) {
   return p;
 }
 
+// The steps of a contraction that blockIdx.z takes: an equal share, which may be none.
+struct Share {
+  int first, last;
+
+  __device__ __forceinline__ explicit Share(int steps) {
+    const int count = (steps + gridDim.z - 1) / gridDim.z;
+    first = blockIdx.z * count;
+    last = min(steps, first + count);
+  }
+};
+
 // What one thread copies of the activations: step after step, kRows rows x 64 columns of a
 // [rows, columns] matrix. What lies outside of it becomes zero.
 template <int kRows, int kThreads>

@@ -155,15 +155,13 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) qgemm_wgmma_kernel(GemmArgs 
   extern __shared__ __align__(1024) unsigned char wgmma_memory[];
   const std::uint32_t shared = ptx::shared_address(wgmma_memory);
   const int depth = Weights::depth(args);
-  const int steps = (depth + kStep - 1) / kStep;
-  const int share = (steps + gridDim.z - 1) / gridDim.z;
-  const int first = blockIdx.z * share, last = min(steps, first + share);
+  const Share share((depth + kStep - 1) / kStep);
 
   ActivationCopy<kWgmmaRows, kWgmmaThreads> activations(
-      args.in, args.in_stride, blockIdx.x * kWgmmaRows, args.m, first * kStep, depth);
-  Weights weights(args, first);
+      args.in, args.in_stride, blockIdx.x * kWgmmaRows, args.m, share.first * kStep, depth);
+  Weights weights(args, share.first);
   const auto load = [&](int step, int stage) {
-    if (step < last) {
+    if (step < share.last) {
       const std::uint32_t to = shared + stage * Shape::kStageBytes;
       activations.next(to);
       weights.load(to + Shape::kActivationBytes, step);
@@ -179,23 +177,23 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) qgemm_wgmma_kernel(GemmArgs 
   WgmmaOperands a[2];  // of the two halves
 
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) load(first + stage, stage);
-  if (first < last) {
+  for (int stage = 0; stage < kStages - 1; ++stage) load(share.first + stage, stage);
+  if (share.first < share.last) {
     ptx::wait_copies<kStages - 2>();
     ptx::publish_to_wgmma();
     __syncthreads();
-    dequantize(first, 0, 0, a[0]);
+    dequantize(share.first, 0, 0, a[0]);
   }
 
   int stage = 0;
-  for (int step = first; step < last; ++step) {
+  for (int step = share.first; step < share.last; ++step) {
     const std::uint32_t from = shared + stage * Shape::kStageBytes;
     multiply_half<T>(sums, a[0], from, 0);
     dequantize(step, stage, 1, a[1]);
     multiply_half<T>(sums, a[1], from, 1);
     const int previous = stage == 0 ? kStages - 1 : stage - 1;
     stage = stage + 1 == kStages ? 0 : stage + 1;
-    if (step + 1 < last) {
+    if (step + 1 < share.last) {
       ptx::wait_copies<kStages - 3>();
       ptx::publish_to_wgmma();
       // Beyond it the next step can be read, and nobody reads the step before this one any more.

@@ -18,4 +18,6 @@ const Memory& cuda_memory() { fail(); }
 
 std::string cuda_status() { return "not built (configure with LOWBITCORE_CUDA=ON and nvcc)"; }
 
+bool cuda_has_wgmma() { return false; }
+
 }  // namespace lowbitcore

@@ -1,8 +1,14 @@
 // In place of the kernels of gemm_wgmma.cuh, in a build for architectures other than sm_90.
+#include <lowbitcore/runtime.h>
+
 #include "cuda_check.h"
 #include "kernels.h"
 
-namespace lowbitcore::cuda {
+namespace lowbitcore {
+
+bool cuda_has_wgmma() { return false; }
+
+namespace cuda {
 
 namespace {
 
@@ -32,4 +38,6 @@ template decltype(launch_qgemm_nn_wgmma<3>) launch_qgemm_nn_wgmma<3>;
 template decltype(launch_qgemm_nn_wgmma<4>) launch_qgemm_nn_wgmma<4>;
 template decltype(launch_qgemm_nn_wgmma<8>) launch_qgemm_nn_wgmma<8>;
 
-}  // namespace lowbitcore::cuda
+}  // namespace cuda
+
+}  // namespace lowbitcore

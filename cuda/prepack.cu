@@ -1,4 +1,5 @@
 // Interchange layout <-> execution layout.
+#include "../cpp/src/fields.h"
 #include "kernels.h"
 #include "launch.h"
 #include "layout.cuh"
@@ -9,18 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Field i of an LSB-first bit stream whose 32-bit words lie `step` apart.
-__device__ std::uint32_t get_field(const std::int32_t* words, std::int64_t step, std::int64_t i,
-                                   int bits) {
-  const std::int64_t bit = i * bits;
-  const std::int32_t* word = words + bit / 32 * step;
-  const int shift = static_cast<int>(bit % 32);
-  std::uint32_t value = static_cast<std::uint32_t>(word[0]) >> shift;
-  if (shift + bits > 32) value |= static_cast<std::uint32_t>(word[step]) << (32 - shift);
-  return value & ((1u << bits) - 1u);
-}
-
-// Word `index` of such a stream; field(i) tells its fields.
+// Word `index` of an LSB-first bit stream; field(i) tells its fields.
 template <typename Field>
 __device__ std::uint32_t stream_word(std::int64_t index, int bits, const Field& field) {
   const std::int64_t first = index * 32;

@@ -72,9 +72,7 @@ __global__ void __launch_bounds__(GradScalesShape<kStages>::kThreads)
   const int g = lane / 4, t = lane % 4;
   const int output0 = blockIdx.x * Shape::kN, input0 = blockIdx.y * Shape::kK;
 
-  const int steps = (args.m + Shape::kTokens - 1) / Shape::kTokens;
-  const int share = (steps + gridDim.z - 1) / gridDim.z;
-  const int first = blockIdx.z * share, last = min(steps, first + share);
+  const Share share((args.m + Shape::kTokens - 1) / Shape::kTokens);
 
   const auto offset = [](int row, int chunk) {
     return row * Shape::kOperandRowBytes + ((chunk ^ (row & 7)) * kChunk);
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(GradScalesShape<kStages>::kThreads)
     }
   };
   const auto load = [&](int step, int stage) {
-    if (step < last) {
+    if (step < share.last) {
       const std::uint32_t to = shared + stage * Shape::kStageBytes;
       copy(to, args.dy, args.dy_stride, step, output0, args.n);
       copy(to + Shape::kOperandBytes, args.x, args.x_stride, step, input0, args.k);
@@ -105,10 +103,10 @@ __global__ void __launch_bounds__(GradScalesShape<kStages>::kThreads)
   float dw[4][8][4] = {};
 
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) load(first + stage, stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) load(share.first + stage, stage);
 
   int stage = 0;
-  for (int step = first; step < last; ++step) {
+  for (int step = share.first; step < share.last; ++step) {
     ptx::wait_copies<kStages - 2>();
     __syncthreads();
     load(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);

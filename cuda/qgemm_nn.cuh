@@ -47,18 +47,16 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN) qgemm_nn_kernel(GemmAr
   const int my_tile = min(tile0 + warp_k * 2 + g / 4, tiles - 1);
   const int grid_row = my_tile / args.group_tiles - group0;
 
-  const int steps = (strips + 1) / 2;
-  const int share = (steps + gridDim.z - 1) / gridDim.z;
-  const int first = blockIdx.z * share, last = min(steps, first + share);
+  const Share share((strips + 1) / 2);
 
   ActivationCopy<Shape::kM, Shape::kThreads> activations(args.in, args.in_stride, row0, args.m,
-                                                         first * kStep, args.n);
+                                                         share.first * kStep, args.n);
   TileCopy<kBits, kStep / kTile, Shape::kTiles, Shape::kThreads> weights_copy(
-      args.packed, first * 2, strips, tile0, tiles);
+      args.packed, share.first * 2, strips, tile0, tiles);
   typename Grid::template Copy<Shape::kGroupRows, Shape::kThreads> grid_copy(args, zeros,
-                                                                             first * kStep);
+                                                                             share.first * kStep);
   const auto load = [&](int step, int stage) {
-    if (step < last) {
+    if (step < share.last) {
       const std::uint32_t to = shared + stage * Shape::kStageBytes;
       activations.next(to);
       weights_copy.copy(to + Shape::kActivationBytes);
@@ -73,10 +71,10 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN) qgemm_nn_kernel(GemmAr
   float dx[kRows][8][4] = {};
 
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) load(first + stage, stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) load(share.first + stage, stage);
 
   int stage = 0;
-  for (int step = first; step < last; ++step) {
+  for (int step = share.first; step < share.last; ++step) {
     ptx::wait_copies<kStages - 2>();
     __syncthreads();
     load(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);

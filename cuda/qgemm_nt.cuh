@@ -44,19 +44,17 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN) qgemm_nt_kernel(GemmAr
   const int strips = args.n / kTile, tiles = args.k / kTile;
   const std::uint8_t* zeros = args.packed + zeros_offset(kBits, args.n, args.k);
 
-  const int steps = (tiles + 1) / 2;
-  const int share = (steps + gridDim.z - 1) / gridDim.z;
-  const int first = blockIdx.z * share, last = min(steps, first + share);
+  const Share share((tiles + 1) / 2);
 
   ActivationCopy<Shape::kM, Shape::kThreads> activations(args.in, args.in_stride, row0, args.m,
-                                                         first * kStep, args.k);
+                                                         share.first * kStep, args.k);
   TileCopy<kBits, Shape::kN / kTile, kStep / kTile, Shape::kThreads> weights_copy(
-      args.packed, output0 / kTile, strips, first * 2, tiles);
+      args.packed, output0 / kTile, strips, share.first * 2, tiles);
   const typename Grid::template Copy<Shape::kGroupRows, Shape::kThreads> grid_copy(args, zeros,
                                                                                    output0);
-  GroupCursor loaded(first * 2, args.group_tiles), used = loaded;
+  GroupCursor loaded(share.first * 2, args.group_tiles), used = loaded;
   const auto load = [&](int step, int stage) {
-    if (step < last) {
+    if (step < share.last) {
       const std::uint32_t to = shared + stage * Shape::kStageBytes;
       activations.next(to);
       weights_copy.copy(to + Shape::kActivationBytes);
@@ -73,7 +71,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN) qgemm_nt_kernel(GemmAr
   float y[kRows][kStrips * 4][4] = {}, sums[kScaleSums ? kStrips * 4 : 1][4] = {};
 
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) load(first + stage, stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) load(share.first + stage, stage);
 
   // The grid of the group that is being worked on, of this thread's outputs.
   ScalePair<T> scales[kScaleSums ? 1 : kStrips][2];
@@ -81,7 +79,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN) qgemm_nt_kernel(GemmAr
   bool group_begins = true;
 
   int stage = 0;
-  for (int step = first; step < last; ++step) {
+  for (int step = share.first; step < share.last; ++step) {
     ptx::wait_copies<kStages - 2>();
     __syncthreads();
     load(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
@@ -141,7 +139,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN) qgemm_nt_kernel(GemmAr
       }
       group_begins = used.next();
       if constexpr (kScaleSums) {
-        if (group_begins || (h == 1 && step + 1 == last)) {
+        if (group_begins || (h == 1 && step + 1 == share.last)) {
 #pragma unroll
           for (int i = 0; i < kStrips; ++i) {
             // Columns 2 t and 2 t + 1 of mma o are outputs base + {0, 8, 1, 9}[o] + {0, 2}.

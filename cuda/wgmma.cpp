@@ -1,8 +1,14 @@
 // Which devices the kernels of gemm_wgmma.cuh run on.
+#include <lowbitcore/runtime.h>
+
 #include "cuda_check.h"
 #include "kernels.h"
 
-namespace lowbitcore::cuda {
+namespace lowbitcore {
+
+bool cuda_has_wgmma() { return true; }
+
+namespace cuda {
 
 // Asked for every time: the runtime answers from memory.
 bool supports_wgmma() {
@@ -15,4 +21,6 @@ bool supports_wgmma() {
   return major == 9 && minor == 0;
 }
 
-}  // namespace lowbitcore::cuda
+}  // namespace cuda
+
+}  // namespace lowbitcore

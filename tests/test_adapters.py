@@ -290,6 +290,37 @@ def test_scales_under_a_frozen_adapter(tmp_path: Path) -> None:
     assert torch.equal(logits(both), logits(model))
 
 
+def test_scales_beside_an_adapter(tmp_path: Path) -> None:
+    """Trained together, they are saved, loaded, folded and saved again together."""
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4, targets=None))
+    lbc.thaw_scales(model)
+    with torch.no_grad():
+        for linear in quantized_linears(model).values():
+            linear.scales.mul_(1.1)
+    expected = logits(model)
+    both = {"adapter_config.json", "adapter_model.safetensors", "scales.safetensors"}
+    for name in ("first", "second", "third"):
+        lbc.save_adapter(model, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == both
+        model = lbc.load_adapter(quantized("llama"), tmp_path / name, trainable=name == "first")
+        assert torch.equal(logits(model), expected)
+        trained = {key.rpartition(".")[2] for key, p in model.named_parameters() if p.requires_grad}
+        expected_to = {"a", "b", "scales"} if name == "first" else set()
+        assert trained & {"a", "b", "scales"} == expected_to
+        if name == "second":
+            model = lbc.fold_adapters(model)
+            expected = logits(model)
+    other = quantized("llama")
+    before = logits(other)
+    (tmp_path / "first" / "scales.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"scales\.safetensors"):
+        lbc.load_adapter(other, tmp_path / "first", trainable=True)
+    assert torch.equal(logits(other), before)
+    assert not any(p.requires_grad for key, p in other.named_parameters() if "scales" in key)
+    with pytest.raises(ValueError, match="thaw_scales: model: expected a quantized one"):
+        lbc.thaw_scales(make_model("llama"))
+
+
 def test_scales_of_another_base_are_refused(tmp_path: Path) -> None:
     lbc.save_adapter(quantized("llama"), tmp_path)
     other = quantized("llama", bits=3)

@@ -320,6 +320,61 @@ def test_device_without_kernels(device: CudaDevice) -> None:
     ref.assert_close(core.nt(x), *bounded_nt(x, problem))
 
 
+@pytest.mark.parametrize("offset", [1, 4, 8])
+def test_a_packed_weight_that_is_not_aligned(device: CudaDevice, offset: int) -> None:
+    """Before any kernel reads it: a fault there ends the CUDA context of the process."""
+    problem = ref.random_problem(10, bits=4, group_size=32, out_features=64, in_features=96)
+    core = OnDevice(device, problem)
+    room = torch.empty(len(core.packed) + 16, dtype=torch.uint8, device=core.packed.device)
+    start = (offset - room.data_ptr()) % 16
+    core.packed = room[start : start + len(core.packed)].copy_(core.packed)
+    x, dy = torch.randn(3, 96), torch.randn(3, 64)
+    shape = {"in_features": 96, "out_features": 64, **core.layout}
+    for op, call in (
+        ("qgemm_nt", lambda: core.nt(x)),
+        ("qgemm_nn", lambda: core.nn(dy)),
+        ("qgemm_grad_scales", lambda: core.grad_scales(dy, x)),
+        ("dequantize", lambda: core.dequantize(torch.float32)),
+        ("unpack", lambda: ops.unpack(core.packed, **shape)),
+    ):
+        with pytest.raises(ValueError, match=f"{op}: packed: expected an address aligned to 16"):
+            call()
+    qweight, qzeros = device.put(problem.qweight()), device.put(problem.qzeros())
+    with pytest.raises(ValueError, match="prepack: packed: expected an address aligned to 16"):
+        ops._C.prepack(qweight, qzeros, 4, 32, 96, 64, core.packed, 0)
+
+
+def test_scratch_is_freed_where_a_check_throws(device: CudaDevice) -> None:
+    if device.emulated is None:
+        pytest.skip("needs a pretended device")
+    simulator = device.emulated.simulator
+    with (
+        simulator.options(compute_capability=70),
+        pytest.raises(ops._C.Error, match="all_finite: CUDA: "),
+    ):
+        ops.quantize_rtn(torch.randn(32, 64), bits=4, group_size=32)
+    assert simulator.allocated_bytes == 0
+
+
+def test_large_scratch_goes_back(device: CudaDevice) -> None:
+    """To the device, for others to take: GPTQ copies a weight, here of 128 MiB."""
+    if device.emulated is not None:
+        pytest.skip("the interpreter's pool keeps nothing")
+    n, k = 8192, 4096
+    weight, u = torch.ones(n, k, device=device.torch), torch.eye(k, device=device.torch)
+    order = torch.arange(k, dtype=torch.int32, device=device.torch)
+    factor = ops.GptqFactor(order, u, torch.zeros_like(order, dtype=torch.bool), 0.0)
+    ops.quantize_rtn(weight, bits=4, group_size=128)  # kernels and pools are there
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    result = ops.gptq_quantize(weight, factor, bits=4, group_size=128)
+    del result
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert before - torch.cuda.mem_get_info()[0] <= 96 << 20
+
+
 def test_index_of_no_group_stops_the_kernel(device: CudaDevice) -> None:
     if device.emulated is None:
         pytest.skip("a trap ends the CUDA context of the process")

@@ -226,6 +226,29 @@ def test_a_process_trains_on_one_gpu(tmp_path: Path) -> None:
     assert trainer.args.n_gpu == 1
 
 
+def test_the_gpu_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is transformers' choice: another one is refused, and not left idle."""
+    monkeypatch.setattr(recipes, "resolve_device", torch.device)
+    assert recipes.training_device("cpu") == torch.device("cpu")
+    assert recipes.training_device("cuda") == torch.device("cuda")
+    assert recipes.training_device("cuda:0") == torch.device("cuda:0")
+    wanted = "device: expected cuda, got cuda:1: a process trains on cuda:0: .*CUDA_VISIBLE_DEVICES"
+    with pytest.raises(ValueError, match=wanted):
+        recipes.training_device("cuda:1")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("LOCAL_RANK", "1")
+        assert recipes.training_device("cuda") == torch.device("cuda:1")
+        with pytest.raises(ValueError, match="got cuda:0: a process trains on cuda:1"):
+            recipes.training_device("cuda:0")
+
+    model, settings = lbc.prepare_lora(quantized("llama")), arguments(tmp_path, use_cpu=True)
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda:1")))
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("cuda:0")))
+    with pytest.raises(ValueError, match="model: expected one on cuda:0, .* got one on cuda:1"):
+        lbc.EmefTrainer(model, settings, instructions())
+
+
 # ---- every tensor where its operands are ----
 
 
@@ -405,7 +428,7 @@ def test_a_buffer_that_was_moved_alone_is_refused() -> None:
 
 def as_a_gpu(device: CudaDevice, patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     if device.emulated is not None:
-        patch.setattr(dispatch, "_capability", lambda device: capability)
+        patch.setattr(dispatch, "capability", lambda device: capability)
 
 
 def no_kernel(*args: Any) -> None:
@@ -461,25 +484,29 @@ def test_exact_products_stay_fused(device: CudaDevice, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("capability", "permuted", "rows"),
+    ("capability", "permuted", "wgmma", "rows"),
     [
-        ((8, 0), False, None),
-        ((8, 9), False, None),
-        ((9, 0), False, 1920),
-        ((10, 0), False, 640),
-        ((12, 0), False, None),
-        ((8, 6), True, 64),
-        ((12, 1), True, 64),
-        ((7, 5), False, None),
+        ((8, 0), False, True, None),
+        ((8, 9), False, True, None),
+        ((9, 0), False, True, 1920),
+        ((9, 0), False, False, 640),
+        ((10, 0), False, True, 640),
+        ((12, 0), False, True, None),
+        ((8, 6), True, True, 64),
+        ((9, 0), True, False, 64),
+        ((12, 1), True, True, 64),
+        ((7, 5), False, True, None),
     ],
 )
 def test_the_table(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     permuted: bool,
+    wgmma: bool,
     rows: int | None,
 ) -> None:
-    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "capability", lambda device: capability)
+    monkeypatch.setattr(dispatch._C, "cuda_has_wgmma", lambda: wgmma)
 
     def path(count: int, **settings: Any) -> str:
         found = {
@@ -492,7 +519,7 @@ def test_the_table(
     assert path(1) == path(rows or 10**9) == "fused"
     if rows is not None:
         assert path(rows + 1) == "dequantize"
-        assert path(rows + 1, dtype=torch.float32) == "fused"
+        assert path(rows + 1, dtype=torch.float32) == path(rows + 1, dtype=torch.float64) == "fused"
         with dispatch.override(rows + 1):
             assert path(rows + 1) == "fused"
     monkeypatch.setenv(dispatch.ENVIRONMENT, "3")

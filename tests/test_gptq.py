@@ -483,3 +483,57 @@ def test_wrong_arguments_are_named() -> None:
         ops.accumulate_cross_(hessian, torch.zeros(3, K), torch.zeros(4, K))
     with pytest.raises(ValueError, match=r"accumulate_cross.* a: expected.*224.*96"):
         ops.accumulate_cross_(hessian, torch.zeros(3, 96), torch.zeros(3, K))
+
+
+# ---- the same sums on CUDA, which are torch's: here on the CPU, where they can run as well ----
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_sums_on_cuda_use_no_tf32(monkeypatch: pytest.MonkeyPatch, new: bool) -> None:
+    """Whatever torch is told to allow; and it is told the same afterwards."""
+    matmul = torch.backends.cuda.matmul
+    if new and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("a torch without fp32_precision")
+    name, wide = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
+    setting = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before, seen = getattr(matmul, name), []
+    addmm_ = torch.Tensor.addmm_
+
+    def spy(*args: torch.Tensor) -> torch.Tensor:
+        seen.append(getattr(matmul, setting))
+        return addmm_(*args)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", spy)
+    hessian, cross, x = torch.zeros(K, K), torch.zeros(K, K), torch.randn(2, 3, K)
+    setattr(matmul, name, wide)
+    try:
+        ops._add_square(hessian, x)
+        ops._add_cross(cross, x.bfloat16(), x)
+        assert getattr(matmul, name) == wide
+    finally:
+        setattr(matmul, name, before)
+    assert set(seen) <= {"ieee", False} and len(seen) == 2
+    flat = x.view(-1, K)
+    torch.testing.assert_close(hessian, flat.T @ flat)
+    torch.testing.assert_close(cross, flat.bfloat16().float().T @ flat)
+
+
+def test_sums_on_cuda_refuse_what_the_core_refuses() -> None:
+    zeros = torch.zeros
+    for hessian, x, message in (
+        (zeros(K, K).double(), zeros(3, K), "hessian: expected float32, got .*float64"),
+        (zeros(40, 40), zeros(3, 40), "hessian: expected a positive multiple of 32 rows, got 40"),
+        (zeros(K, 32), zeros(3, K), r"hessian: expected shape \[224, 224\], got \[224, 32\]"),
+        (zeros(K, K), zeros(3, K).int(), "x: expected float32, bfloat16 or float16, got .*int32"),
+        (zeros(K, K), zeros(3, 96), r"x: expected shape \[3, 224\], got \[3, 96\]"),
+    ):
+        for accumulate in (ops.accumulate_hessian_, ops._add_square):
+            with pytest.raises(ValueError, match=f"accumulate_hessian: {message}"):
+                accumulate(hessian, x)
+    for a, b, message in (
+        (zeros(3, 96), zeros(3, K), r"a: expected shape \[3, 224\], got \[3, 96\]"),
+        (zeros(3, K), zeros(4, K), r"b: expected shape \[3, 224\], got \[4, 224\]"),
+    ):
+        for accumulate in (ops.accumulate_cross_, ops._add_cross):
+            with pytest.raises(ValueError, match=f"accumulate_cross: {message}"):
+                accumulate(zeros(K, K), a, b)

@@ -75,7 +75,7 @@ def test_attributes() -> None:
     layer = layer_of(problem, a_bias())
     assert (layer.in_features, layer.out_features, layer.bits, layer.group_size) == (160, 96, 4, 64)
     assert dict(layer.named_parameters()).keys() == {"scales", "bias"}
-    assert dict(layer.named_buffers()).keys() == {"packed", "g_idx", "order"}
+    assert dict(layer.named_buffers()).keys() == {"packed", "g_idx", "order", "inverse"}
     assert isinstance(layer.scales, nn.Parameter)
     assert layer.scales.dtype == torch.float32
     assert not layer.scales.requires_grad

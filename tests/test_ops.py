@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as ref
 from lowbitcore import ops
@@ -105,6 +107,66 @@ def test_opcheck_differentiable(rows: int, dtype: torch.dtype) -> None:
     )
     opcheck(lib.qgemm_nn.default, (grad_dy, packed(), grad_scales), {**plain, "in_features": K})
     opcheck(lib.qgemm_grad_scales.default, (grad_dy, grad_x, packed()), plain)
+
+
+# ------------------------------------------------------------- with and without torch's dispatcher
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def _recorded(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    with _Recorder() as recorder:
+        product(x())
+    return " ".join(recorder.seen)
+
+
+def _profiled(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    with torch.profiler.profile() as profile:
+        product(x())
+    return " ".join(event.key for event in profile.key_averages())
+
+
+def _exported(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    class Module(torch.nn.Module):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return product(given)
+
+    return str(torch.export.export(Module(), (x(),)).graph)
+
+
+def _made_into_fx(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    return str(make_fx(product)(x()).graph)
+
+
+def _jit_traced(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    return str(torch.jit.trace(product, x(), check_trace=False).graph)
+
+
+@pytest.mark.parametrize("watch", [_recorded, _profiled, _exported, _made_into_fx, _jit_traced])
+@torch.no_grad()
+def test_whoever_watches_sees_the_operator(
+    watch: Callable[[Callable[[torch.Tensor], torch.Tensor]], str],
+) -> None:
+    weight, factors = packed(), scales()
+    seen = watch(lambda given: ops.qgemm_nt(given, weight, factors, **LAYOUT))
+    assert "lowbitcore" in seen and "qgemm_nt" in seen
+
+
+def test_the_way_around_the_dispatcher_gives_the_same() -> None:
+    for given in (x(), x(dtype=torch.bfloat16), x(layout="strided"), x().reshape(5, 1, K), x(0)):
+        arguments = (given, packed(), scales(), g_idx(), bias(), 4, GROUP)
+        expected = torch.ops.lowbitcore.qgemm_nt(*arguments)
+        with torch.no_grad():
+            found = ops.qgemm_nt(given, packed(), scales(), g_idx=g_idx(), bias=bias(), **LAYOUT)
+        assert torch.equal(found, expected)
 
 
 def test_opcheck_more_dimensions_and_strides() -> None:

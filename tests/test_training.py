@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -336,6 +337,36 @@ def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
     assert torch.equal(parameter, before)
 
 
+def guard(model: PreTrainedModel, scaler: object = None) -> None:
+    """What happens between a backward and the optimizer's step."""
+    optimizer = SimpleNamespace(scaler=scaler)
+    training._GradientGuard().on_pre_optimizer_step(
+        SimpleNamespace(),
+        SimpleNamespace(global_step=6),
+        SimpleNamespace(),
+        model=model,
+        optimizer=optimizer,
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_all_gradients_are_looked_at_once(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for _, parameter in trained[:-1]:
+        parameter.grad = torch.full_like(parameter, 1e30)  # whose squares are infinite
+    looks = []
+    finite = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: looks.append(x) or finite(x))
+    guard(model)
+    assert len(looks) == 1 and looks[0].numel() == 1
+    name, parameter = trained[-2]
+    parameter.grad[0, 1] = value
+    with pytest.raises(FloatingPointError, match=f"step 7: the gradient of {name} holds NaN"):
+        guard(model)
+    guard(model, scaler=object())  # which skips the step, and tries a smaller scale
+
+
 def test_nothing_to_train(tmp_path: Path) -> None:
     model = quantized("llama").requires_grad_(False)
     with pytest.raises(ValueError, match="got one with nothing to train"):
@@ -448,6 +479,32 @@ def test_commands(method: str, place: Path) -> None:
     assert "holds a finished training" in fail(*command(place, method, method, "--steps", 20))
 
 
+def test_lrec_with_scales(place: Path) -> None:
+    """Adapter and scales train at once, lie side by side, and count no bytes but the adapter's."""
+    text = ("--text", place / "text.txt", "--context", 128)
+    results = {}
+    for name, more in (("alone", ()), ("joint", ("--scales-lr", 0.02))):
+        trained = command(place, "lrec", name, "--steps", 20, "--eval-text", place / "text.txt")
+        _, results[name] = succeed(*trained, *more)
+    joint = ("--adapter", place / "joint")
+    assert results["joint"]["ppl"] < results["alone"]["ppl"]
+    _, evaluated = succeed("eval", place / "quantized", *text, *joint)
+    assert evaluated["ppl"] == pytest.approx(results["joint"]["ppl"], rel=1e-6)
+    sizes = [
+        succeed("info", place / "quantized", "--adapter", place / name)[1]["bits_with_adapters"]
+        for name in results
+    ]
+    assert sizes[0] == sizes[1]
+    # What was trained apart is not put together.
+    shutil.copy(place / "joint" / "scales.safetensors", place / "joint-scales")
+    lbc.save_adapter(lbc.load(place / "quantized"), place / "joint")
+    assert "not the one it was trained with" in fail("eval", place / "quantized", *text, *joint)
+    (place / "joint" / "scales.safetensors").unlink()
+    assert "scales.safetensors" in fail("eval", place / "quantized", *text, *joint)
+    shutil.copy(place / "joint-scales", place / "joint" / "scales.safetensors")
+    succeed("eval", place / "quantized", *text, *joint)
+
+
 def test_stack_of_commands(place: Path) -> None:
     """INT2.1, D.2: correct, freeze, fine-tune on top; both are given to the other commands."""
     succeed(*command(place, "lrec", "below", "--tokens", 1000, "--cache", place / "cache"))
@@ -473,7 +530,10 @@ def history(directory: Path) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("method", ["emef", "lrec"])
 def test_a_killed_run_goes_on_bit_for_bit(method: str, place: Path) -> None:
     straight, killed = place / f"straight-{method}", place / f"killed-{method}"
-    more = ("--steps", 60, "--micro-batch", 2, "--seed", 5)
+    more: tuple[object, ...] = ("--steps", 60, "--micro-batch", 2, "--seed", 5)
+    products = ["adapter_model.safetensors"]
+    if method == "lrec":
+        more, products = (*more, "--scales-lr", 0.005), [*products, "scales.safetensors"]
     process = start(*command(place, method, straight.name, *more))
     assert process.wait(timeout=300) == 0, process.communicate()
     seconds = random.Random(os.urandom(8)).uniform(0.0, 1.0)
@@ -494,8 +554,9 @@ def test_a_killed_run_goes_on_bit_for_bit(method: str, place: Path) -> None:
     process = start(*command(place, method, killed.name, *more, "--resume"))
     assert process.wait(timeout=300) == 0, process.communicate()
     assert history(killed) == history(straight)
-    weights = [path / "adapter_model.safetensors" for path in (straight, killed)]
-    assert weights[0].read_bytes() == weights[1].read_bytes(), f"killed after {seconds} s"
+    for name in products:
+        same = (straight / name).read_bytes() == (killed / name).read_bytes()
+        assert same, f"{name}: killed after {seconds} s"
 
 
 @pytest.mark.parametrize("method", ["emef", "lrec"])
@@ -621,6 +682,7 @@ def test_lrec_starts_at_the_correction(place: Path) -> None:
             ["--steps", 5, "--start", "closed-form"],
             "--start: .*expected a correction in it",
         ),
+        ("lrec", ["--steps", 5, "--scales-lr", 0], "--scales-lr: expected a positive number"),
         ("lrec", ["--steps", 5, "--lambda-kl", -1], "--lambda-kl: expected 0 or more"),
         ("lrec", ["--steps", 5, "--adapter", "/nowhere"], "--adapter: /nowhere: .*got nothing the"),
         ("lrec", ["--steps", 5, "--eval-text", "/nowhere"], "/nowhere: cannot be read"),

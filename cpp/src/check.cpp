@@ -101,9 +101,17 @@ void g_idx(const char* op, const std::int32_t* g_idx, const QuantFormat& f) {
   }
 }
 
+void packed(const char* op, const void* packed, Device device) {
+  constexpr std::uintptr_t kCudaAlignment = 16;  // what its kernels copy at a time
+  if (packed == nullptr) fail(op, "packed", "data", "a null pointer");
+  if (device == Device::cuda && reinterpret_cast<std::uintptr_t>(packed) % kCudaAlignment != 0) {
+    fail(op, "packed", "an address aligned to 16 bytes on CUDA", "one that is not");
+  }
+}
+
 void weight(const char* op, const QuantWeight& w, bool with_scales, Device device) {
   format(op, w.format);
-  if (w.packed == nullptr) fail(op, "packed", "data", "a null pointer");
+  packed(op, w.packed, device);
   if (with_scales) shape(op, "scales", w.scales, w.format.groups(), w.format.out_features);
   if (w.g_idx != nullptr && device == Device::cpu) g_idx(op, w.g_idx, w.format);
 }

@@ -38,6 +38,9 @@ void finite(const char* op, const char* argument, const char* expected, const Co
 // Entries of g_idx in [0, groups).
 void g_idx(const char* op, const std::int32_t* g_idx, const QuantFormat& format);
 
+// The packed integers of a weight, where kernels can read or write them.
+void packed(const char* op, const void* packed, Device device);
+
 // A format, its packed integers, its g_idx (where its values can be seen) and optionally its
 // scales.
 void weight(const char* op, const QuantWeight& weight, bool with_scales, Device device);

@@ -5,11 +5,17 @@
 
 #include <cstring>
 
+#ifdef __CUDACC__
+#define LOWBITCORE_ANYWHERE __host__ __device__
+#else
+#define LOWBITCORE_ANYWHERE
+#endif
+
 namespace lowbitcore {
 
 // Field i of an LSB-first bit stream whose 32-bit words lie `step` apart.
-inline std::uint32_t get_field(const std::int32_t* words, std::int64_t step, std::int64_t i,
-                               int bits) {
+LOWBITCORE_ANYWHERE inline std::uint32_t get_field(const std::int32_t* words, std::int64_t step,
+                                                   std::int64_t i, int bits) {
   const std::int64_t bit = i * bits;
   const std::int64_t word = bit / 32;
   const int shift = static_cast<int>(bit % 32);

@@ -104,6 +104,7 @@ void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
              View<const std::int32_t> qzeros, void* packed, const Execution& exec) {
   const char* op = "prepack";
   check_canonical(op, format, qweight, qzeros);
+  check::packed(op, packed, exec.device);
   memory_of(exec).prepack(format, qweight, qzeros, packed, exec.stream);
 }
 
@@ -111,6 +112,7 @@ void unpack(const QuantFormat& format, const void* packed, View<std::int32_t> qw
             View<std::int32_t> qzeros, const Execution& exec) {
   const char* op = "unpack";
   check_canonical(op, format, qweight, qzeros);
+  check::packed(op, packed, exec.device);
   memory_of(exec).unpack(format, packed, qweight, qzeros, exec.stream);
 }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .lora import fold_adapters, prepare_lora
     from .lrec import LrecTrainer, TeacherCache
     from .model import load, save
-    from .peqa import prepare_peqa
+    from .peqa import prepare_peqa, thaw_scales
     from .quantize import QuantConfig, quantize_model
     from .streaming import quantize_checkpoint
     from .training import EmefTrainer, PeqaTrainer
@@ -44,6 +44,7 @@ __all__ = [
     "save",
     "save_adapter",
     "swap_scales",
+    "thaw_scales",
 ]
 
 # Whatever needs transformers is imported when it is first used: the kernels should not wait for it.
@@ -65,6 +66,7 @@ _LAZY = {
     "save": "model",
     "save_adapter": "adapters",
     "swap_scales": "adapters",
+    "thaw_scales": "peqa",
 }
 
 

@@ -21,7 +21,10 @@ from lowbitcore.model import (
     without_adapters,
 )
 from lowbitcore.nn import QuantLinear
-from lowbitcore.peqa import prepare_peqa
+from lowbitcore.peqa import prepare_peqa, thaw_scales
+
+# What an adapter's metadata calls the digest of the scales that were trained with it.
+_SCALES = "scales_sha256"
 
 
 def save_adapter(
@@ -30,28 +33,38 @@ def save_adapter(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes what was trained: scales where they train or nothing else is there, else the newest
-    LoRA adapter in PEFT's format.
+    """Writes what trains: scales, a LoRA adapter in PEFT's format, or both; where nothing does, the
+    newest adapter or, without one, the scales.
 
-    `dtype` is that of a LoRA adapter's file; scales are float32 always. Raises ValueError where the
-    model has neither adapters nor packed linears, and where `dtype` cannot hold an adapter.
+    An adapter that was trained together with scales goes with them: it is written with them, and
+    its metadata has their digest. `dtype` is that of a LoRA adapter's file; scales are float32
+    always. Raises ValueError where the model has neither adapters nor packed linears, and where
+    `dtype` cannot hold an adapter.
     """
     check_kind("save_adapter: model", model, PreTrainedModel)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"save_adapter: dtype: expected float32 or 16 bits, got {dtype}")
-    if trains_scales(model):
-        save_scales(model, out)
-    elif adapted_linears(model):
-        _save_lora(model, Path(out), dtype)
-    elif quantized_linears(model):
-        save_scales(model, out)
-    else:
+    adapted, packed = bool(adapted_linears(model)), bool(quantized_linears(model))
+    if not adapted and not packed:
         raise ValueError("save_adapter: model: expected adapters or packed linears, got neither")
+    scales_train = trains_scales(model)
+    lora = adapted and (trains_adapter(model) or not scales_train)
+    together = lora and (
+        scales_train or any(adapter.with_scales for adapter in newest_adapters(model).values())
+    )
+    if together or not lora:
+        save_scales(model, out)
+    if lora:
+        _save_lora(model, Path(out), dtype, with_scales=together)
 
 
 def trains_scales(model: PreTrainedModel) -> bool:
-    """Whether `prepare_peqa` came last: there may be frozen adapters all the same."""
+    """Whether scales train; there may be adapters all the same, which do or do not."""
     return any(linear.scales.requires_grad for linear in quantized_linears(model).values())
+
+
+def trains_adapter(model: PreTrainedModel) -> bool:
+    return any(adapter.a.requires_grad for adapter in newest_adapters(model).values())
 
 
 def round_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -62,7 +75,7 @@ def round_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
             adapter.b.copy_(adapter.b.to(dtype))
 
 
-def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> None:
+def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_scales: bool) -> None:
     adapters = newest_adapters(model)
     tensors = {
         path: LowRankTensors(item.a.detach().to(dtype), item.b.detach().to(dtype), item.scaling)
@@ -72,12 +85,15 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> None:
         if not (torch.isfinite(item.a).all() and torch.isfinite(item.b).all()):
             raise ValueError(f"save_adapter: {path}: expected values that fit {dtype}")
     base = packed_hash(model)
+    metadata = {} if base is None else {"base_sha256": base}
+    if with_scales:
+        metadata[_SCALES] = scales.digest(_own_scales(_packed(model, "save_adapter")))
     peft.write(
         out,
         tensors,
         dropout=next(iter(adapters.values())).dropout.p,
         base_model=getattr(model.config, "name_or_path", None) or None,
-        metadata={} if base is None else {"base_sha256": base},
+        metadata=metadata,
     )
 
 
@@ -87,7 +103,7 @@ def save_scales(model: PreTrainedModel, out: str | os.PathLike[str]) -> None:
     config = model.config.quantization_config
     scales.write(
         Path(out),
-        {path: linear.scales.detach() for path, linear in linears.items()},
+        _own_scales(linears),
         bits=config["bits"],
         group_size=config["group_size"],
         base_sha256=str(packed_hash(model)),
@@ -99,9 +115,10 @@ def load_adapter(
 ) -> PreTrainedModel:
     """Puts a saved adapter on a model: LoRA goes on top of what is there, scales replace scales.
 
-    `path` is a directory with `adapter_config.json` (ours or PEFT's) or with `scales.safetensors`.
-    With `trainable` it goes on learning and everything else is frozen. All is checked before
-    anything changes. Raises ValueError for an adapter of another base.
+    `path` is a directory with `adapter_config.json` (ours or PEFT's), with `scales.safetensors`, or
+    with both, trained together. With `trainable` it goes on learning and everything else is frozen.
+    All is checked before anything changes. Raises ValueError for an adapter of another base, and
+    for one whose scales are gone or others.
     """
     check_kind("load_adapter: model", model, PreTrainedModel)
     directory = Path(path)
@@ -140,13 +157,23 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
                 f"load_adapter: {directory}: {path}: expected a linear {expected[1]} x "
                 f"{expected[0]}, got an adapter for {b.shape[0]} x {a.shape[1]}"
             )
+    wanted = adapter.metadata.get(_SCALES)
+    if wanted is not None:
+        if scales.digest(scales.read(directory / scales.FILE).linears) != wanted:
+            raise ValueError(
+                f"load_adapter: {directory}: its {scales.FILE} is not the one it was trained with"
+            )
+        swap_scales(model, directory)
     if trainable:
         model.requires_grad_(False)
+    if trainable and wanted is not None:
+        thaw_scales(model)
     for path, (a, b, scaling) in adapter.linears.items():
         added = add_adapter(model, path, rank=a.shape[0], scaling=scaling, dropout=adapter.dropout)
         with torch.no_grad():
             added.a.copy_(a)
             added.b.copy_(b)
+        added.with_scales = wanted is not None
         added.requires_grad_(trainable)
 
 
@@ -180,6 +207,10 @@ def _set_scales(linears: Mapping[str, QuantLinear], values: Mapping[str, torch.T
     for name, linear in linears.items():
         # Parameters stay the same objects, for whoever holds them.
         linear.scales.data = values[name].to(linear.scales.device)
+
+
+def _own_scales(linears: Mapping[str, QuantLinear]) -> dict[str, torch.Tensor]:
+    return {path: linear.scales.detach() for path, linear in linears.items()}
 
 
 def _packed(model: PreTrainedModel, where: str) -> dict[str, QuantLinear]:

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from . import model, runtime
+from . import model
 from .adapters import load_adapter
 from .evaluate import perplexity
 from .formats.checkpoint import atomic_path, write_json
 from .formats.peft import CORRECTION
 from .generate import complete
 from .quantize import QuantConfig
-from .recipes import Lora, Recipe, Schedule, Teacher, train
+from .recipes import Lora, Recipe, Schedule, Teacher, train, training_device
 from .streaming import quantize_checkpoint
 from .summary import adapter_bytes, summarize
 
@@ -48,7 +48,7 @@ def run(
     ``calibration`` makes the windows, int64 [n, length], from the path of the model; ``minutes`` is
     what training may take; ``device`` "cpu" or "cuda".
     """
-    runtime.resolve_device(device)  # before anything is fetched
+    training_device(device)  # before anything is fetched
     source = fetch()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = model.load_tokenizer(source)

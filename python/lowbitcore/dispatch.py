@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from . import _C
+
 __all__ = [
     "ENVIRONMENT",
     "PANEL_BYTES",
@@ -22,6 +24,7 @@ __all__ = [
     "Op",
     "Path",
     "Rule",
+    "capability",
     "override",
     "panels",
     "path",
@@ -55,6 +58,7 @@ class Rule(NamedTuple):
 # sm_80 to sm_89, sm_120: mma.sync is what the dense product runs on too, so F = D.
 # sm_90: both are wgmma, D = 800 TFLOP/s, B = 3.0 TB/s; if the fused kernel reaches 85% of D: 1890.
 # sm_100: F is that of mma.sync, 520 on the H100 and no less there, and D is at least 800: 620.
+# So it is on sm_90, too, in a build without wgmma.
 # g_idx: F is that of fp32 units. 13 rows on an H100 (F = 33), 35 on an A100 (F = 19.5, D = 250,
 # B = 1.5), 70 on an RTX 4090 (F = 41, D = 165, B = 1.0).
 RULES = tuple(
@@ -97,17 +101,18 @@ def path(
     """The way of a product with `rows` rows of activations in `dtype`; `weights` is N * K,
     `permuted` whether there is a g_idx.
 
-    On the CPU, and for float32, which is computed exactly, always "fused".
+    On the CPU, and for anything but 16 bits (float32 is computed exactly), always "fused".
     """
-    capability = _capability(device)
-    if capability is None or dtype == torch.float32:
+    architecture = capability(device)
+    if architecture is None or dtype not in (torch.bfloat16, torch.float16):
         return "fused"
     # Its sums run over the panels, and between two of them they would be rounded.
     if op == "qgemm_nn" and weights * dtype.itemsize > PANEL_BYTES:
         return "fused"
     most = _override[-1] if _override else _from_environment()
     if most is None:
-        most = _from_table(op, permuted, capability)
+        slower = architecture == (9, 0) and not _C.cuda_has_wgmma()
+        most = _from_table(op, permuted, (10, 0) if slower else architecture)
     return "fused" if most is None or rows <= most else "dequantize"
 
 
@@ -118,7 +123,7 @@ def panels(out_features: int, in_features: int, dtype: torch.dtype) -> list[slic
     return [slice(start, min(start + size, out_features)) for start in starts]
 
 
-def _capability(device: torch.device) -> tuple[int, int] | None:
+def capability(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of a GPU; None for what is none."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 

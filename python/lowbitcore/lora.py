@@ -141,5 +141,6 @@ def fold_adapters(model: PreTrainedModel) -> PreTrainedModel:
         folded.b = nn.Parameter(
             torch.cat([x.scaling * x.b.detach() for x in stacked], dim=1), requires_grad=False
         )
+        folded.with_scales = any(adapter.with_scales for adapter in stacked)
         linear.adapters = nn.ModuleList([folded.train(linear.training)])
     return model

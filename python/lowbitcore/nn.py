@@ -26,7 +26,8 @@ class QuantLinear(nn.Module):
     They are a parameter, frozen until somebody thaws it.
 
     The layouts of the CPU and of CUDA differ: ``.to()``, ``.cuda()`` and ``.cpu()`` repack the
-    integers, and so does a pickle where it is read. ``packed`` alone must not be moved.
+    integers, and so does a pickle where it is read. ``packed`` alone must not be moved. A CUDA
+    graph may capture calls once the layer has run outside of one: the first loads its kernels.
 
     The result has the type of the input; under autocast, autocast's type.
 
@@ -38,6 +39,7 @@ class QuantLinear(nn.Module):
     packed: Tensor
     g_idx: Tensor | None
     order: Tensor | None
+    inverse: Tensor | None
 
     def __init__(
         self,
@@ -68,14 +70,14 @@ class QuantLinear(nn.Module):
         self._layout = self.packed.device.type
         self.register_buffer("g_idx", None)
         self.register_buffer("order", None)
+        self.register_buffer("inverse", None)
         self.scales = nn.Parameter(
             torch.zeros(groups, out_features, dtype=torch.float32, device=device),
             requires_grad=False,
         )
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False)
-            if bias
-            else None
+        zeros = torch.zeros(out_features, device=device) if bias else None
+        self.register_parameter(
+            "bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False)
         )
 
     @classmethod
@@ -184,6 +186,7 @@ class QuantLinear(nn.Module):
         self.packed = ops.prepack(qweight, qzeros, bits=self.bits, group_size=self.group_size)
         self._layout = self.packed.device.type
         self.g_idx, self.order = g_idx, order
+        self.inverse = None if order is None else _inverse(order)
 
     def _group_order(self, g_idx: Tensor | None) -> Tensor | None:
         if g_idx is None or g_idx.is_meta:
@@ -199,19 +202,21 @@ class QuantLinear(nn.Module):
             in_features=self.in_features,
             out_features=self.out_features,
         )
-        if self.order is not None:
-            qweight = _select_columns(qweight, _inverse(self.order), self.bits)
+        if self.inverse is not None:
+            qweight = _select_columns(qweight, self.inverse, self.bits)
         return qweight, qzeros
 
     def _readable(self) -> Tensor:
         """``packed``, unless its layout is another device's: kernels could not tell."""
-        device = self.packed.device.type
+        packed = self._buffers["packed"]
+        assert packed is not None
+        device = packed.device.type
         if device not in (self._layout, "meta"):
             raise Error(
                 f"QuantLinear: packed: expected the layout of {device}, got that of "
                 f"{self._layout}: move the layer, not its buffer"
             )
-        return self.packed
+        return packed
 
     def canonical(self) -> dict[str, Tensor]:
         """``qweight``, ``qzeros``, ``scales``, ``g_idx`` (even if trivial) and any ``bias``."""
@@ -237,7 +242,7 @@ class QuantLinear(nn.Module):
             g_idx=self.g_idx if self.order is None else None,
             dtype=dtype,
         )
-        return weight if self.order is None else weight.index_select(1, _inverse(self.order))
+        return weight if self.inverse is None else weight.index_select(1, self.inverse)
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -246,16 +251,20 @@ class QuantLinear(nn.Module):
         castable = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if castable and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.order is not None and x.shape[-1:] == (self.in_features,):
-            x = _Reorder.apply(x, self.order)
+        # Module.__getattr__ would find them as well, and take as long as a small product.
+        buffers: dict[str, Any] = self._buffers
+        parameters: dict[str, Any] = self._parameters
+        order = buffers["order"]
+        if order is not None and x.shape[-1:] == (self.in_features,):
+            x = _Reorder.apply(x, order, buffers["inverse"])
         return ops.qgemm_nt(
             x,
             self._readable(),
-            self.scales,
+            parameters["scales"],
             bits=self.bits,
             group_size=self.group_size,
-            g_idx=self.g_idx if self.order is None else None,
-            bias=self.bias,
+            g_idx=buffers["g_idx"] if order is None else None,
+            bias=parameters["bias"],
         )
 
     def extra_repr(self) -> str:
@@ -377,17 +386,17 @@ class _Reorder(torch.autograd.Function):
     """``x[..., order]``, whose gradient is a selection too; torch's own adds up."""
 
     @staticmethod
-    def forward(x: Tensor, order: Tensor) -> Tensor:
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         return x.index_select(-1, order)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return dy.index_select(-1, _inverse(order)), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return dy.index_select(-1, inverse), None, None
 
 
 def _device_after(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> torch.device:
@@ -415,8 +424,11 @@ class LowRank(nn.Module):
     """One adapter of one linear: ``scaling * B A dropout(x)``.
 
     `a` [r, K] and `b` [N, r] are float32 masters; products are in the type of the activations.
-    `a` starts as PEFT's does, `b` as zeros: an adapter starts out as nothing.
+    `a` starts as PEFT's does, `b` as zeros: an adapter starts out as nothing. `with_scales` says
+    that it was trained together with its base's scales and means nothing without them.
     """
+
+    with_scales = False
 
     def __init__(
         self, in_features: int, out_features: int, *, rank: int, scaling: float, dropout: float

@@ -10,11 +10,18 @@ Every function raises ``ValueError`` for a mistake of the caller, naming the ope
 argument, what was expected and what came, and ``lowbitcore.Error`` for what is not one. The
 operators themselves are ``torch.ops.lowbitcore.*``; this module is the only caller of the
 extension's operations.
+
+On CUDA, work goes to torch's current stream, and a CUDA graph may capture packing and products;
+call an operation once outside of one first, as torch asks of everything (a kernel is loaded when
+first called).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -117,14 +124,29 @@ def _check(op: str, bits: object = 4, group_size: object = -1, **tensors: Tensor
     for name, tensor in tensors.items():
         if tensor is None and name in ("g_idx", "bias"):
             continue
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             _fail(op, name, "a dense tensor", getattr(tensor, "layout", type(tensor).__name__))
-        if tensor.device.type not in ("cpu", "cuda", "meta"):
-            _fail(op, name, "a tensor on the CPU or on CUDA", tensor.device)
+        here = tensor.device
         if device is None:
-            device = tensor.device
-        elif tensor.device != device:
-            _fail(op, name, f"a tensor on {device}, as the other arguments", tensor.device)
+            if here.type not in ("cpu", "cuda", "meta"):
+                _fail(op, name, "a tensor on the CPU or on CUDA", here)
+            device = here
+        elif here != device:
+            _fail(op, name, f"a tensor on {device}, as the other arguments", here)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors of the CPU's memory that nobody watches: torch does not
+    differentiate, trace, transform or record what is done with them. Its dispatcher, which takes
+    longer than a small product, then has nothing to add."""
+    return not (
+        torch.compiler.is_compiling()  # first: it cannot look into the others
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+    ) and all(tensor.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
@@ -156,16 +178,26 @@ def _stored_in_features(op: str, packed: Tensor, scales: Tensor, bits: int, grou
     That sum grows with K, so it has one solution; this is how a wrong ``x`` is told from a wrong
     ``packed``.
     """
-    n = scales.shape[1]
-    if n and packed.numel() % n == 0:
-        row = packed.numel() // n
+    n, size = scales.shape[1], packed.numel()
+    hashable = type(size) is type(n) is int  # symbols of a trace are not
+    find = _in_features if hashable else _in_features.__wrapped__
+    k = find(size, n, bits, group_size)
+    if k is None:
+        form = f"{n} outputs, bits {bits} and group_size {group_size}"
+        _fail(op, "packed", f"the bytes of a weight with {form}", f"{size} bytes")
+    return k
+
+
+@functools.cache
+def _in_features(size: int, n: int, bits: int, group_size: int) -> int | None:
+    if n and size % n == 0:
+        row = size // n
         per_column = bits / 8 + (1 / group_size if group_size > 0 else 0)
         near = int(row / per_column) // 32 * 32
         for k in (near - 32, near, near + 32):
             if k > 0 and k * bits // 8 + group_count(k, group_size) == row:
                 return k
-    form = f"{n} outputs, bits {bits} and group_size {group_size}"
-    _fail(op, "packed", f"the bytes of a weight with {form}", f"{packed.numel()} bytes")
+    return None
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -292,7 +324,8 @@ def prepack(qweight: Tensor, qzeros: Tensor, *, bits: int, group_size: int) -> T
     """Canonical tensors -> the execution layout, uint8 [P]: opaque, holds integers and zeros.
 
     The CPU and CUDA have layouts of their own, which no operation can tell apart: go from one to
-    the other by :func:`unpack` on the one and this on the other, as ``QuantLinear`` does.
+    the other by :func:`unpack` on the one and this on the other, as ``QuantLinear`` does. On CUDA,
+    wherever it is copied to must be aligned to 16 bytes.
     """
     _check("prepack", bits, group_size, qweight=qweight, qzeros=qzeros)
     _check_dims("prepack", "qweight", qweight, 2)
@@ -442,7 +475,7 @@ def _dequantize_fake(
 
 def _by_dequantizing(op: dispatch.Op, x: Tensor, g_idx: Tensor | None, weights: int) -> bool:
     """Whether a product is better left to torch (only on CUDA; see dispatch)."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if dispatch.capability(x.device) is None:
         return False
     rows, permuted = x.shape[:-1].numel(), g_idx is not None
     found = dispatch.path(op, rows, x.device, dtype=x.dtype, permuted=permuted, weights=weights)
@@ -479,7 +512,8 @@ def qgemm_nt(
     _check_dims("qgemm_nt", "scales", scales, 2)
     if x.dim() == 0:
         _fail("qgemm_nt", "x", "at least 1 dimension", tuple(x.shape))
-    result: Tensor = torch.ops.lowbitcore.qgemm_nt(x, packed, scales, g_idx, bias, bits, group_size)
+    kernel = _qgemm_nt if _is_plain(x, packed, scales) else torch.ops.lowbitcore.qgemm_nt
+    result: Tensor = kernel(x, packed, scales, g_idx, bias, bits, group_size)
     return result
 
 
@@ -487,7 +521,7 @@ def qgemm_nt(
     "qgemm_nt(Tensor x, Tensor packed, Tensor scales, Tensor? g_idx, Tensor? bias, int bits,"
     " int group_size) -> Tensor"
 )
-def _(
+def _qgemm_nt(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -856,13 +890,57 @@ def accumulate_hessian_(hessian: Tensor, x: Tensor) -> None:
     torch.ops.lowbitcore.accumulate_hessian_(hessian, x.detach())
 
 
+# On CUDA a dense product is torch's. The core's rules for its arguments are these:
+
+
 def _add_square(hessian: Tensor, x: Tensor) -> None:
+    _check_sum("accumulate_hessian", "hessian", hessian, x=x)
     _add_product(hessian, x, x)
 
 
-def _add_product(cross: Tensor, a: Tensor, b: Tensor) -> None:
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    cross.addmm_(a.float().mT, b.float())
+def _add_cross(cross: Tensor, a: Tensor, b: Tensor) -> None:
+    _check_sum("accumulate_cross", "cross", cross, a=a, b=b)
+    _add_product(cross, a, b)
+
+
+def _check_sum(op: str, name: str, total: Tensor, **inputs: Tensor) -> None:
+    k = total.shape[0]
+    if total.dtype != torch.float32:
+        _fail(op, name, "float32", total.dtype)
+    if k == 0 or k % 32:
+        _fail(op, name, "a positive multiple of 32 rows", k)
+    if total.shape != (k, k):
+        _fail(op, name, f"shape [{k}, {k}]", list(total.shape))
+    rows = next(iter(inputs.values())).shape[:-1].numel()
+    for argument, x in inputs.items():
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            _fail(op, argument, "float32, bfloat16 or float16", x.dtype)
+        if (x.shape[:-1].numel(), x.shape[-1]) != (rows, k):
+            _fail(op, argument, f"shape [{rows}, {k}]", list(x.shape))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    a, b = a.reshape(-1, len(total)), b.reshape(-1, len(total))
+    with _without_tf32():
+        total.addmm_(a.float().mT, b.float())
+
+
+_tf32_lock = threading.Lock()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """torch's products of float32 on CUDA are that, whatever its settings allow."""
+    matmul = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # since 2.9; to mix it with the old one is an error
+    name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+    with _tf32_lock:  # the setting is the process's
+        allowed = getattr(matmul, name)
+        setattr(matmul, name, exact)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, allowed)
 
 
 @_operator("accumulate_hessian_(Tensor(a!) hessian, Tensor x) -> ()", cuda=_add_square)
@@ -885,7 +963,7 @@ def accumulate_cross_(cross: Tensor, a: Tensor, b: Tensor) -> None:
     torch.ops.lowbitcore.accumulate_cross_(cross, a.detach(), b.detach())
 
 
-@_operator("accumulate_cross_(Tensor(a!) cross, Tensor a, Tensor b) -> ()", cuda=_add_product)
+@_operator("accumulate_cross_(Tensor(a!) cross, Tensor a, Tensor b) -> ()", cuda=_add_cross)
 def _(cross: Tensor, a: Tensor, b: Tensor) -> None:
     _C.accumulate_cross(cross, _rows(a), _rows(b))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from lowbitcore.model import check_kind, quantized_linears
+from lowbitcore.nn import QuantLinear
 
 
 def prepare_peqa(model: PreTrainedModel) -> PreTrainedModel:
@@ -14,10 +15,29 @@ def prepare_peqa(model: PreTrainedModel) -> PreTrainedModel:
     packed.
     """
     check_kind("prepare_peqa: model", model, PreTrainedModel)
+    packed = _packed("prepare_peqa", model)
+    model.requires_grad_(False)
+    _thaw(packed)
+    return model
+
+
+def thaw_scales(model: PreTrainedModel) -> PreTrainedModel:
+    """Lets the scales of all packed linears train beside what trains already, such as an adapter;
+    returns the model. They take no bytes that the model does not take anyway. Raises ValueError
+    where nothing is packed.
+    """
+    check_kind("thaw_scales: model", model, PreTrainedModel)
+    _thaw(_packed("thaw_scales", model))
+    return model
+
+
+def _packed(where: str, model: PreTrainedModel) -> list[QuantLinear]:
     linears = quantized_linears(model)
     if not linears:
-        raise ValueError("prepare_peqa: model: expected a quantized one, got no packed linear")
-    model.requires_grad_(False)
-    for linear in linears.values():
+        raise ValueError(f"{where}: model: expected a quantized one, got no packed linear")
+    return list(linears.values())
+
+
+def _thaw(linears: list[QuantLinear]) -> None:
+    for linear in linears:
         linear.scales.requires_grad_(True)
-    return model

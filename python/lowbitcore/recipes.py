@@ -37,7 +37,7 @@ from lowbitcore.formats.checkpoint import atomic_path
 from lowbitcore.heap import return_tensors_at_once
 from lowbitcore.lora import prepare_lora
 from lowbitcore.lrec import LrecTrainer, TeacherCache
-from lowbitcore.peqa import prepare_peqa
+from lowbitcore.peqa import prepare_peqa, thaw_scales
 from lowbitcore.runtime import resolve_device, synchronize
 from lowbitcore.training import (
     Checkpointing,
@@ -118,15 +118,22 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Recipe:
-    """PEQA without `lora`; with it EMEF or, given a `teacher`, LREC."""
+    """PEQA without `lora`; with it EMEF or, given a `teacher`, LREC. With `scales_lr` scales train
+    beside the adapter, at that rate relative to their size."""
 
     model: str
     schedule: Schedule
     lora: Lora | None = None
     teacher: Teacher | None = None
     adapters: tuple[str, ...] = ()
+    scales_lr: float | None = None
     dtype: str = "auto"
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        rate = self.scales_lr
+        if rate is not None and not (rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"--scales-lr: expected a positive number, got {rate}")
 
     @property
     def product(self) -> str:
@@ -143,7 +150,7 @@ def train(
     that a run with other settings began.
     """
     schedule = recipe.schedule
-    device = _device(recipe)
+    device = training_device(recipe.device)
     if schedule.checkpointing == "full":
         return_tensors_at_once()  # whoever asks for it is short of memory
     if schedule.minutes is not None and _processes() > 1:
@@ -198,6 +205,8 @@ def train(
             targets=recipe.lora.targets,
             dropout=recipe.lora.dropout,
         )
+    if recipe.scales_lr is not None:
+        thaw_scales(model)
     teacher = _teacher(recipe, model, examples, say)
     evaluation = None if text is None else lambda m: measure(m, _EVALUATION_WINDOWS)
 
@@ -206,6 +215,7 @@ def train(
         kwargs: dict[str, Any] = {
             "evaluation": evaluation,
             "checkpointing": schedule.checkpointing,
+            "scales_lr": recipe.scales_lr,
         }
         if recipe.teacher is not None:
             return LrecTrainer(
@@ -335,12 +345,19 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _device(recipe: Recipe) -> torch.device:
-    """That of this process: under torchrun each one has a GPU of its own."""
-    device = recipe.device
-    if device == "cuda" and _processes() > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return resolve_device(device)
+def training_device(name: str) -> torch.device:
+    """Where this process trains, of "cpu" or "cuda": under torchrun each one has a GPU of its own.
+
+    Raises ValueError where that cannot be computed on, and for another GPU than transformers takes.
+    """
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = resolve_device(own if name == "cuda" and _processes() > 1 else name)
+    if device.type == "cuda" and device.index is not None and device != torch.device(own):
+        raise ValueError(
+            f"train: device: expected cuda, got {name}: a process trains on {own}: choose the GPU "
+            "by CUDA_VISIBLE_DEVICES"
+        )
+    return device
 
 
 def _record(recipe: Recipe, out: Path, steps: int) -> IO[str]:

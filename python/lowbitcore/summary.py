@@ -37,12 +37,12 @@ def adapter_bytes(directory: str | os.PathLike[str], summary: Summary) -> int:
     Raises ValueError where there is no adapter, or one of another base than the summarized one.
     """
     path = Path(directory)
-    if (path / scales_file.FILE).is_file():
-        base: str | None = scales_file.read(path / scales_file.FILE).base_sha256
-        size = 0
-    else:
+    if (path / peft.CONFIG_FILE).is_file() or not (path / scales_file.FILE).is_file():
         base = peft.read(path).metadata.get("base_sha256")
         size = peft.stored_bytes(path)
+    else:
+        base = scales_file.read(path / scales_file.FILE).base_sha256
+        size = 0
     own = summary.gptq.meta.get("base_sha256") if summary.gptq else None
     if base is not None and own is not None:  # other programs' files do not say
         check_base(base, own, path)

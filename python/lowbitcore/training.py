@@ -190,13 +190,19 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 class PackedTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer for what was prepared on a model: scales, or an adapter.
 
-    `model` comes from `prepare_peqa` or `prepare_lora`; `train_dataset` gives `input_ids` and
+    `model` comes from `prepare_peqa` or `prepare_lora`, or from both of `prepare_lora` and
+    `thaw_scales`; `train_dataset` gives `input_ids` and
     `labels`, int64 tensors (see `data.TrainingSet`). `evaluation` returns the perplexity that is
     logged as eval_ppl, with its logarithm as eval_loss, whenever `args` ask for an evaluation.
     Everything else is the Trainer's.
 
+    Scales learn at a relative rate: `scales_lr` (by default `args.learning_rate`) times the mean
+    size of a linear's. They differ tenfold between the linears of one model, and more between
+    models, and the optimizers in use move any parameter by about the rate in a step.
+
     Raises ValueError where nothing was prepared, and FloatingPointError at the first loss or
-    gradient that is NaN or Inf; the checkpoints before it are kept.
+    gradient that is NaN or Inf; the checkpoints before it are kept. Under a gradient scaler (fp16)
+    infinite gradients are normal: it skips their steps.
     """
 
     def __init__(
@@ -207,6 +213,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         *,
         evaluation: Callable[[PreTrainedModel], float] | None = None,
         checkpointing: Checkpointing = "selective",
+        scales_lr: float | None = None,
         **kwargs: Any,
     ) -> None:
         check_kind(f"{type(self).__name__}: model", model, PreTrainedModel)
@@ -217,9 +224,15 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             )
         set_checkpointing(model, checkpointing)
         self._evaluation = evaluation
+        self._scales_lr = args.learning_rate if scales_lr is None else scales_lr
         args.remove_unused_columns = False  # what a batch holds is for the loss to know
         if args.n_gpu > 1:
             args._n_gpu = 1  # a process for each GPU: DataParallel would leave the teacher behind
+        if model.device.type == args.device.type == "cuda" and model.device != args.device:
+            raise ValueError(
+                f"{type(self).__name__}: model: expected one on {args.device}, where transformers "
+                f"trains, got one on {model.device}: choose the GPU by CUDA_VISIBLE_DEVICES"
+            )
         super().__init__(
             model=self._trained(model),
             args=args,
@@ -262,6 +275,27 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         )
         return metrics
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        current: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
+        if current is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            rate = options.pop("lr")
+
+            def group(name: str, parameter: nn.Parameter) -> dict[str, Any]:
+                if name.rpartition(".")[2] != "scales":
+                    return {"params": [parameter], "lr": rate}
+                size = float(parameter.detach().abs().mean())
+                return {"params": [parameter], "lr": self._scales_lr * size}
+
+            groups = [
+                group(name, parameter)
+                for name, parameter in (model or self.model).named_parameters()
+                if parameter.requires_grad
+            ]
+            options["weight_decay"] = self.args.weight_decay  # AdamW's own default is not 0
+            self.optimizer = current = kind(groups, **options)
+        return current
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             adapters.save_adapter(self.language_model, output_dir or str(self.args.output_dir))
@@ -275,26 +309,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
 class PeqaTrainer(PackedTrainer):
     """PEQA (2305.14152): cross-entropy, and of the model nothing but scales, which
-    `prepare_peqa` has thawed.
-
-    `args.learning_rate` is relative: a linear's scales learn at that rate times their mean size.
-    Scales differ tenfold between the linears of one model, and more between models, and the
-    optimizers in use move any parameter by about the rate in a step.
-    """
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        current: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
-        if current is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            rate = options.pop("lr")
-            groups = [
-                {"params": [parameter], "lr": rate * float(parameter.detach().abs().mean())}
-                for parameter in (model or self.model).parameters()
-                if parameter.requires_grad
-            ]
-            options["weight_decay"] = self.args.weight_decay  # AdamW's own default is not 0
-            self.optimizer = current = kind(groups, **options)
-        return current
+    `prepare_peqa` has thawed."""
 
 
 class EmefTrainer(PackedTrainer):
@@ -307,6 +322,7 @@ def restore(model: PreTrainedModel, directory: Path) -> None:
     """Puts what a checkpoint holds into the very parameters that train."""
     if adapters.trains_scales(model):
         adapters.swap_scales(model, directory / scales.FILE)
+    if not adapters.trains_adapter(model):
         return
     saved = peft.read(directory).linears
     current = newest_adapters(model)
@@ -321,17 +337,26 @@ def restore(model: PreTrainedModel, directory: Path) -> None:
 
 
 class _GradientGuard(TrainerCallback):  # type: ignore[misc]
-    """A loss may be finite and its gradient not: that must not reach the parameters."""
+    """A loss may be finite and its gradient not: that must not reach the parameters. A gradient
+    scaler sees to it by itself."""
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for name, parameter in kwargs["model"].named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise FloatingPointError(
-                    f"training: step {state.global_step + 1}: the gradient of {name} holds NaN or "
-                    "Inf"
-                )
+        if getattr(kwargs["optimizer"], "scaler", None) is not None:
+            return
+        gradients = {
+            name: parameter.grad
+            for name, parameter in kwargs["model"].named_parameters()
+            if parameter.grad is not None
+        }
+        # One number for all of them: to look at it is to wait for the GPU.
+        if torch.isfinite(nn.utils.get_total_norm(gradients.values(), math.inf)):
+            return
+        name = next(name for name, grad in gradients.items() if not torch.isfinite(grad).all())
+        raise FloatingPointError(
+            f"training: step {state.global_step + 1}: the gradient of {name} holds NaN or Inf"
+        )
 
 
 class Deadline(TrainerCallback):  # type: ignore[misc]

@@ -77,6 +77,7 @@ class Simulator:
             "add_region": (None, [ctypes.c_void_p, size]),
             "remove_region": (None, [ctypes.c_void_p]),
             "clear_regions": (None, []),
+            "allocated_bytes": (size, []),
             "set_option": (ctypes.c_int, [text, ctypes.c_int64]),
             "get_option": (ctypes.c_int64, [text]),
             "launch": (
@@ -163,6 +164,12 @@ class Simulator:
         finally:
             for name, value in before.items():
                 self._call["set_option"](name.encode(), value)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the CUDA runtime has allocated and not freed."""
+        found: int = self._call["allocated_bytes"]()
+        return found
 
     def log(self) -> list[dict[str, Any]]:
         """One entry for each launch since the last `clear_log()`."""

@@ -73,6 +73,12 @@ void ptxsim_clear_regions(void) {
   guarded([](Simulator& simulator) { simulator.memory.clear_user(); });
 }
 
+uint64_t ptxsim_allocated_bytes(void) {
+  uint64_t bytes = 0;
+  guarded([&](Simulator& simulator) { bytes = simulator.memory.bytes(Origin::kAllocation); });
+  return bytes;
+}
+
 int ptxsim_set_option(const char* name, int64_t value) {
   return guarded([&](Simulator& simulator) { simulator.set_option(name, value); });
 }

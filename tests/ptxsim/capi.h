@@ -19,6 +19,7 @@ PTXSIM_API const char* ptxsim_parameters(
 PTXSIM_API void ptxsim_add_region(const void* pointer, uint64_t bytes);
 PTXSIM_API void ptxsim_remove_region(const void* pointer);
 PTXSIM_API void ptxsim_clear_regions(void);
+PTXSIM_API uint64_t ptxsim_allocated_bytes(void); /* by cudaMalloc and its like, and not freed */
 
 PTXSIM_API int ptxsim_set_option(const char* name, int64_t value);
 PTXSIM_API int64_t ptxsim_get_option(const char* name);

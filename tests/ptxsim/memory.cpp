@@ -38,6 +38,14 @@ bool GlobalMemory::contains(uint64_t address, Origin origin) const {
   });
 }
 
+uint64_t GlobalMemory::bytes(Origin origin) const {
+  uint64_t sum = 0;
+  for (const Region& region : regions_) {
+    if (region.origin == origin) sum += region.end - region.begin;
+  }
+  return sum;
+}
+
 GlobalMemory::Region* GlobalMemory::find(uint64_t begin, uint64_t end) {
   for (auto region = regions_.begin(); region != regions_.end(); ++region) {
     if (begin < region->begin || end > region->end) continue;

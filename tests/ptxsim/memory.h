@@ -26,6 +26,7 @@ class GlobalMemory {
   bool remove(uint64_t begin, Origin origin);
   void clear_user();
   bool contains(uint64_t address, Origin origin) const;
+  uint64_t bytes(Origin origin) const;
 
   // Throws unless every active lane's `bytes` lie aligned within a region.
   void check(const uint64_t* addresses, uint32_t mask, uint32_t bytes, const char* what);

@@ -21,9 +21,9 @@ struct QuantFormat {
   }
 };
 
-// A packed weight as the kernels read it. `packed` comes from prepack(); `scales` [G,N] fp32 stays
-// outside because it trains. `g_idx` [K] maps an input column to its group; null means k /
-// group_size.
+// A packed weight as the kernels read it. `packed` comes from prepack(), and lies at a multiple of
+// 16 bytes on CUDA; `scales` [G,N] fp32 stays outside because it trains. `g_idx` [K] maps an input
+// column to its group; null means k / group_size.
 struct QuantWeight {
   QuantFormat format;
   const void* packed = nullptr;

@@ -23,6 +23,10 @@ int get_num_threads();
 // One line on CUDA: the devices, or why there are none.
 std::string cuda_status();
 
+// Whether this build has the kernels that only sm_90 runs: without them others, slower, compute
+// there.
+bool cuda_has_wgmma();
+
 std::string version();
 
 }  // namespace lowbitcore
