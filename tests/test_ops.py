@@ -50,6 +50,11 @@ def dy(
     return ref.random_activations(2, rows, N, dtype, layout=layout)
 
 
+def an_order() -> tuple[torch.Tensor, torch.Tensor]:
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(4))
+    return order.int(), order.argsort().int()
+
+
 def bias() -> torch.Tensor:
     return ref.random_activations(3, 1, N, torch.float32)[0]
 
@@ -63,6 +68,7 @@ SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "unpack_qzeros": lambda: ((PROBLEM.qzeros(),), {"bits": 4}),
     "prepack": lambda: ((PROBLEM.qweight(), PROBLEM.qzeros()), LAYOUT),
     "unpack": lambda: ((packed(),), {**LAYOUT, "in_features": K, "out_features": N}),
+    "permute_columns": lambda: ((x(), *an_order()), {}),
     "dequantize": lambda: (
         (packed(), scales()),
         {**LAYOUT, "in_features": K, "g_idx": g_idx(), "dtype": torch.bfloat16},
@@ -191,6 +197,40 @@ def test_fake_tensors_have_the_right_shapes(dtype: torch.dtype) -> None:
     assert (dx.device.type, dx.dtype, dx.shape) == ("meta", dtype, (2, 3, K))
     ds = ops.qgemm_grad_scales(dym, xm, p, **layout)
     assert (ds.device.type, ds.dtype, ds.shape) == ("meta", torch.float32, (3, N))
+
+
+# ------------------------------------------------------------------------------------------ columns
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "offset", "transposed"])
+@pytest.mark.parametrize("dtype", ref.DTYPES, ids=str)
+def test_permute_columns(dtype: torch.dtype, layout: str) -> None:
+    order, inverse = an_order()
+    for rows in (0, 1, 7, 8, 33):
+        given = x(rows, dtype, layout).requires_grad_()
+        y = ops.permute_columns(given, order, inverse)
+        assert torch.equal(y, given.index_select(-1, order))
+        with torch.no_grad():
+            assert torch.equal(ops.permute_columns(given, order, inverse), y)
+        y.backward(given)
+        assert torch.equal(given.grad, given.index_select(-1, inverse))
+    batched = x(6, dtype).view(2, 3, K)
+    assert torch.equal(ops.permute_columns(batched, order, inverse), batched[..., order])
+
+
+def test_permute_columns_refuses() -> None:
+    order, inverse = an_order()
+    for bad, message in (
+        (order.long(), "order: expected int32"),
+        (order[:-1], f"order: expected {K} elements in one dimension, got {K - 1}"),
+        (order + 1, f"order: expected entries from 0 to {K - 1}, got {K}"),
+        (order - 1, f"order: expected entries from 0 to {K - 1}, got -1"),
+        (order.to("meta"), "order: expected a tensor on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.permute_columns(x(), bad, inverse)
+    with pytest.raises(ValueError, match="x: expected float32, bfloat16 or float16"):
+        ops.permute_columns(x().double(), order, inverse)
 
 
 # ---------------------------------------------------------------------------------------- gradients

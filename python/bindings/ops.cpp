@@ -180,6 +180,16 @@ void py_qgemm_grad_scales(const Array& dy, const Array& x, const Array& packed,
   qgemm_grad_scales(dy_in, x_in, w, out, exec);
 }
 
+void py_permute_columns(const Array& x, const Array& order, const Array& y) {
+  const char* op = "permute_columns";
+  on_cpu(op, {{"x", &x}, {"order", &order}, {"y", &y}});
+  const ConstMatrix in = const_matrix(op, "x", x);
+  const auto* columns = vector<std::int32_t>(op, "order", order, in.cols);
+  const Matrix out = matrix(op, "y", y);
+  nb::gil_scoped_release release;
+  permute_columns(in, columns, out);
+}
+
 void py_quantize_rtn(const Array& weight, int bits, i64 group_size, bool sym, bool mse,
                      const Array& codes, const Array& scales, const Array& zeros,
                      std::uintptr_t stream) {
@@ -268,6 +278,7 @@ void init_ops(nb::module_& m) {
   m.def("qgemm_nt", &py_qgemm_nt);
   m.def("qgemm_nn", &py_qgemm_nn);
   m.def("qgemm_grad_scales", &py_qgemm_grad_scales);
+  m.def("permute_columns", &py_permute_columns);
   m.def("quantize_rtn", &py_quantize_rtn);
   m.def("accumulate_hessian", &py_accumulate_hessian);
   m.def("accumulate_cross", &py_accumulate_cross);

@@ -192,7 +192,8 @@ class QuantLinear(nn.Module):
         if g_idx is None or g_idx.is_meta:
             return None
         groups, order = g_idx.sort(stable=True)
-        return order if torch.equal(groups, self._trivial_g_idx(g_idx.device)) else None
+        trivial = torch.equal(groups, self._trivial_g_idx(g_idx.device))
+        return order.to(torch.int32) if trivial else None
 
     def _unpack(self) -> tuple[Tensor, Tensor]:
         qweight, qzeros = ops.unpack(
@@ -256,7 +257,7 @@ class QuantLinear(nn.Module):
         parameters: dict[str, Any] = self._parameters
         order = buffers["order"]
         if order is not None and x.shape[-1:] == (self.in_features,):
-            x = _Reorder.apply(x, order, buffers["inverse"])
+            x = ops.permute_columns(x, order, buffers["inverse"])
         return ops.qgemm_nt(
             x,
             self._readable(),
@@ -379,24 +380,9 @@ def _select_columns(qweight: Tensor, columns: Tensor, bits: int) -> Tensor:
 
 
 def _inverse(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-
-
-class _Reorder(torch.autograd.Function):
-    """``x[..., order]``, whose gradient is a selection too; torch's own adds up."""
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return x.index_select(-1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return dy.index_select(-1, inverse), None, None
+    inverse = torch.empty_like(order)
+    inverse[order.long()] = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    return inverse
 
 
 def _device_after(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> torch.device:

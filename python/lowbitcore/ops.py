@@ -43,6 +43,7 @@ __all__ = [
     "pack_qweight",
     "pack_qzeros",
     "packed_size",
+    "permute_columns",
     "prepack",
     "qgemm_grad_scales",
     "qgemm_nn",
@@ -723,6 +724,42 @@ def _qgemm_grad_scales_fake(
     return dy.new_empty((groups, dy.shape[-1]), dtype=torch.float32)
 
 
+def permute_columns(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``y[..., k] = x[..., order[k]]``: activations for a weight whose inputs were permuted.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], any strides.
+        order: int32 [K], a permutation, and ``inverse`` int32 [K], its inverse, by which gradients
+            go back.
+
+    Returns:
+        [..., K] in the type of ``x``. Differentiable in ``x``.
+    """
+    _check("permute_columns", x=x, order=order, inverse=inverse)
+    if x.dim() == 0:
+        _fail("permute_columns", "x", "at least 1 dimension", tuple(x.shape))
+    kernel = _permute_columns if _is_plain(x, order) else torch.ops.lowbitcore.permute_columns
+    result: Tensor = kernel(x, order, inverse)
+    return result
+
+
+def _select(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return x.index_select(-1, order)
+
+
+@_operator("permute_columns(Tensor x, Tensor order, Tensor inverse) -> Tensor", cuda=_select)
+def _permute_columns(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    if y.numel():
+        _C.permute_columns(_rows(x), order, y)
+    return y
+
+
+@_fake("permute_columns")
+def _permute_columns_fake(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 # Each of the three products is linear in its two real arguments, and the derivatives of each are
 # the other two: the family is closed, so gradients exist to any order.
 
@@ -785,7 +822,17 @@ def _grad_scales_backward(ctx: Any, dds: Tensor) -> tuple[Tensor | None, ...]:
     return ddy, dx, None, None, None, None
 
 
+def _permute_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _permute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    order, inverse = ctx.saved_tensors
+    return permute_columns(dy, inverse, order), None, None
+
+
 for _name, _setup, _backward in (
+    ("permute_columns", _permute_setup, _permute_backward),
     ("qgemm_nt", _nt_setup, _nt_backward),
     ("qgemm_nn", _nn_setup, _nn_backward),
     ("qgemm_grad_scales", _grad_scales_setup, _grad_scales_backward),

@@ -1,0 +1,15 @@
+// Activations in another order of columns, for weights that were packed in another order of inputs:
+// where the groups of a g_idx all have their whole size, packing them one after another leaves a
+// plain weight, and permuting activations costs less than looking up a group for each integer.
+#pragma once
+
+#include <lowbitcore/types.h>
+
+namespace lowbitcore {
+
+// y [M,K]: y[m, k] = x[m, order[k]], for order [K] with entries in [0, K). x and y share their type
+// and no memory. On the CPU.
+void permute_columns(ConstMatrix x, const std::int32_t* order, Matrix y,
+                     const Execution& exec = {});
+
+}  // namespace lowbitcore

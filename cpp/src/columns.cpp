@@ -1,0 +1,47 @@
+#include <lowbitcore/columns.h>
+
+#include <algorithm>
+#include <string>
+
+#include "check.h"
+#include "parallel.h"
+
+namespace lowbitcore {
+
+namespace {
+
+// Rows that a thread takes at a time.
+constexpr std::int64_t kRows = 8;
+
+template <typename Element>
+void permute(const ConstMatrix& x, const std::int32_t* order, const Matrix& y, int threads) {
+  parallel_for((x.rows + kRows - 1) / kRows, threads, [&](std::int64_t i, int) {
+    for (std::int64_t r = i * kRows; r < std::min(x.rows, (i + 1) * kRows); ++r) {
+      const Element* from = static_cast<const Element*>(x.data) + r * x.stride;
+      Element* to = static_cast<Element*>(y.data) + r * y.stride;
+      for (std::int64_t k = 0; k < x.cols; ++k) to[k] = from[order[k]];
+    }
+  });
+}
+
+}  // namespace
+
+void permute_columns(ConstMatrix x, const std::int32_t* order, Matrix y, const Execution& exec) {
+  const char* op = "permute_columns";
+  check::shape(op, "y", y, x.rows, x.cols);
+  check::same_dtype(op, "y", y.dtype, "x", x.dtype);
+  for (std::int64_t k = 0; k < x.cols; ++k) {
+    if (order[k] < 0 || order[k] >= x.cols) {
+      check::fail(op, "order", "entries from 0 to " + std::to_string(x.cols - 1),
+                  std::to_string(order[k]));
+    }
+  }
+  const int threads = resolve_threads(exec.num_threads);
+  if (x.dtype == DType::f32) {
+    permute<std::uint32_t>(x, order, y, threads);
+  } else {
+    permute<std::uint16_t>(x, order, y, threads);
+  }
+}
+
+}  // namespace lowbitcore
