@@ -66,7 +66,8 @@ class Bench:
 
     def bits_per_weight(self, model: Path, adapter: Path | None) -> float:
         under = ["--adapter", adapter] if adapter else []
-        found = self.command(f"bits {model.name}", "info", model, *under)
+        name = f"bits {model.name}" + (f" {adapter.name}" if adapter else "")
+        found = self.command(name, "info", model, *under)
         return float(found["bits_with_adapters" if adapter else "effective_bits"])
 
     def split_prose(self, source: Path) -> tuple[Path, Path]:

@@ -1,0 +1,80 @@
+"""What each part of a repair is worth, at equal tokens: LREC at 2 bits, a part at a time.
+
+    python bench/quality/repair.py MODEL OUT --prose FILE --texts FILE FILE [--tokens N]
+
+MODEL is a 16-bit model. First one thing after another is added to the papers' way, all at the same
+bytes; then one thing at a time is changed in what came out of it (2306.08162, appendices D.1, D.4
+and D.7). Each step is one `lowbitcore` command; what is in OUT already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from commands import Bench
+
+BITS = 2
+FAST, SCALES = ("--lr", 1e-3), ("--scales-lr", 5e-3)
+
+
+class Variant(NamedTuple):
+    title: str
+    options: tuple[Any, ...]
+    group_size: int = 64
+    rank: int = 8
+    zeros: bool = False
+
+
+ADDED = [
+    Variant("from zeros", (), zeros=True),
+    Variant("from the closed form", ()),
+    Variant("and at a rate of 1e-3", FAST),
+    Variant("and with the scales", FAST + SCALES),
+]
+CHANGED = [
+    Variant("KL alone", (*FAST, *SCALES, "--lambda-ce", 0)),
+    Variant("CE alone", (*FAST, *SCALES, "--lambda-kl", 0, "--lambda-ce", 1)),
+    Variant("reverse KL", (*FAST, *SCALES, "--kl", "reverse")),
+    Variant("rank 4", FAST + SCALES, rank=4),
+    Variant("rank 16", FAST + SCALES, rank=16),
+    Variant("groups of 128", FAST + SCALES, group_size=128),
+    Variant("a group a row", FAST + SCALES, group_size=-1),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a 16-bit model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--prose", type=Path, required=True, help="JSON lines with text")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="to measure on")
+    parser.add_argument("--tokens", type=int, default=60_000, help="to train on, each")
+    parser.add_argument("--windows", type=int, help="of 1,024 tokens to measure on, at most")
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    prose, _ = bench.split_prose(arguments.prose)
+    schedule = ["--data", prose, "--tokens", arguments.tokens]
+    schedule += ["--teacher", bench.model, "--cache", bench.path("teacher")]
+
+    def show(title: str, model: Path | str, adapter: Path | None = None) -> None:
+        bits = f"{bench.bits_per_weight(Path(model), adapter):.3f}" if adapter else ""
+        ppls = [bench.ppl(model, text, adapter) for text in arguments.texts]
+        print(f"{title:<28}{bits:>8}" + "".join(f"{x:>20.3f}" for x in ppls), flush=True)
+
+    print(f"{'':<28}{'bits':>8}" + "".join(f"{text.name:>20.19}" for text in arguments.texts))
+    show("16 bits", bench.model)
+    for variant in ADDED + CHANGED:
+        rank = 0 if variant.zeros else variant.rank
+        base = bench.quantize("gptq", BITS, variant.group_size, prose, rank=rank)
+        start = ["--rank", variant.rank] if variant.zeros else []
+        name = variant.title.replace(" ", "-")
+        tuned = bench.train("lrec", base, name, *schedule, *start, *variant.options)
+        show(variant.title, base, tuned)
+
+
+if __name__ == "__main__":
+    main()
