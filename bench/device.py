@@ -1,4 +1,4 @@
-"""Where products are timed: on the GPU that torch and this build share, else on the CPU.
+"""Where products are timed, and how: on the GPU that torch and this build share, else on the CPU.
 
 CUDA_VISIBLE_DEVICES= (empty) hides a GPU.
 """
@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
+_CALLS = 20  # of one measurement on a GPU
+# Ticks of a GPU's clock: about 10 ms at first, 0.1 s at most.
+_SPIN, _LONGEST_SPIN = 1 << 24, 1 << 28
+
 
 @functools.cache
 def on_gpu() -> bool:
-    if not torch.cuda.is_available():
-        return False
     from lowbitcore import runtime  # not before: the peers' interpreter may lack it
 
-    return runtime.cuda_status().startswith("built; devices")
+    return runtime.why_no_cuda() is None
 
 
 def device() -> torch.device:
@@ -35,14 +37,47 @@ def name() -> str:
     return runtime.isa()
 
 
+def model() -> str:
+    """Which GPU; of the CPU, pytest-benchmark's JSON says more by itself."""
+    return torch.cuda.get_device_name() if on_gpu() else "cpu"
+
+
 def seconds(function: Callable[[], Any]) -> float:
-    """The time of one call; of many in a row on a GPU, where launches would hide it."""
-    calls = 20 if on_gpu() else 1
-    if on_gpu():
-        torch.cuda.synchronize()
+    """The time of one call, where products are timed."""
+    return gpu_seconds(function) if on_gpu() else cpu_seconds(function)
+
+
+def cpu_seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    for _ in range(calls):
+    function()
+    return time.perf_counter() - start
+
+
+def gpu_seconds(function: Callable[[], Any]) -> float:
+    """What the GPU needs for one call of many in a row; issuing them is not counted.
+
+    It spins until all have been issued: small products take less than their launch.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    spin = _SPIN
+    while True:
+        torch.cuda._sleep(spin)
+        start.record()
+        for _ in range(_CALLS):
+            function()
+        waited = start.query()  # the GPU was ready before the last call was
+        end.record()
+        end.synchronize()
+        if not waited or spin >= _LONGEST_SPIN:  # some calls themselves wait for the GPU
+            return start.elapsed_time(end) / 1e3 / _CALLS
+        spin *= 4
+
+
+def gpu_wall_seconds(function: Callable[[], Any]) -> float:
+    """The time of one call of many in a row, with what it takes to issue it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(_CALLS):
         function()
-    if on_gpu():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / _CALLS

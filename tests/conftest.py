@@ -55,6 +55,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", list(runtime.available_isas()), indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"_cuda_device", "gpu"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.device)
+
+
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine in turn, forced for the length of the test."""
