@@ -310,6 +310,27 @@ def test_scales_beside_an_adapter(tmp_path: Path) -> None:
         if name == "second":
             model = lbc.fold_adapters(model)
             expected = logits(model)
+    # Frozen, or folded, they belong together all the same.
+    for name in ("frozen", "folded"):
+        model = lbc.load_adapter(quantized("llama"), tmp_path / "first", trainable=True)
+        if name == "folded":
+            lbc.fold_adapters(model)
+        else:
+            model.requires_grad_(False)
+        lbc.save_adapter(model, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == both
+    model = lbc.thaw_scales(lbc.prepare_lora(quantized("llama"), rank=2, targets=None))
+    model.requires_grad_(False)
+    lbc.save_adapter(model, tmp_path / "at-once")
+    assert {path.name for path in (tmp_path / "at-once").iterdir()} == both
+    # What cannot be written leaves nothing behind, and half of it is refused.
+    next(iter(newest_adapters(model).values())).b.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match="values that fit"):
+        lbc.save_adapter(model, tmp_path / "large", dtype=torch.float16)
+    assert not (tmp_path / "large").exists()
+    (tmp_path / "at-once" / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"expected the adapter that its scales\.safetensors was"):
+        lbc.load_adapter(quantized("llama"), tmp_path / "at-once")
     other = quantized("llama")
     before = logits(other)
     (tmp_path / "first" / "scales.safetensors").unlink()

@@ -84,6 +84,15 @@ def test_attributes() -> None:
         assert part in repr(layer)
 
 
+@pytest.mark.parametrize("name", ["scales", "bias"])
+def test_a_parameter_may_be_replaced(name: str) -> None:
+    """As parametrizations, pruning and FSDP do it."""
+    layer = layer_of(a_problem(), a_bias())
+    expected = layer(an_input())
+    torch.nn.utils.parametrize.register_parametrization(layer, name, nn.Identity())
+    assert torch.equal(layer(an_input()), expected)
+
+
 def test_groups_of_whole_size_are_packed_one_after_another() -> None:
     """What act-order leaves: kernels see a trivial weight, and nobody else does."""
     problem = a_problem(g_idx="permuted")

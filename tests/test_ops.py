@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as ref
@@ -134,6 +135,22 @@ def _recorded(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
     return " ".join(recorder.seen)
 
 
+class _Functions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _called(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    with _Functions() as functions:
+        product(x())
+    return " ".join(functions.seen)
+
+
 def _profiled(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
     with torch.profiler.profile() as profile:
         product(x())
@@ -156,7 +173,9 @@ def _jit_traced(product: Callable[[torch.Tensor], torch.Tensor]) -> str:
     return str(torch.jit.trace(product, x(), check_trace=False).graph)
 
 
-@pytest.mark.parametrize("watch", [_recorded, _profiled, _exported, _made_into_fx, _jit_traced])
+@pytest.mark.parametrize(
+    "watch", [_recorded, _called, _profiled, _exported, _made_into_fx, _jit_traced]
+)
 @torch.no_grad()
 def test_whoever_watches_sees_the_operator(
     watch: Callable[[Callable[[torch.Tensor], torch.Tensor]], str],

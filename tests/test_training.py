@@ -227,6 +227,24 @@ def test_peqas_learning_rate_is_relative(tmp_path: Path) -> None:
         torch.testing.assert_close(moved, 0.01 * old.abs().mean(), rtol=1e-3, atol=0)
 
 
+def test_optimizers_of_ones_own(tmp_path: Path) -> None:
+    """Scales have rates of their own; everything else is the Trainer's business."""
+    model = lbc.prepare_lora(quantized("llama"), rank=2, targets=None)
+    settings = arguments(tmp_path / "run", learning_rate=1e-3)
+    choice = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.5})}
+    plain = lbc.EmefTrainer(model, settings, lesson(), **choice).create_optimizer()
+    assert type(plain) is torch.optim.SGD and len(plain.param_groups) == 2  # with and without decay
+    assert {group["lr"] for group in plain.param_groups} == {0.5}
+    lbc.thaw_scales(model)
+    scales = [linear.scales for linear in quantized_linears(model).values()]
+    both = lbc.EmefTrainer(model, settings, lesson(), scales_lr=0.01, **choice).create_optimizer()
+    assert type(both) is torch.optim.SGD and both.param_groups[0]["lr"] == 0.5
+    assert len(both.param_groups) == 1 + len(scales)
+    for group, item in zip(both.param_groups[1:], scales, strict=True):
+        assert group["params"][0] is item
+        assert group["lr"] == pytest.approx(0.01 * float(item.detach().abs().mean()))
+
+
 def test_emef_learns(tmp_path: Path) -> None:
     model = lbc.prepare_lora(quantized("llama", bits=3), rank=4)
     trainer = lbc.EmefTrainer(model, arguments(tmp_path), lesson())

@@ -48,14 +48,10 @@ def save_adapter(
     if not adapted and not packed:
         raise ValueError("save_adapter: model: expected adapters or packed linears, got neither")
     scales_train = trains_scales(model)
-    lora = adapted and (trains_adapter(model) or not scales_train)
-    together = lora and (
-        scales_train or any(adapter.with_scales for adapter in newest_adapters(model).values())
-    )
-    if together or not lora:
+    if adapted and (trains_adapter(model) or not scales_train):
+        _save_lora(model, Path(out), dtype, with_scales=scales_train)
+    else:
         save_scales(model, out)
-    if lora:
-        _save_lora(model, Path(out), dtype, with_scales=together)
 
 
 def trains_scales(model: PreTrainedModel) -> bool:
@@ -86,7 +82,8 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
             raise ValueError(f"save_adapter: {path}: expected values that fit {dtype}")
     base = packed_hash(model)
     metadata = {} if base is None else {"base_sha256": base}
-    if with_scales:
+    if with_scales or any(item.with_scales for item in adapters.values()):
+        _write_scales(model, out, "save_adapter", with_adapter=True)
         metadata[_SCALES] = scales.digest(_own_scales(_packed(model, "save_adapter")))
     peft.write(
         out,
@@ -99,14 +96,19 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
 
 def save_scales(model: PreTrainedModel, out: str | os.PathLike[str]) -> None:
     """Writes `scales.safetensors`: one task's scales, without the integers."""
-    linears = _packed(model, "save_scales")
+    _write_scales(model, Path(out), "save_scales", with_adapter=False)
+
+
+def _write_scales(model: PreTrainedModel, out: Path, where: str, *, with_adapter: bool) -> None:
+    linears = _packed(model, where)
     config = model.config.quantization_config
     scales.write(
-        Path(out),
+        out,
         _own_scales(linears),
         bits=config["bits"],
         group_size=config["group_size"],
         base_sha256=str(packed_hash(model)),
+        with_adapter=with_adapter,
     )
 
 
@@ -125,6 +127,11 @@ def load_adapter(
     if (directory / peft.CONFIG_FILE).is_file():
         _load_lora(model, directory, trainable)
     elif (directory / scales.FILE).is_file():
+        if scales.read(directory / scales.FILE).with_adapter:
+            raise ValueError(
+                f"load_adapter: {directory}: expected the adapter that its {scales.FILE} was "
+                f"trained with, got no {peft.CONFIG_FILE}"
+            )
         swap_scales(model, directory / scales.FILE)
         if trainable:
             prepare_peqa(model)

@@ -143,4 +143,6 @@ def fold_adapters(model: PreTrainedModel) -> PreTrainedModel:
         )
         folded.with_scales = any(adapter.with_scales for adapter in stacked)
         linear.adapters = nn.ModuleList([folded.train(linear.training)])
+        if folded.with_scales and isinstance(linear.base, QuantLinear):
+            linear.base.scales.requires_grad_(False)
     return model

@@ -252,20 +252,19 @@ class QuantLinear(nn.Module):
         castable = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if castable and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        # Module.__getattr__ would find them as well, and take as long as a small product.
+        # Module.__getattr__ would find them as well, and takes long beside a small product.
         buffers: dict[str, Any] = self._buffers
-        parameters: dict[str, Any] = self._parameters
         order = buffers["order"]
         if order is not None and x.shape[-1:] == (self.in_features,):
             x = ops.permute_columns(x, order, buffers["inverse"])
         return ops.qgemm_nt(
             x,
             self._readable(),
-            parameters["scales"],
+            self.scales,
             bits=self.bits,
             group_size=self.group_size,
             g_idx=buffers["g_idx"] if order is None else None,
-            bias=parameters["bias"],
+            bias=self.bias,
         )
 
     def extra_repr(self) -> str:

@@ -144,6 +144,7 @@ def _is_plain(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()  # first: it cannot look into the others
         or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
@@ -744,6 +745,13 @@ def permute_columns(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _select(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    k = x.shape[-1]
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        _fail("permute_columns", "x", "float32, bfloat16 or float16", x.dtype)
+    if order.dtype != torch.int32:
+        _fail("permute_columns", "order", "int32", order.dtype)
+    if order.shape != (k,):
+        _fail("permute_columns", "order", f"{k} elements in one dimension", list(order.shape))
     return x.index_select(-1, order)
 
 
@@ -983,6 +991,9 @@ def _without_tf32() -> Iterator[None]:
     name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
     with _tf32_lock:  # the setting is the process's
         allowed = getattr(matmul, name)
+        if allowed == exact:  # then it goes on following what it inherits
+            yield
+            return
         setattr(matmul, name, exact)
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from lowbitcore.lora import newest_adapters
 from lowbitcore.model import check_kind, quantized_linears
 from lowbitcore.nn import QuantLinear
 
@@ -23,11 +24,14 @@ def prepare_peqa(model: PreTrainedModel) -> PreTrainedModel:
 
 def thaw_scales(model: PreTrainedModel) -> PreTrainedModel:
     """Lets the scales of all packed linears train beside what trains already, such as an adapter;
-    returns the model. They take no bytes that the model does not take anyway. Raises ValueError
-    where nothing is packed.
+    returns the model. In files they take no more bytes; while they train, they have gradients and
+    an optimizer's state. An adapter that trains with them is from now on saved with them. Raises
+    ValueError where nothing is packed.
     """
     check_kind("thaw_scales: model", model, PreTrainedModel)
     _thaw(_packed("thaw_scales", model))
+    for adapter in newest_adapters(model).values():
+        adapter.with_scales |= adapter.a.requires_grad
     return model
 
 

@@ -119,7 +119,8 @@ class Teacher:
 @dataclass(frozen=True)
 class Recipe:
     """PEQA without `lora`; with it EMEF or, given a `teacher`, LREC. With `scales_lr` scales train
-    beside the adapter, at that rate relative to their size."""
+    beside the adapter, at that rate relative to their size; without, only where the adapter that
+    training starts from was trained with its own."""
 
     model: str
     schedule: Schedule

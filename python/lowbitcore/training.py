@@ -190,9 +190,9 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 class PackedTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer for what was prepared on a model: scales, or an adapter.
 
-    `model` comes from `prepare_peqa` or `prepare_lora`, or from both of `prepare_lora` and
-    `thaw_scales`; `train_dataset` gives `input_ids` and
-    `labels`, int64 tensors (see `data.TrainingSet`). `evaluation` returns the perplexity that is
+    `model` comes from `prepare_peqa` or `prepare_lora`, or from `prepare_lora` and `thaw_scales`;
+    `train_dataset` gives `input_ids` and `labels`, int64 tensors (see `data.TrainingSet`).
+    `evaluation` returns the perplexity that is
     logged as eval_ppl, with its logarithm as eval_loss, whenever `args` ask for an evaluation.
     Everything else is the Trainer's.
 
@@ -277,24 +277,22 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         current: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
-        if current is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            rate = options.pop("lr")
-
-            def group(name: str, parameter: nn.Parameter) -> dict[str, Any]:
-                if name.rpartition(".")[2] != "scales":
-                    return {"params": [parameter], "lr": rate}
-                size = float(parameter.detach().abs().mean())
-                return {"params": [parameter], "lr": self._scales_lr * size}
-
-            groups = [
-                group(name, parameter)
-                for name, parameter in (model or self.model).named_parameters()
-                if parameter.requires_grad
-            ]
-            options["weight_decay"] = self.args.weight_decay  # AdamW's own default is not 0
-            self.optimizer = current = kind(groups, **options)
-        return current
+        named = (model or self.model).named_parameters()
+        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        scaled = [item for name, item in trained.items() if name.rpartition(".")[2] == "scales"]
+        if current is not None or not scaled:
+            return cast(torch.optim.Optimizer, super().create_optimizer(model))
+        others = [item for name, item in trained.items() if name.rpartition(".")[2] != "scales"]
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args
+        )
+        options = {**options, "weight_decay": self.args.weight_decay}  # AdamW's own is not 0
+        groups: list[dict[str, Any]] = [{"params": others}] if others else []  # its rate is logged
+        for item in scaled:
+            size = float(item.detach().abs().mean())
+            groups.append({"params": [item], "lr": self._scales_lr * size})
+        self.optimizer = kind(groups, **options)
+        return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,22 +42,23 @@ def every_part(peers_python: str) -> dict[str, Callable[[], Part]]:
 
 def run(command: Sequence[str | Path], hours: float, **environment: str) -> tuple[int, str]:
     """Exit status, and what it printed. One that hangs is ended, and counts as failed."""
-    try:
-        done = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=hours * HOURS,
-        )
-    except subprocess.TimeoutExpired as error:
-        said = error.output or b""
-        text = said if isinstance(said, str) else said.decode(errors="replace")
-        return 124, f"{text}\nended after {hours} hours"
-    return done.returncode, done.stdout
+    with subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=hours * HOURS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children would keep the GPU
+            output, _ = process.communicate()
+            return 124, f"{output}\nended after {hours} hours"
+    return process.returncode, output
 
 
 def end_of(output: str) -> str:

@@ -174,7 +174,7 @@ def lrec(
         float | None,
         typer.Option(
             help="Train the scales, too, at this rate relative to their size (try 5e-3): better at "
-            "no more bytes, but PEFT alone cannot load the result."
+            "no more bytes in files, but PEFT alone cannot load the result."
         ),
     ] = None,
     cache: Annotated[
@@ -198,7 +198,8 @@ def lrec(
 ) -> None:
     """Repair a packed model with LoRA on every linear (LREC).
 
-    OUT gets an adapter in PEFT's format that brings the model's output near its teacher's.
+    OUT gets an adapter in PEFT's format that brings the model's output near its teacher's, and with
+    --scales-lr the scales that belong to it.
     """
     from lowbitcore.recipes import Recipe, Schedule, Teacher
 

@@ -20,8 +20,11 @@ FILE = "scales.safetensors"
 
 
 class Scales(NamedTuple):
+    """`with_adapter`: they were trained together with an adapter, which should lie beside them."""
+
     linears: dict[str, torch.Tensor]
     base_sha256: str
+    with_adapter: bool
 
 
 def write(
@@ -31,9 +34,12 @@ def write(
     bits: int,
     group_size: int,
     base_sha256: str,
+    with_adapter: bool = False,
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"bits": str(bits), "group_size": str(group_size), "base_sha256": base_sha256}
+    if with_adapter:
+        metadata["with_adapter"] = "true"
     entries = [Entry.of(f"{path}.scales", tensor) for path, tensor in linears.items()]
     checkpoint.write_safetensors(directory / FILE, entries, metadata)
 
@@ -63,4 +69,4 @@ def read(path: Path) -> Scales:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name}: holds NaN or Inf")
         linears[name.removesuffix(".scales")] = tensor
-    return Scales(linears, base)
+    return Scales(linears, base, weights.metadata().get("with_adapter") == "true")
