@@ -249,6 +249,9 @@ def train(
     before = time.perf_counter()
     run.train(resume_from_checkpoint=newest_checkpoint(out) if resume else None)
     training_seconds = time.perf_counter() - before
+    if _processes() > 1:  # or its threads may outlive the interpreter, which then aborts
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
     model.eval()
     history = run.state.log_history
     if not _is_main():
