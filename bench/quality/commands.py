@@ -13,6 +13,19 @@ HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
 CALIBRATION = ["--samples", 32, "--length", 1024]
 
 
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """For what learns from prose and measures on other texts."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a 16-bit model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--prose", type=Path, required=True, help="JSON lines with text")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="to measure on")
+    parser.add_argument("--windows", type=int, help="of 1,024 tokens to measure on, at most")
+    return parser
+
+
 class Bench:
     """Commands whose results are kept in a directory, under names."""
 

@@ -9,7 +9,6 @@ Each step is one `lowbitcore` command; what is in OUT already is not run again.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from commands import Bench
+from commands import Bench, parser_of
 from matplotlib import pyplot
 
 BITS = (2, 3, 4)
@@ -90,15 +89,7 @@ def draw(found: list[dict[str, Any]], dense: dict[str, float], image: Path) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="a 16-bit model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--prose", type=Path, required=True, help="JSON lines with text")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="to measure on")
-    parser.add_argument("--windows", type=int, help="of 1,024 tokens to measure on, at most")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     bench = Bench(arguments)
     prose, _ = bench.split_prose(arguments.prose)
     dense = {text.name: bench.ppl(bench.model, text) for text in arguments.texts}

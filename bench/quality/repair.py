@@ -9,11 +9,10 @@ and D.7). Each step is one `lowbitcore` command; what is in OUT already is not r
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from commands import Bench
+from commands import Bench, parser_of
 
 BITS = 2
 FAST, SCALES = ("--lr", 1e-3), ("--scales-lr", 5e-3)
@@ -45,15 +44,8 @@ CHANGED = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="a 16-bit model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--prose", type=Path, required=True, help="JSON lines with text")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="to measure on")
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=60_000, help="to train on, each")
-    parser.add_argument("--windows", type=int, help="of 1,024 tokens to measure on, at most")
     arguments = parser.parse_args()
     bench = Bench(arguments)
     prose, _ = bench.split_prose(arguments.prose)

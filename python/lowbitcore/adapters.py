@@ -127,12 +127,14 @@ def load_adapter(
     if (directory / peft.CONFIG_FILE).is_file():
         _load_lora(model, directory, trainable)
     elif (directory / scales.FILE).is_file():
-        if scales.read(directory / scales.FILE).with_adapter:
+        file = directory / scales.FILE
+        found = scales.read(file)
+        if found.with_adapter:
             raise ValueError(
                 f"load_adapter: {directory}: expected the adapter that its {scales.FILE} was "
                 f"trained with, got no {peft.CONFIG_FILE}"
             )
-        swap_scales(model, directory / scales.FILE)
+        _swap(model, found, file)
         if trainable:
             prepare_peqa(model)
     else:
@@ -166,11 +168,12 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             )
     wanted = adapter.metadata.get(_SCALES)
     if wanted is not None:
-        if scales.digest(scales.read(directory / scales.FILE).linears) != wanted:
+        found = scales.read(directory / scales.FILE)
+        if scales.digest(found.linears) != wanted:
             raise ValueError(
                 f"load_adapter: {directory}: its {scales.FILE} is not the one it was trained with"
             )
-        swap_scales(model, directory)
+        _swap(model, found, directory / scales.FILE)
     if trainable:
         model.requires_grad_(False)
     if trainable and wanted is not None:
@@ -190,7 +193,10 @@ def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     `path` is a scales file or its directory. Raises ValueError where they belong to other integers.
     """
     file = Path(path) / scales.FILE if Path(path).is_dir() else Path(path)
-    found = scales.read(file)
+    _swap(model, scales.read(file), file)
+
+
+def _swap(model: PreTrainedModel, found: scales.Scales, file: Path) -> None:
     linears = _packed(model, "swap_scales")
     check_base(found.base_sha256, packed_hash(model), file)
     if found.linears.keys() != linears.keys():

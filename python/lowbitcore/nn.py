@@ -75,9 +75,10 @@ class QuantLinear(nn.Module):
             torch.zeros(groups, out_features, dtype=torch.float32, device=device),
             requires_grad=False,
         )
-        zeros = torch.zeros(out_features, device=device) if bias else None
-        self.register_parameter(
-            "bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False)
+            if bias
+            else None
         )
 
     @classmethod

@@ -156,6 +156,12 @@ def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
         _fail(op, name, f"{dims} dimensions", tuple(tensor.shape))
 
 
+def _check_activations(op: str, name: str, tensor: Tensor) -> None:
+    """The core's rule for their type, where torch computes in its place."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        _fail(op, name, "float32, bfloat16 or float16", tensor.dtype)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """[..., C] as the core takes it: columns contiguous, rows not overlapping and a step apart."""
     if tensor.is_contiguous() and not tensor.is_neg() and tensor.numel():
@@ -746,8 +752,7 @@ def permute_columns(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 def _select(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     k = x.shape[-1]
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        _fail("permute_columns", "x", "float32, bfloat16 or float16", x.dtype)
+    _check_activations("permute_columns", "x", x)
     if order.dtype != torch.int32:
         _fail("permute_columns", "order", "int32", order.dtype)
     if order.shape != (k,):
@@ -968,8 +973,7 @@ def _check_sum(op: str, name: str, total: Tensor, **inputs: Tensor) -> None:
         _fail(op, name, f"shape [{k}, {k}]", list(total.shape))
     rows = next(iter(inputs.values())).shape[:-1].numel()
     for argument, x in inputs.items():
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            _fail(op, argument, "float32, bfloat16 or float16", x.dtype)
+        _check_activations(op, argument, x)
         if (x.shape[:-1].numel(), x.shape[-1]) != (rows, k):
             _fail(op, argument, f"shape [{rows}, {k}]", list(x.shape))
 

@@ -277,12 +277,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         current: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
-        named = (model or self.model).named_parameters()
-        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-        scaled = [item for name, item in trained.items() if name.rpartition(".")[2] == "scales"]
+        scaled: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in (model or self.model).named_parameters():
+            if parameter.requires_grad:
+                (scaled if name.rpartition(".")[2] == "scales" else others).append(parameter)
         if current is not None or not scaled:
             return cast(torch.optim.Optimizer, super().create_optimizer(model))
-        others = [item for name, item in trained.items() if name.rpartition(".")[2] != "scales"]
         kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
             self.args
         )
