@@ -215,7 +215,8 @@ void launch_qgemm_nt(DType dtype, Tile tile, const GemmArgs& args, int splits,
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     if (tile == Tile::few) {
-      launch_qgemm_nt_tile<T, kBits, 1, 2, 1, 4, 4>(args, splits, stream);
+      // At 8 bits a fourth stage would leave room for one block only on an sm_80 multiprocessor.
+      launch_qgemm_nt_tile<T, kBits, 1, 2, 1, 4, kBits == 8 ? 3 : 4>(args, splits, stream);
     } else if (tile == Tile::some) {
       launch_qgemm_nt_tile<T, kBits, 4, 1, 1, 4, 4>(args, splits, stream);
     } else {
