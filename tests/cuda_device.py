@@ -25,6 +25,7 @@ import torch
 
 import ptxsim
 from lowbitcore import ops
+from ptxsim import toolkit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -51,6 +52,7 @@ def build_emulated() -> Path:
     nanobind = importlib.util.find_spec("nanobind")
     assert nanobind is not None and nanobind.origin is not None
     configure += [f"-Dnanobind_DIR={Path(nanobind.origin).parent / 'cmake'}"]
+    configure += toolkit.cmake_options()
     for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -22,7 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from . import toolkit
+
 __all__ = ["SimulationError", "Simulator", "build"]
+
+toolkit.offer_packages()
 
 Dimensions = Sequence[int]
 Region = Any  # a numpy array, or (pointer, bytes)
@@ -50,9 +54,10 @@ def build() -> Path:
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may test at once
         if not (directory / "done").exists():
-            generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+            options = ["-G", "Ninja"] if shutil.which("ninja") else []
+            options += toolkit.cmake_options()
             for command in (
-                ["cmake", "-S", str(sources), "-B", str(directory), *generator],
+                ["cmake", "-S", str(sources), "-B", str(directory), *options],
                 ["cmake", "--build", str(directory), "--parallel", "2"],
             ):
                 done = subprocess.run(command, capture_output=True, text=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -95,23 +94,16 @@ def ask(source: str, lines: Iterable[Iterable[int]]) -> list[int]:
 
 
 def disassembler() -> Path | None:
-    """nvdisasm: on PATH, or of PyPI's nvidia-cuda-nvdisasm in this environment."""
     found = shutil.which("nvdisasm")
-    if found:
-        return Path(found)
-    packages = importlib.util.find_spec("nvidia")
-    for folder in packages.submodule_search_locations or () if packages else ():
-        for path in sorted(Path(folder).glob("*/bin/nvdisasm")):
-            return path
-    return None
+    return Path(found) if found else None
 
 
 def why_not_compiled() -> str | None:
     """What is missing to compile the kernels, if anything."""
     for tool in ("nvcc", "ptxas"):
         if shutil.which(tool) is None:
-            return f"{tool} is not installed: nothing is known of the kernels' machine code"
+            return f"no {tool} (pip install '.[test]'): nothing is known of the machine code"
     return None
 
 
-NO_DISASSEMBLER = "no nvdisasm (pip install nvidia-cuda-nvdisasm): SASS is not looked at"
+NO_DISASSEMBLER = "no nvdisasm (pip install '.[test]'): SASS is not looked at"
