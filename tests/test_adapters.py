@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import lowbitcore as lbc
+from lowbitcore.adapters import round_adapter
+from lowbitcore.formats.peft import LowRankTensors, product, rounded, settled
 from lowbitcore.lora import block_linears, newest_adapters
 from lowbitcore.model import adapted_linears, quantized_linears, without_adapters
 from lowbitcore.nn import LoraLinear, LowRank, QuantLinear
@@ -174,11 +176,13 @@ def test_lora_learnable_parameters() -> None:
 # --- PEFT --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt-neox", "gpt2"])
-def test_peft_loads_our_adapters(name: str, tmp_path: Path) -> None:
+def test_peft_loads_our_adapters(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = excite(lbc.prepare_lora(quantized(name), rank=4, alpha=6, targets=None))
-    lbc.save_adapter(model, tmp_path)
+    lbc.save_adapter(model, tmp_path, dtype=dtype)
+    model = lbc.load_adapter(quantized(name), tmp_path)
     with without_adapters(model):
         dense = dense_copy(name, model)
     theirs = peft.PeftModel.from_pretrained(dense, tmp_path)
@@ -209,6 +213,47 @@ def test_peft_adapters_load_here(rslora: bool, tmp_path: Path) -> None:
 
 
 # --- Files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(0.04, 0.002), (1e-9, 3.0), (500.0, 1e-3), (0.02, 0.0), (0, 0)])
+@pytest.mark.parametrize("scaling", [1.0, 2.0, 0.3])
+def test_eight_bits(sizes: tuple[float, float], scaling: float) -> None:
+    """E4M3 keeps each element to 1/16, whatever the matrices' sizes, and is exact ever after."""
+    generator = torch.Generator().manual_seed(0)
+    a = sizes[0] * torch.randn(8, 96, generator=generator)
+    b = sizes[1] * torch.randn(64, 8, generator=generator)
+    stored = rounded(LowRankTensors(a, b, scaling), torch.float8_e4m3fn)
+    assert stored.a.dtype == stored.b.dtype == torch.float8_e4m3fn
+    for x, y in ((a, stored.a), (b, stored.b)):
+        octaves = torch.log2(y.float().abs().max() / x.abs().max()).round().nan_to_num().item()
+        back = torch.ldexp(y.float(), torch.tensor(-octaves))
+        assert ((back - x).abs() <= x.abs() / 16 + 2.0**-17 * x.abs().max()).all()
+    once = product(stored)
+    error = once - scaling * b @ a
+    assert error.norm() <= 0.05 * (scaling * b @ a).norm()
+    held = settled(stored)
+    assert held.a.dtype == torch.float32 and torch.equal(product(held), once)
+    if sizes[1]:  # of sizes that learn: neither is an octave longer than it would be in balance
+        assert 1 <= held.scaling < 2 and 0.49 < held.a.norm() / held.b.norm() < 2.05
+    for item in (stored, held):
+        assert torch.equal(product(rounded(item, torch.float8_e4m3fn)), once)
+
+
+def test_saving_eight_bits_again_changes_nothing(tmp_path: Path) -> None:
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4))
+    round_adapter(model, torch.float8_e4m3fn)
+    expected = logits(model)
+    for name in ("first", "second"):
+        lbc.save_adapter(model, tmp_path / name, dtype=torch.float8_e4m3fn)
+        model = lbc.load_adapter(quantized("llama"), tmp_path / name, trainable=True)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    first, second = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second")
+    )
+    assert all(torch.equal(first[name].float(), x.float()) for name, x in second.items())
+    assert sum(x.nbytes for x in first.values()) == sum(
+        p.numel() for p in map(model.get_parameter, trained(model))
+    )
 
 
 def test_adapter_round_trip(tmp_path: Path) -> None:

@@ -637,36 +637,41 @@ def test_tokens_are_tokens(place: Path) -> None:
     assert 1500 <= result["steps"] * 4 * mean < 1500 + 4 * 32
 
 
-def test_lrec_starts_at_the_correction(place: Path) -> None:
-    corrected = place / "corrected"
+@pytest.mark.parametrize("adapter_bits", [8, 16])
+def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path: Path) -> None:
+    corrected = tmp_path / "corrected"
     lbc.quantize_checkpoint(
         place / "model",
         corrected,
         windows(),
-        lbc.QuantConfig(bits=2, group_size=32, rank=4),
+        lbc.QuantConfig(bits=2, group_size=32, rank=4, adapter_bits=adapter_bits),
         progress=False,
     )
     text = ("--text", place / "text.txt", "--context", 128)
     _, start = succeed("eval", corrected, "--adapter", corrected / "correction", *text)
-    common = [*command(place, "lrec", "from-correction", "--steps", 1)]
-    common[1] = corrected
+    bits = ("--adapter-bits", adapter_bits)
+    common = [*command(place, "lrec", "from-correction", "--steps", 1, *bits)]
+    common[1:3] = corrected, tmp_path / "from-correction"
     assert re.search("--rank: expected that of .*, 4 ", fail(*common, "--rank", 8))
     common[common.index("--lr") + 1] = 1e-9  # so that it stays where it starts
     succeed(*common)
-    _, after = succeed("eval", corrected, "--adapter", place / "from-correction", *text)
+    _, after = succeed("eval", corrected, "--adapter", tmp_path / "from-correction", *text)
     assert after["ppl"] == pytest.approx(start["ppl"], rel=1e-3)
+    files = (path / "adapter_model.safetensors" for path in (corrected / "correction", common[2]))
+    one, other = (sum(x.nbytes for x in load_file(file).values()) for file in files)
+    assert one == other
     # The correction counts once: it is in what started from it.
     twice = ("--adapter", corrected / "correction", "--start", "closed-form")
     assert "--start: expected zeros where --adapter is given" in fail(*common, *twice)
-    common[2] = place / "on-top"
+    common[2] = tmp_path / "on-top"
     succeed(*common, "--adapter", corrected / "correction")
-    both = ("--adapter", corrected / "correction", "--adapter", place / "on-top")
+    both = ("--adapter", corrected / "correction", "--adapter", tmp_path / "on-top")
     _, after = succeed("eval", corrected, *both, *text)
     assert after["ppl"] == pytest.approx(start["ppl"], rel=1e-3)
-    common[2] = place / "from-zeros"
+    common[2] = tmp_path / "from-zeros"
     succeed(*common, "--start", "zeros", "--rank", 2)
     _, plain = succeed("eval", corrected, *text)
-    _, after = succeed("eval", corrected, "--adapter", place / "from-zeros", *text)
+    _, after = succeed("eval", corrected, "--adapter", tmp_path / "from-zeros", *text)
     assert after["ppl"] == pytest.approx(plain["ppl"], rel=1e-3)
     assert abs(plain["ppl"] / start["ppl"] - 1) > 2e-3
     correction = corrected / "correction"
@@ -700,6 +705,7 @@ def test_lrec_starts_at_the_correction(place: Path) -> None:
             ["--steps", 5, "--start", "closed-form"],
             "--start: .*expected a correction in it",
         ),
+        ("lrec", ["--steps", 5, "--adapter-bits", 4], "--adapter-bits: expected 8 or 16, got 4"),
         ("lrec", ["--steps", 5, "--scales-lr", 0], "--scales-lr: expected a positive number"),
         ("lrec", ["--steps", 5, "--lambda-kl", -1], "--lambda-kl: expected 0 or more"),
         ("lrec", ["--steps", 5, "--adapter", "/nowhere"], "--adapter: /nowhere: .*got nothing the"),

@@ -25,6 +25,7 @@ from lowbitcore.peqa import prepare_peqa, thaw_scales
 
 # What an adapter's metadata calls the digest of the scales that were trained with it.
 _SCALES = "scales_sha256"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 def save_adapter(
@@ -37,13 +38,14 @@ def save_adapter(
     newest adapter or, without one, the scales.
 
     An adapter that was trained together with scales goes with them: it is written with them, and
-    its metadata has their digest. `dtype` is that of a LoRA adapter's file; scales are float32
-    always. Raises ValueError where the model has neither adapters nor packed linears, and where
-    `dtype` cannot hold an adapter.
+    its metadata has their digest. `dtype` is that of a LoRA adapter's file: float32, bfloat16,
+    float16 or float8_e4m3fn; scales are float32 always. Raises ValueError where the model has
+    neither adapters nor packed linears, and where `dtype` cannot hold an adapter.
     """
     check_kind("save_adapter: model", model, PreTrainedModel)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"save_adapter: dtype: expected float32 or 16 bits, got {dtype}")
+    if dtype not in _DTYPES:
+        names = ", ".join(str(item).removeprefix("torch.") for item in _DTYPES)
+        raise ValueError(f"save_adapter: dtype: expected one of {names}, got {dtype}")
     adapted, packed = bool(adapted_linears(model)), bool(quantized_linears(model))
     if not adapted and not packed:
         raise ValueError("save_adapter: model: expected adapters or packed linears, got neither")
@@ -67,18 +69,20 @@ def round_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Rounds the newest adapter to what a file of that type will hold."""
     with torch.no_grad():
         for adapter in newest_adapters(model).values():
-            adapter.a.copy_(adapter.a.to(dtype))
-            adapter.b.copy_(adapter.b.to(dtype))
+            item = peft.rounded(LowRankTensors(adapter.a, adapter.b, adapter.scaling), dtype)
+            adapter.a.copy_(item.a)
+            adapter.b.copy_(item.b)
+            adapter.scaling = item.scaling
 
 
 def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_scales: bool) -> None:
     adapters = newest_adapters(model)
     tensors = {
-        path: LowRankTensors(item.a.detach().to(dtype), item.b.detach().to(dtype), item.scaling)
-        for path, item in adapters.items()
+        path: peft.rounded(LowRankTensors(x.a.detach(), x.b.detach(), x.scaling), dtype)
+        for path, x in adapters.items()
     }
     for path, item in tensors.items() if dtype != torch.float32 else ():
-        if not (torch.isfinite(item.a).all() and torch.isfinite(item.b).all()):
+        if not (torch.isfinite(item.a.float()).all() and torch.isfinite(item.b.float()).all()):
             raise ValueError(f"save_adapter: {path}: expected values that fit {dtype}")
     base = packed_hash(model)
     metadata = {} if base is None else {"base_sha256": base}

@@ -101,7 +101,7 @@ def dequantized(
 
 
 def fit_low_rank(error: Tensor, factor: ops.GptqFactor, *, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, K] and B [N, r], float16, that minimise tr((E - B A) H (E - B A)^T).
+    """A [r, K] and B [N, r], float32, that minimise tr((E - B A) H (E - B A)^T).
 
     With H = L L^T the best E L of rank r keeps its first left singular vectors U, so B A = U U^T E:
     no inverse. The factors are balanced, row i of A as long as column i of B.
@@ -120,4 +120,4 @@ def fit_low_rank(error: Tensor, factor: ops.GptqFactor, *, rank: int) -> tuple[T
     u = u[:, :rank]
     a = u.T @ error
     norms = a.norm(dim=1).sqrt().clamp(min=1e-12)
-    return (a / norms[:, None]).half(), (u * norms).half()
+    return a / norms[:, None], u * norms

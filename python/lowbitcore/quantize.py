@@ -35,7 +35,7 @@ from lowbitcore.calibration import (
     hidden_states,
 )
 from lowbitcore.fit import dequantized, fit_low_rank, fit_scales, fit_weight
-from lowbitcore.formats import gptq
+from lowbitcore.formats import gptq, peft
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.formats.peft import LowRankTensors
 from lowbitcore.lora import add_adapter, check_rank
@@ -82,7 +82,7 @@ class QuantConfig:
     al., arXiv 2504.02692, asymmetric calibration; a second forward and one more block in memory),
     or "layer", those of the linear's own 16-bit weight on the quantized model's inputs. `rank`: of
     the correction that each linear gets beside its integers, a LoRA adapter fitted in closed form
-    to what they leave over; 0 for none."""
+    to what they leave over; 0 for none. `adapter_bits`: of its elements, 8 (E4M3) or 16."""
 
     bits: int = 4
     group_size: int = 64
@@ -94,6 +94,7 @@ class QuantConfig:
     mse: bool = True
     target: Literal["model", "layer"] = "model"
     rank: int = 0
+    adapter_bits: int = 16
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, expected: str) -> None:
@@ -116,6 +117,7 @@ class QuantConfig:
         )
         check("rank", type(self.rank) is int and self.rank >= 0, "0 or a positive integer")
         check("rank", self.rank == 0 or self.method == "gptq", "0 where the method is rtn")
+        check("adapter_bits", self.adapter_bits in peft.DTYPES, "8 or 16")
         check("target", self.target in ("model", "layer"), "'model' or 'layer'")
         damp = self.percdamp
         check("percdamp", isinstance(damp, int | float) and 0 < damp < 1, "between 0 and 1")
@@ -462,10 +464,9 @@ class Engine:
                 with self._report.timing("fit"):
                     rest = weight - dequantized(codes, scales, zeros, group_size=size, g_idx=g_idx)
                     corrections = fitted = [
-                        LowRankTensors(*fit_low_rank(rest[rows], factor, rank=config.rank), 1.0)
-                        for rows in spans
+                        self._fit_correction(rest[rows], factor) for rows in spans
                     ]
-                    aim = weight - torch.cat([b.float() @ a.float() for a, b, _ in fitted])
+                    aim = weight - torch.cat([peft.product(item) for item in fitted])
         result = {}
         for path, module, rows, correction in zip(group, modules, spans, corrections, strict=True):
             with self._report.timing("quantize"):
@@ -537,12 +538,16 @@ class Engine:
             bias=None if bias is None else bias.detach().clone(),
         )
 
+    def _fit_correction(self, rest: torch.Tensor, factor: ops.GptqFactor) -> LowRankTensors:
+        a, b = fit_low_rank(rest, factor, rank=self._config.rank)
+        return peft.rounded(LowRankTensors(a, b, 1.0), peft.DTYPES[self._config.adapter_bits])
+
     def _set_dense(self, module: nn.Module, quantized: Quantized) -> None:
         """What the rest of the calibration sees: dequantized weights, multiplied by torch."""
         dense = quantized.linear.dequantize(self._dtype)
         if quantized.correction is not None:
-            a, b = (item.to(dense.device) for item in quantized.correction[:2])
-            dense = torch.addmm(dense.float(), b.float(), a.float()).to(self._dtype)
+            correction = peft.product(quantized.correction).to(dense.device)
+            dense = (dense.float() + correction).to(self._dtype)
         if isinstance(module, Conv1D):
             dense = dense.T.contiguous()
         module.weight = nn.Parameter(dense, requires_grad=False)
@@ -638,10 +643,10 @@ def quantize_model(
             for path, (linear, correction) in linears.items():
                 set_module(block, path, linear)
                 if correction is not None:
-                    rank, scaling = len(correction.a), correction.scaling
-                    adapter = add_adapter(block, path, rank=rank, scaling=scaling)
-                    adapter.a.copy_(correction.a)
-                    adapter.b.copy_(correction.b)
+                    a, b, scaling = peft.settled(correction)
+                    adapter = add_adapter(block, path, rank=len(a), scaling=scaling)
+                    adapter.a.copy_(a)
+                    adapter.b.copy_(b)
                     adapter.requires_grad_(False)
             _restore(block, kept, model.dtype)
     finally:

@@ -55,8 +55,6 @@ _PATHS = ("model", "adapters", "data", "eval_text", "start", "cache")
 # Evaluations during a training look at the start of the text; the last one at all of it.
 _EVALUATIONS, _EVALUATION_WINDOWS = 5, 4
 _CHECKPOINTS = 10
-# Of the adapter in the end; checkpoints keep all that the masters know.
-_PRODUCT = torch.float16
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,19 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Lora:
-    """A new adapter; or, with `start`, the one in that directory goes on learning."""
+    """A new adapter; or, with `start`, the one in that directory goes on learning. `bits` are those
+    of its elements in the end; checkpoints keep all that the masters know."""
 
     rank: int
     alpha: float
     targets: Sequence[str] | None
     dropout: float
     start: str | None = None
+    bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.bits not in peft.DTYPES:
+            raise ValueError(f"--adapter-bits: expected 8 or 16, got {self.bits}")
 
 
 @dataclass(frozen=True)
@@ -257,12 +261,13 @@ def train(
     if not _is_main():
         return None
     losses = [item["loss"] for item in history if "loss" in item]
+    dtype = torch.float32 if recipe.lora is None else peft.DTYPES[recipe.lora.bits]
     if recipe.lora is not None:
-        adapters.round_adapter(model, _PRODUCT)
+        adapters.round_adapter(model, dtype)
     ppl = None if text is None else measure(model, None)
     draw(history, out / "training.png", final=ppl)
     run.state.save_to_json(str(out / _STATE))
-    adapters.save_adapter(model, out, dtype=_PRODUCT)  # last: it says that the training is finished
+    adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
     for old in out.glob("checkpoint-*"):
         shutil.rmtree(old)
     if lock is not None:

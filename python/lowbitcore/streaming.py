@@ -269,10 +269,11 @@ class _StreamingRun:
             return
         entries = []
         for path, (_, correction) in linears.items():
-            if correction is not None:  # their scaling is 1
+            if correction is not None:
                 entries += [
                     Entry.of(f"{path}.a", correction.a),
                     Entry.of(f"{path}.b", correction.b),
+                    Entry.of(f"{path}.scaling", torch.tensor(correction.scaling)),
                 ]
         checkpoint.write_safetensors(self._correction_file(index), entries)
 
@@ -282,7 +283,10 @@ class _StreamingRun:
         stored = dict(Checkpoint.from_file(self._correction_file(index)).tensors())
         paths = [name.removesuffix(".a") for name in sorted(stored) if name.endswith(".a")]
         return {
-            path: LowRankTensors(stored[f"{path}.a"], stored[f"{path}.b"], 1.0) for path in paths
+            path: LowRankTensors(
+                stored[f"{path}.a"], stored[f"{path}.b"], stored[f"{path}.scaling"].item()
+            )
+            for path in paths
         }
 
     def _write_block(self, index: int, linears: Mapping[str, Quantized]) -> None:

@@ -61,6 +61,11 @@ Dtype = Annotated[
 ]
 
 
+AdapterBits = Annotated[
+    int, typer.Option(help="Of each of the adapter's elements, 16 or 8 (float8 E4M3).")
+]
+
+
 def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
     for line in lines:
         print(line)

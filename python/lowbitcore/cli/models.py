@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lowbitcore.cli.app import (
+    AdapterBits,
     Adapters,
     Device,
     Dtype,
@@ -71,6 +72,7 @@ def quantize(
             min=0,
         ),
     ] = 0,
+    adapter_bits: AdapterBits = 16,
     damp: Annotated[float, typer.Option(help="Damping, a fraction of the mean diagonal.")] = 0.01,
     seed: Annotated[
         int, typer.Option(help="Of the calibration windows.", min=0, max=2**63 - 1)
@@ -93,6 +95,7 @@ def quantize(
         true_sequential=not no_true_sequential,
         percdamp=damp,
         rank=rank,
+        adapter_bits=adapter_bits,
     )
     resolve_device(device)  # before text is made for it
     check_output(out, resume=resume)

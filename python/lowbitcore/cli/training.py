@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lowbitcore.cli.app import Device, Json, app, emit, megabytes
+from lowbitcore.cli.app import AdapterBits, Device, Json, app, emit, megabytes
 
 if TYPE_CHECKING:
     from lowbitcore.recipes import Lora, Recipe
@@ -164,6 +164,7 @@ def lrec(
             "nothing."
         ),
     ] = None,
+    adapter_bits: AdapterBits = 16,
     lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
     lambda_ce: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = 0.1,
     kl: Annotated[
@@ -219,7 +220,7 @@ def lrec(
     recipe = Recipe(
         model,
         schedule,
-        _lrec_adapter(model, rank, start, stacked=bool(adapter)),
+        _lrec_adapter(model, rank, start, adapter_bits, stacked=bool(adapter)),
         Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
         tuple(adapter or ()),
         scales_lr,
@@ -288,7 +289,9 @@ def plan(
     emit(as_json, result._asdict(), lines)
 
 
-def _lrec_adapter(model: str, rank: int | None, start: str | None, *, stacked: bool) -> Lora:
+def _lrec_adapter(
+    model: str, rank: int | None, start: str | None, bits: int, *, stacked: bool
+) -> Lora:
     """LREC's adapter: on every linear, with alpha = rank."""
     from lowbitcore.formats import peft
     from lowbitcore.recipes import Lora
@@ -301,13 +304,13 @@ def _lrec_adapter(model: str, rank: int | None, start: str | None, *, stacked: b
         raise ValueError(f"--start: {model}: expected a correction in it, made by quantize --rank")
     if start == "zeros" or stacked or directory is None:
         rank = 8 if rank is None else rank
-        return Lora(rank, rank, None, 0.0)
+        return Lora(rank, rank, None, 0.0, bits=bits)
     ranks = {len(item.a) for item in peft.read(directory).linears.values()}
     if rank is not None and ranks != {rank}:
         raise ValueError(
             f"--rank: expected that of {directory}, {max(ranks)} (or --start zeros), got {rank}"
         )
-    return Lora(max(ranks), max(ranks), None, 0.0, start=str(directory))
+    return Lora(max(ranks), max(ranks), None, 0.0, start=str(directory), bits=bits)
 
 
 def _train(recipe: Recipe, out: Path, resume: bool, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """PEFT's files of a LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are `base_model.model.<path>.lora_A.weight` [r, K] and `.lora_B.weight` [N, r], of 16 or 32
-bits.
+Keys are `base_model.model.<path>.lora_A.weight` [r, K] and `.lora_B.weight` [N, r], of 8 (E4M3),
+16 or 32 bits.
 https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -24,6 +24,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # Where beside a quantized model the adapter lies that was fitted along with its integers.
 CORRECTION = "correction"
 
+# Of an adapter's matrices, by their bits in a file.
+DTYPES = {8: torch.float8_e4m3fn, 16: torch.float16}
+
 _PREFIX = "base_model.model."
 # What would change the product and is not done here.
 _UNSUPPORTED = {
@@ -43,6 +46,47 @@ class LowRankTensors(NamedTuple):
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+
+
+def product(item: LowRankTensors) -> torch.Tensor:
+    """What the adapter adds to a weight: float32 [N, K]."""
+    return item.scaling * (item.b.float() @ item.a.float())
+
+
+def rounded(item: LowRankTensors, dtype: torch.dtype) -> LowRankTensors:
+    """The same adapter in the type of a file; rounding once more changes nothing.
+
+    E4M3 has four bits of precision over fifteen octaves. Matrices go to the upper end of these by
+    powers of two, which the scaling takes back (`settled` undoes it), so that next to nothing is
+    lost below.
+    """
+    if dtype != torch.float8_e4m3fn:
+        return LowRankTensors(item.a.to(dtype), item.b.to(dtype), item.scaling)
+    up_a, up_b = _octaves_below(item.a, dtype), _octaves_below(item.b, dtype)
+    a, b = (torch.ldexp(x.float(), up).to(dtype) for x, up in ((item.a, up_a), (item.b, up_b)))
+    return LowRankTensors(a, b, item.scaling * 2.0 ** -int(up_a + up_b))
+
+
+def settled(item: LowRankTensors) -> LowRankTensors:
+    """The same adapter in float32, with matrices of such sizes as rates of learning are made for:
+    what `rounded` moved into the scaling goes back into both, and makes them about equally long."""
+    a, b, scaling = item.a.float(), item.b.float(), item.scaling
+    if item.a.dtype == torch.float8_e4m3fn and scaling > 0:
+        octaves = math.frexp(scaling)[1] - 1
+        if a.any() and b.any():
+            down_a = round((octaves + math.log2(float(b.norm() / a.norm()))) / 2)
+        else:  # one was never moved, or there is nothing at all
+            down_a = octaves if a.any() else 0
+        a, b = a * 2.0**down_a, b * 2.0 ** (octaves - down_a)
+        scaling *= 2.0**-octaves
+    return LowRankTensors(a, b, scaling)
+
+
+def _octaves_below(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """By how many octaves the largest element can grow at least."""
+    largest = matrix.float().abs().amax().double()
+    room = torch.floor(torch.log2(torch.finfo(dtype).max / largest))
+    return torch.where(torch.isfinite(room), room, 0.0).int()
 
 
 class PeftAdapter(NamedTuple):
@@ -115,7 +159,7 @@ def read(directory: Path) -> PeftAdapter:
             raise ValueError(f"{weights.files[0]}: expected LoRA matrices, got tensor {name!r}")
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{weights.files[0]}: {name}: expected floating point")
-        pairs.setdefault(match[1], {})[match[2]] = tensor.float()
+        pairs.setdefault(match[1], {})[match[2]] = tensor
     linears = {}
     for module, pair in pairs.items():
         where = f"{weights.files[0]}: {module}"
@@ -126,14 +170,14 @@ def read(directory: Path) -> PeftAdapter:
             raise ValueError(
                 f"{where}: expected [r, K] and [N, r], got {list(a.shape)} and {list(b.shape)}"
             )
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        if not (torch.isfinite(a.float()).all() and torch.isfinite(b.float()).all()):
             raise ValueError(f"{where}: holds NaN or Inf")
         rank = _for_module(config, "r", "rank_pattern", module, path)
         if rank != a.shape[0]:
             raise ValueError(f"{where}: expected rank {rank}, as {path} says, got {a.shape[0]}")
         alpha = _for_module(config, "lora_alpha", "alpha_pattern", module, path)
         scaling = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        linears[module] = LowRankTensors(a, b, scaling)
+        linears[module] = settled(LowRankTensors(a, b, scaling))
     if not linears:
         raise ValueError(f"{weights.files[0]}: holds no adapter")
     dropout = config.get("lora_dropout", 0.0)
