@@ -26,6 +26,10 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def group_name(group_size: int) -> str:
+    return "row" if group_size == -1 else str(group_size)
+
+
 class Bench:
     """Commands whose results are kept in a directory, under names."""
 
@@ -55,12 +59,21 @@ class Bench:
         return self.out / name
 
     def quantize(
-        self, method: str, bits: int, group_size: int, text: Path, *, rank: int = 0
+        self,
+        method: str,
+        bits: int,
+        group_size: int,
+        text: Path,
+        *,
+        rank: int = 0,
+        adapter_bits: int = 16,
     ) -> Path:
-        name = f"{method}-{bits}-{'row' if group_size == -1 else group_size}"
+        name = f"{method}-{bits}-{group_name(group_size)}"
         name += f"-rank{rank}" if rank else ""
+        name += f"x{adapter_bits}" if rank and adapter_bits != 16 else ""
         name += "" if text.stem == "prose" else f"-{text.stem}"
         data = [] if method == "rtn" else ["--calib", text, *CALIBRATION, "--rank", rank]
+        data += ["--adapter-bits", adapter_bits] if rank else []
         options = ["--bits", bits, "--group-size", group_size, "--method", method, *data]
         options += ["--resume"] if (self.path(name) / ".partial").exists() else []
         self.command(name, "quantize", self.model, self.path(name), *options)

@@ -1,57 +1,82 @@
 """Perplexity against size, everything counted: integers, scales, zeros and adapters.
 
-    python bench/quality/front.py MODEL OUT --prose FILE --texts FILE FILE [--windows N]
+    python bench/quality/front.py MODEL OUT --prose FILE --texts FILE FILE [--tokens N]
 
-MODEL is a 16-bit model. GPTQ at 2, 3 and 4 bits and groups of 32, 64 and 128, beside the same with
-low-rank corrections fitted in closed form, without any training; OUT gets front.json and front.png.
-Each step is one `lowbitcore` command; what is in OUT already is not run again.
+MODEL is a 16-bit model. GPTQ at 2, 3 and 4 bits and groups of 32, 64 and 128; beside it models with
+low-rank corrections fitted in closed form, and what LREC with scales makes of these on N tokens.
+OUT gets front.json and front.png. Each step is one `lowbitcore` command; what is in OUT already is
+not run again.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
-from commands import Bench, parser_of
+from commands import Bench, group_name, parser_of
 from matplotlib import pyplot
 
 BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
-RANKS = (4, 8, 16)
-CORRECTED_GROUP_SIZES = (64, 128)
+METHODS = {"GPTQ": "o", "with correction": "s", "and LREC": "^"}
 
 
-def points(bench: Bench, prose: Path, texts: list[Path]) -> list[dict[str, Any]]:
-    plain = [(bits, size, 0) for bits, size in itertools.product(BITS, GROUP_SIZES)]
-    corrected = list(itertools.product(BITS, CORRECTED_GROUP_SIZES, RANKS))
-    found = []
-    for bits, group_size, rank in [*plain, *corrected]:
-        model = bench.quantize("gptq", bits, group_size, prose, rank=rank)
-        adapter = model / "correction" if rank else None
-        found.append(
-            {
-                "method": "GPTQ and correction" if rank else "GPTQ",
-                "bits": bits,
-                "group_size": group_size,
-                "rank": rank,
-                "bits_per_weight": bench.bits_per_weight(model, adapter),
-                "ppl": {text.name: bench.ppl(model, text, adapter) for text in texts},
-            }
-        )
-        print(row(found[-1]), flush=True)
-    return found
+class Corrected(NamedTuple):
+    bits: int
+    group_size: int
+    rank: int
+
+
+# Of the coarser groups, with what rank makes them no larger than GPTQ with the finer ones.
+CORRECTED = (
+    Corrected(2, 64, 8),
+    Corrected(2, 64, 16),
+    Corrected(2, 64, 32),
+    Corrected(3, -1, 7),
+    Corrected(3, 128, 5),
+    Corrected(3, 64, 12),
+    Corrected(4, -1, 7),
+    Corrected(4, 128, 6),
+    Corrected(4, 64, 13),
+)
+LREC = ("--lr", 1e-3, "--scales-lr", 5e-3, "--adapter-bits", 8)
+
+
+def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterator[dict[str, Any]]:
+    def point(method: str, base: Corrected, model: Path, adapter: Path | None) -> dict[str, Any]:
+        return {
+            "method": method,
+            **base._asdict(),
+            "bits_per_weight": bench.bits_per_weight(model, adapter),
+            "ppl": {text.name: bench.ppl(model, text, adapter) for text in texts},
+        }
+
+    for bits, group_size in itertools.product(BITS, GROUP_SIZES):
+        model = bench.quantize("gptq", bits, group_size, prose)
+        yield point("GPTQ", Corrected(bits, group_size, 0), model, None)
+    schedule = ["--data", prose, "--tokens", tokens, "--teacher", bench.model]
+    schedule += ["--cache", bench.path("teacher"), *LREC]
+    for base in CORRECTED:
+        model = bench.quantize("gptq", *base[:2], prose, rank=base.rank, adapter_bits=8)
+        yield point("with correction", base, model, model / "correction")
+        if tokens:
+            yield point(
+                "and LREC", base, model, bench.train("lrec", model, f"lrec-{model.name}", *schedule)
+            )
 
 
 def row(point: dict[str, Any]) -> str:
-    title = f"{point['bits']} bits, groups of {point['group_size']}"
+    title = f"{point['bits']} bits, groups: {group_name(point['group_size'])}"
     title += f", rank {point['rank']}" if point["rank"] else ""
+    title += ", trained" if point["method"] == "and LREC" else ""
     ppls = "".join(f"{ppl:>14.3f}" for ppl in point["ppl"].values())
-    return f"{title:<36}{point['bits_per_weight']:>8.3f}{ppls}"
+    return f"{title:<40}{point['bits_per_weight']:>8.3f}{ppls}"
 
 
 def holes(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -73,7 +98,7 @@ def draw(found: list[dict[str, Any]], dense: dict[str, float], image: Path) -> N
         1, len(dense), figsize=(5.5 * len(dense), 4.4), squeeze=False, layout="constrained"
     )
     for axes, (text, ppl) in zip(panels[0], dense.items(), strict=True):
-        for method, marker in (("GPTQ", "o"), ("GPTQ and correction", "s")):
+        for method, marker in METHODS.items():
             mine = [item for item in found if item["method"] == method]
             axes.scatter(
                 [item["bits_per_weight"] for item in mine],
@@ -89,13 +114,18 @@ def draw(found: list[dict[str, Any]], dense: dict[str, float], image: Path) -> N
 
 
 def main() -> None:
-    arguments = parser_of(__doc__).parse_args()
+    parser = parser_of(__doc__)
+    parser.add_argument("--tokens", type=int, default=60_000, help="for LREC; 0 for none of it")
+    arguments = parser.parse_args()
     bench = Bench(arguments)
     prose, _ = bench.split_prose(arguments.prose)
     dense = {text.name: bench.ppl(bench.model, text) for text in arguments.texts}
-    print(f"{'':<36}{'bits':>8}" + "".join(f"{text:>14.14}" for text in dense))
-    print(f"{'16 bits':<36}{16:>8}" + "".join(f"{ppl:>14.3f}" for ppl in dense.values()))
-    found = points(bench, prose, arguments.texts)
+    print(f"{'':<40}{'bits':>8}" + "".join(f"{text:>14.14}" for text in dense))
+    print(f"{'16 bits':<40}{16:>8}" + "".join(f"{ppl:>14.3f}" for ppl in dense.values()))
+    found = []
+    for point in points(bench, prose, arguments.texts, arguments.tokens):
+        print(row(point), flush=True)
+        found.append(point)
     (arguments.out / "front.json").write_text(json.dumps([dense, found], indent=2) + "\n")
     draw(found, dense, arguments.out / "front.png")
     left = holes(found)
