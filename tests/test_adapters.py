@@ -301,6 +301,56 @@ def test_stacked_adapters(tmp_path: Path) -> None:
     assert torch.equal(logits(folded), logits(both))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_an_adapter_knows_those_under_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    """It is refused without them and on others; those that were saved in fewer bits, as here while
+    their masters stayed in memory, are the same."""
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4, alpha=12, targets=None))
+    lbc.save_adapter(model, tmp_path / "below", dtype=dtype)
+    lbc.prepare_lora(excite(model, seed=2), rank=2)
+    lbc.save_adapter(model, tmp_path / "on-another")
+    lbc.load_adapter(stack := quantized("llama"), tmp_path / "below")
+    with pytest.raises(ValueError, match="adapters that it was trained upon, got others"):
+        lbc.load_adapter(stack, tmp_path / "on-another")
+    assert all(len(linear.adapters) == 1 for linear in adapted_linears(stack).values())
+
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4, alpha=12, targets=None))
+    lbc.prepare_lora(model, rank=2)
+    lbc.save_adapter(excite(model, seed=1), tmp_path / "above")
+    lbc.load_adapter(stack, tmp_path / "above", trainable=True)
+    lbc.save_adapter(stack, tmp_path / "went-on")
+    lbc.load_adapter(lbc.load_adapter(quantized("llama"), tmp_path / "below"), tmp_path / "went-on")
+    with pytest.raises(ValueError, match="adapters that it was trained upon, got none"):
+        lbc.load_adapter(bare := quantized("llama"), tmp_path / "above")
+    assert not adapted_linears(bare)
+    # What does not say is taken, and so is what all of them were folded into.
+    lbc.load_adapter(bare, strip_metadata(tmp_path / "above"))
+    lbc.save_adapter(lbc.fold_adapters(stack), tmp_path / "folded")
+    folded = lbc.load_adapter(quantized("llama"), tmp_path / "folded")
+    assert torch.equal(logits(folded), logits(stack))
+    lbc.load_adapter(folded, tmp_path / "below")  # trained on the bare base, it goes upon any
+
+
+def test_a_directory_holds_what_is_loaded_from_it(tmp_path: Path) -> None:
+    """Scales and an adapter that were not trained together do not share one."""
+    scales, lora = tmp_path / "scales", tmp_path / "lora"
+    for _ in range(2):  # of the same kind it is written over
+        lbc.save_adapter(quantized("llama"), scales)
+        lbc.save_adapter(lbc.prepare_lora(quantized("llama")), lora)
+    before = {file: file.read_bytes() for file in [*scales.iterdir(), *lora.iterdir()]}
+    with pytest.raises(ValueError, match=r"expected no adapter_config\.json, whose adapter would"):
+        lbc.save_adapter(quantized("llama"), lora)
+    with pytest.raises(ValueError, match=r"expected no scales\.safetensors, which would not be"):
+        lbc.save_adapter(lbc.prepare_lora(quantized("llama")), scales)
+    after = {file: file.read_bytes() for file in [*scales.iterdir(), *lora.iterdir()]}
+    assert after == before
+    for directory in (scales, lora):
+        together = lbc.thaw_scales(excite(lbc.prepare_lora(quantized("llama"))))
+        lbc.save_adapter(together, directory)
+        loaded = lbc.load_adapter(quantized("llama"), directory)
+        assert torch.equal(logits(loaded), logits(together))
+
+
 def test_swapping_scales(tmp_path: Path) -> None:
     model = quantized("llama")
     original = logits(model)
@@ -494,6 +544,24 @@ def test_poisoned_files(value: float, tmp_path: Path) -> None:
     lbc.save_adapter(packed, tmp_path / "scales")
     with pytest.raises(ValueError, match="holds NaN or Inf"):
         lbc.load_adapter(quantized("llama"), tmp_path / "scales")
+
+
+def test_scales_that_no_checkpoint_holds(tmp_path: Path) -> None:
+    """Training may leave any sign; float16 ends at 65504, or just above, which rounds to it."""
+    model = quantized("llama")
+    first = next(iter(quantized_linears(model).values())).scales.data
+    first[0, :4] = torch.tensor([0.0, -0.01, 65504.0, -65519.0])
+    lbc.save_adapter(model, tmp_path / "scales")
+    lbc.swap_scales(quantized("llama"), tmp_path / "scales")
+    lbc.save(model, tmp_path / "exported")
+    first[0, 3] = -1e30
+    lbc.save_adapter(model, tmp_path / "scales")
+    other = quantized("llama")
+    before = logits(other)
+    message = r"scales\.safetensors: .*q_proj\.scales: expected values within fp16 .*, got -?1e\+30"
+    with pytest.raises(ValueError, match=message):
+        lbc.swap_scales(other, tmp_path / "scales")
+    assert torch.equal(logits(other), before)
 
 
 def test_no_adapter_at_all(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+import lowbitcore as lbc
 from lowbitcore.plan import parse_memory, plan
 from test_cli import fail, succeed
+from test_models import quantized
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -46,8 +48,11 @@ def test_a_config_is_enough(config_only: Path) -> None:
     _, result = succeed(*common, "--method", "lrec", "--memory", "4GB", "--tokens", 1000)
     assert not result["fits"] and result["largest_micro_batch"] == 0
     assert result["cache_bytes"] == 1000 * 4096 * 2
-    _, result = succeed("plan", config_only, "--bits", 3, "--group-size", -1, "--method", "peqa")
+    rows = ("plan", config_only, "--bits", 3, "--group-size", -1)
+    _, result = succeed(*rows, "--method", "peqa")
     assert result["trainable_parameters"] == 32 * (5 * 4096 + 2 * 11008) == 1_359_872
+    _, result = succeed(*rows, "--method", "lrec", "--scales")
+    assert result["trainable_parameters"] == 1_359_872 + 8 * 32 * (11 * 4096 + 3 * 11008)
 
 
 def test_the_largest_micro_batch_is_the_largest() -> None:
@@ -59,6 +64,26 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
         assert largest > 0
         assert plan(config, **more, micro_batch=largest).fits  # type: ignore[arg-type]
         assert not plan(config, **more, micro_batch=largest + 1).fits  # type: ignore[arg-type]
+
+
+def test_scales_beside_an_adapter() -> None:
+    """As many as train on a real model, each a gradient and two moments more in float32; their
+    masters are among the weights, and the adapter keeps their inputs anyway."""
+    model = quantized("llama")
+    settings = {"method": "lrec", "bits": 4, "group_size": 32, "rank": 4, "memory": 10**9}
+    planned = []
+    for scales in (False, True):
+        lbc.prepare_lora(model, rank=4, targets=None)
+        if scales:
+            lbc.thaw_scales(model)
+        planned.append(plan(model.config, **settings, scales=scales))  # type: ignore[arg-type]
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert planned[-1].trainable_parameters == trained
+    alone, both = planned
+    scales_bytes = 12 * (both.trainable_parameters - alone.trainable_parameters)
+    assert both.optimizer_bytes - alone.optimizer_bytes == scales_bytes > 0
+    needed = [item.peak_bytes - item.runtime_bytes for item in planned]
+    assert needed[1] - needed[0] == scales_bytes
 
 
 MEASURED = """
@@ -133,5 +158,6 @@ def test_bad_plans(config_only: Path) -> None:
     assert "--memory: expected a size such as 8GB" in fail(*common, "--memory", "lots")
     assert "--micro-batch: expected at least 1" in fail(*common, "--micro-batch", 0)
     assert "--targets: expected names of linears" in fail(*common, "--targets", "x")
+    assert "scales: expected lrec, which has --scales-lr, got emef" in fail(*common, "--scales")
     assert "--bits: expected 2, 3, 4 or 8" in fail(*common[:-1], 5)
     assert "config.json" in fail("plan", config_only.parent, *common[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,12 @@ from lowbitcore.model import (
     quantized_linears,
     without_adapters,
 )
-from lowbitcore.nn import QuantLinear
+from lowbitcore.nn import LowRank, QuantLinear
 from lowbitcore.peqa import prepare_peqa, thaw_scales
 
-# What an adapter's metadata calls the digest of the scales that were trained with it.
-_SCALES = "scales_sha256"
+# What an adapter's metadata calls the digest of the scales that were trained with it, and those of
+# the adapters that it was trained upon.
+_SCALES, _BELOW = "scales_sha256", "below_sha256"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
@@ -38,9 +40,10 @@ def save_adapter(
     newest adapter or, without one, the scales.
 
     An adapter that was trained together with scales goes with them: it is written with them, and
-    its metadata has their digest. `dtype` is that of a LoRA adapter's file: float32, bfloat16,
-    float16 or float8_e4m3fn; scales are float32 always. Raises ValueError where the model has
-    neither adapters nor packed linears, and where `dtype` cannot hold an adapter.
+    its metadata has their digest, and that of adapters under it. `dtype` is that of a LoRA
+    adapter's file: float32, bfloat16, float16 or float8_e4m3fn; scales are float32 always. Raises
+    ValueError where the model has neither adapters nor packed linears, where `dtype` cannot hold an
+    adapter, and where `out` would then hold an adapter and scales that do not belong together.
     """
     check_kind("save_adapter: model", model, PreTrainedModel)
     if dtype not in _DTYPES:
@@ -84,9 +87,22 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
     for path, item in tensors.items() if dtype != torch.float32 else ():
         if not (torch.isfinite(item.a.float()).all() and torch.isfinite(item.b.float()).all()):
             raise ValueError(f"save_adapter: {path}: expected values that fit {dtype}")
+    with_scales = with_scales or any(item.with_scales for item in adapters.values())
+    if not with_scales and (out / scales.FILE).exists():
+        raise ValueError(
+            f"save_adapter: {out}: expected no {scales.FILE}, which would not be loaded with the "
+            "adapter, got one"
+        )
     base = packed_hash(model)
     metadata = {} if base is None else {"base_sha256": base}
-    if with_scales or any(item.with_scales for item in adapters.values()):
+    below = {
+        path: [x for x in stack if x is not adapters.get(path)]
+        for path, stack in _stacks(model).items()
+    }
+    if any(below.values()):
+        # In this process they may be the masters of a file of fewer bits.
+        metadata[_BELOW] = " ".join(_digest(below, item) for item in _DTYPES)
+    if with_scales:
         _write_scales(model, out, "save_adapter", with_adapter=True)
         metadata[_SCALES] = scales.digest(_own_scales(_packed(model, "save_adapter")))
     peft.write(
@@ -100,7 +116,14 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
 
 def save_scales(model: PreTrainedModel, out: str | os.PathLike[str]) -> None:
     """Writes `scales.safetensors`: one task's scales, without the integers."""
-    _write_scales(model, Path(out), "save_scales", with_adapter=False)
+    out = Path(out)
+    # An adapter that has scales of its own is refused with others when it is loaded.
+    if (out / peft.CONFIG_FILE).exists() and _SCALES not in peft.read(out).metadata:
+        raise ValueError(
+            f"save_scales: {out}: expected no {peft.CONFIG_FILE}, whose adapter would be loaded "
+            "without the scales, got one"
+        )
+    _write_scales(model, out, "save_scales", with_adapter=False)
 
 
 def _write_scales(model: PreTrainedModel, out: Path, where: str, *, with_adapter: bool) -> None:
@@ -123,8 +146,9 @@ def load_adapter(
 
     `path` is a directory with `adapter_config.json` (ours or PEFT's), with `scales.safetensors`, or
     with both, trained together. With `trainable` it goes on learning and everything else is frozen.
-    All is checked before anything changes. Raises ValueError for an adapter of another base, and
-    for one whose scales are gone or others.
+    All is checked before anything changes. Raises ValueError for an adapter of another base, for
+    one whose scales are gone or others, and for one that was trained upon adapters that are not
+    there.
     """
     check_kind("load_adapter: model", model, PreTrainedModel)
     directory = Path(path)
@@ -170,6 +194,13 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
                 f"load_adapter: {directory}: {path}: expected a linear {expected[1]} x "
                 f"{expected[0]}, got an adapter for {b.shape[0]} x {a.shape[1]}"
             )
+    below = adapter.metadata.get(_BELOW)
+    stacks = _stacks(model)
+    if below is not None and _digest(stacks, torch.float32) not in below.split():
+        raise ValueError(
+            f"load_adapter: {directory}: expected under it the adapters that it was trained upon, "
+            f"got {'others' if stacks else 'none'}"
+        )
     wanted = adapter.metadata.get(_SCALES)
     if wanted is not None:
         found = scales.read(directory / scales.FILE)
@@ -189,6 +220,27 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             added.b.copy_(b)
         added.with_scales = wanted is not None
         added.requires_grad_(trainable)
+
+
+def _stacks(model: PreTrainedModel) -> dict[str, list[LowRank]]:
+    """All adapters of each linear."""
+    return {
+        path: list(linear.adapters)  # type: ignore[arg-type]
+        for path, linear in adapted_linears(model).items()
+    }
+
+
+def _digest(stacks: Mapping[str, list[LowRank]], dtype: torch.dtype) -> str:
+    """SHA-256 of adapters as they are read back from files of that type; of their matrices alone,
+    as a file's alpha may give their scaling back with its last bit changed."""
+    found = hashlib.sha256()
+    for path in sorted(stacks):
+        for x in stacks[path]:
+            found.update(path.encode())
+            stored = peft.rounded(LowRankTensors(x.a.detach(), x.b.detach(), x.scaling), dtype)
+            for matrix in peft.settled(stored)[:2]:
+                found.update(matrix.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:

@@ -22,7 +22,7 @@ from lowbitcore.head import chunk_tokens
 from lowbitcore.lora import prepare_lora
 from lowbitcore.model import find_blocks, linear_shape, quantizable, set_module
 from lowbitcore.nn import QuantLinear
-from lowbitcore.peqa import prepare_peqa
+from lowbitcore.peqa import prepare_peqa, thaw_scales
 from lowbitcore.training import KEPT, Checkpointing
 
 Method = Literal["peqa", "emef", "lrec"]
@@ -64,6 +64,7 @@ def plan(
     group_size: int,
     rank: int = 8,
     targets: list[str] | None = None,
+    scales: bool = False,
     length: int = 512,
     micro_batch: int = 1,
     tokens: int = 0,
@@ -73,13 +74,15 @@ def plan(
 ) -> Plan:
     """Plans a training of the model that `config` describes, with its blocks' linears packed.
 
-    `targets` None means q_proj and v_proj for "emef"; "lrec" adapts every linear. Raises ValueError
-    for settings that the methods would refuse.
+    `targets` None means q_proj and v_proj for "emef"; "lrec" adapts every linear, and trains the
+    scales, too, if `scales`. Raises ValueError for settings that the methods would refuse.
     """
     ops.check_format("plan", bits=bits, group_size=group_size, in_features=32, out_features=32)
     for name, value in (("length", length), ("micro_batch", micro_batch)):
         if value < 1:
             raise ValueError(f"plan: {name}: expected at least 1, got {value}")
+    if scales and method != "lrec":
+        raise ValueError(f"plan: scales: expected lrec, which has --scales-lr, got {method}")
     with FakeTensorMode():
         model = _packed(config, bits, group_size, dtype)
         weights = _bytes(model)
@@ -87,6 +90,8 @@ def plan(
             prepare_peqa(model)
         elif method == "lrec":
             prepare_lora(model, rank=rank, alpha=rank, targets=None)
+            if scales:
+                thaw_scales(model)
         else:
             prepare_lora(model, rank=rank, targets=targets or ["q_proj", "v_proj"])
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

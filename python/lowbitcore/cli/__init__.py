@@ -10,6 +10,7 @@ from lowbitcore.cli.app import app
 # What functions call their arguments, and what the options are called they come from.
 _OPTIONS = {
     "bits": "--bits",
+    "scales": "--scales",
     "group_size": "--group-size",
     "percdamp": "--damp",
     "texts": "--calib",

@@ -241,6 +241,9 @@ def plan(
     targets: Annotated[
         str | None, typer.Option(help="Linears that emef adapts (default: q_proj,v_proj).")
     ] = None,
+    scales: Annotated[
+        bool, typer.Option("--scales", help="lrec with --scales-lr: scales train, too.")
+    ] = False,
     length: Length = 512,
     micro_batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     tokens: Annotated[int, typer.Option(help="Of lrec's data, for the teacher's cache.")] = 100_000,
@@ -261,6 +264,7 @@ def plan(
         group_size=group_size,
         rank=rank,
         targets=None if targets is None else targets.split(","),
+        scales=scales,
         length=length,
         micro_batch=micro_batch,
         tokens=tokens,

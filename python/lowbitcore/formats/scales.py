@@ -54,7 +54,9 @@ def digest(linears: Mapping[str, torch.Tensor]) -> str:
 
 
 def read(path: Path) -> Scales:
-    """Reads a scales file; ValueError where it is none or a scale is not a finite number."""
+    """Reads a scales file; ValueError where it is none, or a scale is not a finite number or too
+    large for a GPTQ checkpoint. Training does not constrain signs: negative ones and 0 are fine.
+    """
     weights = Checkpoint.from_file(path)
     base = weights.metadata().get("base_sha256")
     if base is None:
@@ -68,5 +70,8 @@ def read(path: Path) -> Scales:
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name}: holds NaN or Inf")
+        if not torch.isfinite(tensor.half()).all():
+            worst = float(tensor.abs().max())
+            raise ValueError(f"{path}: {name}: expected values within fp16 (65504), got {worst:g}")
         linears[name.removesuffix(".scales")] = tensor
     return Scales(linears, base, weights.metadata().get("with_adapter") == "true")
