@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -181,8 +182,8 @@ def test_lora_learnable_parameters() -> None:
 def test_peft_loads_our_adapters(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = excite(lbc.prepare_lora(quantized(name), rank=4, alpha=6, targets=None))
+    round_adapter(model, dtype)
     lbc.save_adapter(model, tmp_path, dtype=dtype)
-    model = lbc.load_adapter(quantized(name), tmp_path)
     with without_adapters(model):
         dense = dense_copy(name, model)
     theirs = peft.PeftModel.from_pretrained(dense, tmp_path)
@@ -218,16 +219,21 @@ def test_peft_adapters_load_here(rslora: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", [(0.04, 0.002), (1e-9, 3.0), (500.0, 1e-3), (0.02, 0.0), (0, 0)])
 @pytest.mark.parametrize("scaling", [1.0, 2.0, 0.3])
 def test_eight_bits(sizes: tuple[float, float], scaling: float) -> None:
-    """E4M3 keeps each element to 1/16, whatever the matrices' sizes, and is exact ever after."""
+    """E4M3 keeps each element to 1/16, or to 2^-17 of the largest, whatever the matrices' sizes,
+    and is exact ever after."""
     generator = torch.Generator().manual_seed(0)
     a = sizes[0] * torch.randn(8, 96, generator=generator)
     b = sizes[1] * torch.randn(64, 8, generator=generator)
     stored = rounded(LowRankTensors(a, b, scaling), torch.float8_e4m3fn)
     assert stored.a.dtype == stored.b.dtype == torch.float8_e4m3fn
     for x, y in ((a, stored.a), (b, stored.b)):
-        octaves = torch.log2(y.float().abs().max() / x.abs().max()).round().nan_to_num().item()
-        back = torch.ldexp(y.float(), torch.tensor(-octaves))
-        assert ((back - x).abs() <= x.abs() / 16 + 2.0**-17 * x.abs().max()).all()
+        largest, stored_largest = x.abs().max().item(), y.float().abs().max().item()
+        if largest == 0:
+            assert stored_largest == 0
+            continue
+        assert 224 <= stored_largest <= 448  # the last octave
+        back = y.float() * 2.0 ** -round(math.log2(stored_largest / largest))
+        assert ((back - x).abs() <= x.abs() / 16 + 2.0**-17 * largest).all()
     once = product(stored)
     error = once - scaling * b @ a
     assert error.norm() <= 0.05 * (scaling * b @ a).norm()

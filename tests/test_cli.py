@@ -183,6 +183,10 @@ def test_info_device() -> None:
             "--bits: expected 2, 3, 4 or 8, got 5",
         ),
         (
+            lambda d: ["quantize", d / "model", d / "x", "--bits", 4, "--adapter-bits", 4],
+            "--adapter-bits: expected 8 or 16, got 4",
+        ),
+        (
             lambda d: ["quantize", d / "model", d / "x", "--bits", 4, "--group-size", 48],
             "--group-size: expected -1 or a multiple of 32, .*got 48",
         ),

@@ -81,7 +81,8 @@ def test_corrections(name: str, adapter_bits: int, tmp_path: Path) -> None:
     assert not any(p.requires_grad for n, p in expected.named_parameters() if "adapters" in n)
     plain = quantized(name, bits=2)
     original = logits(make_model(name))
-    assert (logits(loaded) - original).norm() < 0.85 * (logits(plain) - original).norm()
+    bound = {8: 0.85, 16: 0.8}[adapter_bits]
+    assert (logits(loaded) - original).norm() < bound * (logits(plain) - original).norm()
     before, after = plain.quantization_report, report
     assert sum(x.loss for x in after.linears) < 0.6 * sum(x.loss for x in before.linears)
     extra = after.bytes["quantized"] - before.bytes["quantized"]

@@ -23,7 +23,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-import lowbitcore as lbc
+from lowbitcore.cli.app import load_model
 from lowbitcore.model import load_tokenizer
 
 CONTEXT, CONTINUATION, CHOICES = 64, 12, 4  # words, words, continuations
@@ -70,8 +70,8 @@ def make_task(directory: Path, text: Path, count: int, seed: int) -> str:
         "doc_to_target": "answer",
         "target_delimiter": "",
         "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True}
-            for name in ("acc", "acc_norm")
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in ("acc", "acc_norm")
         ],
     }
     (directory / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
@@ -92,16 +92,14 @@ def main() -> None:
     if not (arguments.tasks or arguments.text):
         parser.error("expected --tasks or --text")
 
-    model = lbc.load(arguments.model)
-    for directory in arguments.adapter:
-        lbc.load_adapter(model, directory)
+    model = load_model(arguments.model, "auto", "cpu", arguments.adapter)
     tokenizer = load_tokenizer(arguments.model)
     with tempfile.TemporaryDirectory() as scratch:
         tasks = [name for name in arguments.tasks.split(",") if name]
         for text in arguments.text:
             tasks.append(make_task(Path(scratch), text, arguments.questions, arguments.seed))
         found = simple_evaluate(
-            model=HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=8),
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
             tasks=tasks,
             task_manager=TaskManager(include_path=scratch),
             limit=arguments.questions,

@@ -1,6 +1,7 @@
 """Perplexity against size, everything counted: integers, scales, zeros and adapters.
 
-    python bench/quality/front.py MODEL OUT --prose FILE --texts FILE FILE [--tokens N]
+    python bench/quality/front.py MODEL OUT --prose FILE --texts FILE FILE
+        [--tokens N] [--windows N]
 
 MODEL is a 16-bit model. GPTQ at 2, 3 and 4 bits and groups of 32, 64 and 128; beside it models with
 low-rank corrections fitted in closed form, and what LREC with scales makes of these on N tokens.
@@ -27,7 +28,7 @@ GROUP_SIZES = (32, 64, 128)
 METHODS = {"GPTQ": "o", "with correction": "s", "and LREC": "^"}
 
 
-class Corrected(NamedTuple):
+class Base(NamedTuple):
     bits: int
     group_size: int
     rank: int
@@ -35,21 +36,21 @@ class Corrected(NamedTuple):
 
 # Of the coarser groups, with what rank makes them no larger than GPTQ with the finer ones.
 CORRECTED = (
-    Corrected(2, 64, 8),
-    Corrected(2, 64, 16),
-    Corrected(2, 64, 32),
-    Corrected(3, -1, 7),
-    Corrected(3, 128, 5),
-    Corrected(3, 64, 12),
-    Corrected(4, -1, 7),
-    Corrected(4, 128, 6),
-    Corrected(4, 64, 13),
+    Base(2, 64, 8),
+    Base(2, 64, 16),
+    Base(2, 64, 32),
+    Base(3, -1, 7),
+    Base(3, 128, 5),
+    Base(3, 64, 12),
+    Base(4, -1, 7),
+    Base(4, 128, 6),
+    Base(4, 64, 13),
 )
 LREC = ("--lr", 1e-3, "--scales-lr", 5e-3, "--adapter-bits", 8)
 
 
 def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterator[dict[str, Any]]:
-    def point(method: str, base: Corrected, model: Path, adapter: Path | None) -> dict[str, Any]:
+    def point(method: str, base: Base, model: Path, adapter: Path | None) -> dict[str, Any]:
         return {
             "method": method,
             **base._asdict(),
@@ -59,7 +60,7 @@ def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterato
 
     for bits, group_size in itertools.product(BITS, GROUP_SIZES):
         model = bench.quantize("gptq", bits, group_size, prose)
-        yield point("GPTQ", Corrected(bits, group_size, 0), model, None)
+        yield point("GPTQ", Base(bits, group_size, 0), model, None)
     schedule = ["--data", prose, "--tokens", tokens, "--teacher", bench.model]
     schedule += ["--cache", bench.path("teacher"), *LREC]
     for base in CORRECTED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lowbitcore.formats import peft, scales
+from lowbitcore.formats import checkpoint, peft, scales
 from lowbitcore.formats.peft import LowRankTensors
 from lowbitcore.lora import add_adapter, block_linears, linear_features, newest_adapters
 from lowbitcore.model import (
@@ -104,7 +103,7 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
         metadata[_BELOW] = " ".join(_digest(below, item) for item in _DTYPES)
     if with_scales:
         _write_scales(model, out, "save_adapter", with_adapter=True)
-        metadata[_SCALES] = scales.digest(_own_scales(_packed(model, "save_adapter")))
+        metadata[_SCALES] = checkpoint.digest(_own_scales(_packed(model, "save_adapter")))
     peft.write(
         out,
         tensors,
@@ -204,7 +203,7 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
     wanted = adapter.metadata.get(_SCALES)
     if wanted is not None:
         found = scales.read(directory / scales.FILE)
-        if scales.digest(found.linears) != wanted:
+        if checkpoint.digest(found.linears) != wanted:
             raise ValueError(
                 f"load_adapter: {directory}: its {scales.FILE} is not the one it was trained with"
             )
@@ -233,14 +232,12 @@ def _stacks(model: PreTrainedModel) -> dict[str, list[LowRank]]:
 def _digest(stacks: Mapping[str, list[LowRank]], dtype: torch.dtype) -> str:
     """SHA-256 of adapters as they are read back from files of that type; of their matrices alone,
     as a file's alpha may give their scaling back with its last bit changed."""
-    found = hashlib.sha256()
-    for path in sorted(stacks):
-        for x in stacks[path]:
-            found.update(path.encode())
-            stored = peft.rounded(LowRankTensors(x.a.detach(), x.b.detach(), x.scaling), dtype)
-            for matrix in peft.settled(stored)[:2]:
-                found.update(matrix.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+    matrices = {}
+    for path, stack in stacks.items():
+        for i, x in enumerate(stack):
+            stored = peft.rounded(LowRankTensors(x.a, x.b, x.scaling), dtype)
+            matrices[f"{path}.{i}.a"], matrices[f"{path}.{i}.b"], _ = peft.settled(stored)
+    return checkpoint.digest(matrices)
 
 
 def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:

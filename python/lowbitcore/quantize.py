@@ -117,7 +117,8 @@ class QuantConfig:
         )
         check("rank", type(self.rank) is int and self.rank >= 0, "0 or a positive integer")
         check("rank", self.rank == 0 or self.method == "gptq", "0 where the method is rtn")
-        check("adapter_bits", self.adapter_bits in peft.DTYPES, "8 or 16")
+        bits = self.adapter_bits
+        check("adapter_bits", type(bits) is int and bits in peft.DTYPES, "8 or 16")
         check("target", self.target in ("model", "layer"), "'model' or 'layer'")
         damp = self.percdamp
         check("percdamp", isinstance(damp, int | float) and 0 < damp < 1, "between 0 and 1")
@@ -546,8 +547,9 @@ class Engine:
         """What the rest of the calibration sees: dequantized weights, multiplied by torch."""
         dense = quantized.linear.dequantize(self._dtype)
         if quantized.correction is not None:
-            correction = peft.product(quantized.correction).to(dense.device)
-            dense = (dense.float() + correction).to(self._dtype)
+            a, b = (item.to(dense.device) for item in quantized.correction[:2])
+            scaling = quantized.correction.scaling
+            dense = torch.addmm(dense.float(), b.float(), a.float(), alpha=scaling).to(self._dtype)
         if isinstance(module, Conv1D):
             dense = dense.T.contiguous()
         module.weight = nn.Parameter(dense, requires_grad=False)

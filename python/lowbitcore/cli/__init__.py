@@ -25,6 +25,7 @@ _OPTIONS = {
     "max_new_tokens": "--max-new-tokens",
     "chat": "--chat",
     "rank": "--rank",
+    "adapter_bits": "--adapter-bits",
     "adapter": "--adapter",
     "alpha": "--alpha",
     "targets": "--targets",

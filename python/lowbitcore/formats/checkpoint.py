@@ -233,6 +233,15 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names and values as float32, of whatever tensors must be known again."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def file_fingerprint(path: Path) -> str:
     """SHA-256 over a file's size and 17 samples of 64 KiB spread over it."""
     sample = 1 << 16

@@ -6,7 +6,6 @@ metadata `bits`, `group_size` and `base_sha256`, the hash of the integers they b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -42,15 +41,6 @@ def write(
         metadata["with_adapter"] = "true"
     entries = [Entry.of(f"{path}.scales", tensor) for path, tensor in linears.items()]
     checkpoint.write_safetensors(directory / FILE, entries, metadata)
-
-
-def digest(linears: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of scales: by it an adapter knows those that it was trained with."""
-    found = hashlib.sha256()
-    for path in sorted(linears):
-        found.update(path.encode())
-        found.update(linears[path].detach().float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def read(path: Path) -> Scales:
