@@ -18,11 +18,14 @@ namespace {
 // them afterwards keeps context switches cheap and leaves other libraries their own configuration.
 struct TileScope {
   TileScope() {
-    struct alignas(64) {
+    struct alignas(64) Config {
       std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
       std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // of 8 tiles; the rest is 0
       std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
+    };
+    // Not a local: as far as GCC's optimizer knows the intrinsic reads 8 bytes, and it may drop
+    // stores to the others.
+    static constexpr Config config;
     _tile_loadconfig(&config);
   }
   ~TileScope() { _tile_release(); }
