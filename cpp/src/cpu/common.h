@@ -34,6 +34,7 @@ constexpr int64_t kPanel = 32;  // outputs that one thread computes at a time
 constexpr int kVecsPerBlock = kBlockN / kWidth;
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 

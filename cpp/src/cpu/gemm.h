@@ -232,28 +232,19 @@ void panel_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y, 
                       });
 }
 
-void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
-  with_bits(w.format.bits, [&](auto bits) {
-    constexpr int B = decltype(bits)::value;
-    with_element(dy.dtype == DType::bf16, [&](auto element) {
-      using Element = decltype(element);
-      constexpr int64_t kBlockElements = kBlockN / Operand<Element>::kPer;
-      panel_gemm<Element>(dy, nullptr, dx, use.threads, use.workspace,
-                          [&](int64_t panel, int64_t first, int64_t count, Element* p) {
-                            for (int64_t n = 0; n < count; n += kBlockElements) {
-                              const Block<B> block(w, (first + n) / kBlockElements);
-                              // The tiles of a panel lie far apart, beyond what the processor
-                              // prefetches itself.
-                              prefetch_tile(block, panel, kTilesAhead);
-                              dequantize_transposed(block, panel, p + n * kPanel);
-                            }
-                          });
-    });
-  });
-}
-
-size_t qgemm_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
-  return gemm_workspace(m, f.out_features, threads);
+template <int B, typename Element>
+void panel_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, int threads, void* workspace) {
+  constexpr int64_t kBlockElements = kBlockN / Operand<Element>::kPer;
+  panel_gemm<Element>(dy, nullptr, dx, threads, workspace,
+                      [&](int64_t panel, int64_t first, int64_t count, Element* p) {
+                        for (int64_t n = 0; n < count; n += kBlockElements) {
+                          const Block<B> block(w, (first + n) / kBlockElements);
+                          // The tiles of a panel lie far apart, beyond what the processor
+                          // prefetches itself.
+                          prefetch_tile(block, panel, kTilesAhead);
+                          dequantize_transposed(block, panel, p + n * kPanel);
+                        }
+                      });
 }
 
 void dequantize(const QuantWeight& w, Matrix out, int64_t first_output, const Resources& use) {

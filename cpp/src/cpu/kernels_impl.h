@@ -25,15 +25,28 @@
 #include "gemm.h"
 #include "outer.h"
 #include "quantization.h"
+#ifdef LOWBITCORE_TILES
+#include "tiles_gemm.h"
+#endif
 
 namespace lowbitcore {
 namespace {
+
+// Tables serve a group at a time, which inputs with a g_idx need not come in.
+#ifdef LOWBITCORE_TILES
+bool on_tiles(const ConstMatrix& activations, const QuantWeight& w) {
+  return activations.dtype == DType::bf16 && w.g_idx == nullptr;
+}
+#endif
 
 void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
               const Resources& use) {
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
     const bool direct = x.rows <= kDirectRows;
+#ifdef LOWBITCORE_TILES
+    if (!direct && on_tiles(x, w)) return tiles_nt<B>(x, w, bias, y, use);
+#endif
     with_element(x.dtype == DType::bf16 && !(direct && w.g_idx != nullptr), [&](auto element) {
       using Element = decltype(element);
       if (direct) {
@@ -46,9 +59,31 @@ void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
 }
 
 size_t qgemm_nt_workspace(const QuantFormat& f, int64_t m, int threads) {
-  const size_t panels = gemm_workspace(m, f.in_features, threads);
-  const size_t direct = direct_workspace(f.in_features);
-  return panels > direct ? panels : direct;
+  size_t most = larger(gemm_workspace(m, f.in_features, threads), direct_workspace(f.in_features));
+#ifdef LOWBITCORE_TILES
+  most = larger(most, tiles_nt_workspace(f, m, threads));
+#endif
+  return most;
+}
+
+void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
+  with_bits(w.format.bits, [&](auto bits) {
+    constexpr int B = decltype(bits)::value;
+#ifdef LOWBITCORE_TILES
+    if (on_tiles(dy, w)) return tiles_nn<B>(dy, w, dx, use);
+#endif
+    with_element(dy.dtype == DType::bf16, [&](auto element) {
+      panel_nn<B, decltype(element)>(dy, w, dx, use.threads, use.workspace);
+    });
+  });
+}
+
+size_t qgemm_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
+  size_t most = gemm_workspace(m, f.out_features, threads);
+#ifdef LOWBITCORE_TILES
+  most = larger(most, tiles_nn_workspace(f, m, threads));
+#endif
+  return most;
 }
 
 constexpr Backend make_backend(const char* name) {

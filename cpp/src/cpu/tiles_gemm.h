@@ -1,0 +1,601 @@
+// X W^T and dY W of bf16 activations on tiles, with weights from tables.
+//
+// A weight of B bits takes one of 2^B values for an output and group. They are computed once a
+// group, scaled and rounded to bf16, and looked up from then on: once integers lie in the low bits
+// of 16-bit lanes, one instruction turns 32 of them into weights. As a table serves one output, a
+// row of a tile holds inputs of one output (X W^T: W is the left operand, the result comes out
+// transposed) or those of two outputs in turn (dY W: W is the right operand).
+//
+// Activations are cut into blocks that stay in the second-level cache, where all panels of weights
+// meet them; a panel is dequantised piece by piece into the first level.
+#pragma once
+
+#include "gemm.h"
+
+namespace lowbitcore {
+namespace {
+
+// Operands lie as [steps][2 tiles][16][16] words of two bf16; a step is 32 terms of the reduction,
+// the tiles are 32 rows of the left operand or 32 columns of the right one. Results: [2][2 tiles].
+constexpr int64_t kTileWords = 256;
+constexpr int64_t kStepWords = 2 * kTileWords;
+constexpr int64_t kStrip = 32;
+
+constexpr int64_t kPieceSteps = 8;              // 16 KB of a panel
+constexpr int64_t kBlockWords = (1 << 20) / 4;  // of activations
+constexpr int64_t kMostRows = 512;              // of a block
+constexpr int64_t kRowAhead = 512;  // bytes; rows lie beyond what the processor prefetches itself
+constexpr int64_t kPanelsTogether = 4;  // of dY W, whose groups lie across panels
+
+// ---- integers ----
+
+// Words of 16 outputs so that 128 bits hold those of one: output 4 L + i is rows[i], lane L.
+LOWBITCORE_INLINE void outputs_to_lanes(__m512i a, __m512i b, __m512i c, __m512i d,
+                                        __m512i (&rows)[4]) {
+  const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
+  const __m512i cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
+  rows[0] = _mm512_unpacklo_epi64(ab0, cd0);
+  rows[1] = _mm512_unpackhi_epi64(ab0, cd0);
+  rows[2] = _mm512_unpacklo_epi64(ab1, cd1);
+  rows[3] = _mm512_unpackhi_epi64(ab1, cd1);
+}
+
+// The 32 integers of every output of a tile. Those of 2 bits come twice, those of 3 bits as two
+// halves of 64 bits with the middle word in both.
+template <int B>
+LOWBITCORE_INLINE void load_outputs(const uint32_t* words, __m512i (&rows)[4]) {
+  static_assert(B <= 4, "wider ones take more than 128 bits");
+  __m512i w[B];
+  for (int r = 0; r < B; ++r) w[r] = _mm512_loadu_si512(words + r * kBlockN);
+  if constexpr (B == 2) outputs_to_lanes(w[0], w[1], w[0], w[1], rows);
+  if constexpr (B == 3) outputs_to_lanes(w[0], w[1], w[1], w[2], rows);
+  if constexpr (B == 4) outputs_to_lanes(w[0], w[1], w[2], w[3], rows);
+}
+
+struct alignas(64) Lanes16 {
+  uint16_t lane[32];
+};
+
+struct alignas(64) Lanes32 {
+  int32_t lane[16];
+};
+
+// Which input's integer ends up in 16-bit lane j of an output's row.
+template <int B>
+constexpr int input_in_lane(int j) {
+  if (B == 2) return 8 * (j % 4) + j / 4;
+  if (B == 3) return j / 4 % 2 * 16 + j / 8 * 4 + j % 4;
+  if (B == 4) return 4 * (j % 8) + j / 8;
+  return j;
+}
+
+template <int B>
+constexpr Lanes16 inputs_in_lanes() {
+  Lanes16 inputs = {};
+  for (int j = 0; j < 32; ++j) inputs.lane[j] = static_cast<uint16_t>(input_in_lane<B>(j));
+  return inputs;
+}
+
+template <int B>
+constexpr Lanes16 row_shifts() {
+  Lanes16 shifts = {};
+  for (int j = 0; j < 32; ++j) {
+    const int bit = B * input_in_lane<B>(j);
+    // Of 3 bits: from the start of a half, the second of which starts at bit 32; for both bytes.
+    shifts.lane[j] = static_cast<uint16_t>(B == 3 ? (bit - j / 4 % 2 * 32) * 0x101 : bit % 16);
+  }
+  return shifts;
+}
+
+// An output's integers in the low bits of 16-bit lanes; above them lies anything.
+template <int B>
+LOWBITCORE_INLINE __m512i row_of(__m512i output) {
+  static constexpr Lanes16 kShifts = row_shifts<B>();
+  const __m512i shifts = _mm512_load_si512(&kShifts);
+  if constexpr (B == 3) {
+    return _mm512_multishift_epi64_epi8(shifts, output);
+  } else {
+    return _mm512_srlv_epi16(output, shifts);
+  }
+}
+
+// ---- the weights of 16 outputs in a group ----
+
+constexpr int64_t kMostTiles = 8;  // that are dequantised at once
+static_assert(kMostTiles >= kPieceSteps && kMostTiles >= kPanelsTogether, "runs of tiles");
+
+LOWBITCORE_INLINE __m512i four_times(const uint32_t* lane) {
+  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(lane)));
+}
+
+// Looked up.
+template <int B>
+struct GroupWeights {
+  alignas(64) uint16_t table[kBlockN][16];
+
+  void fill(const Block<B>& block, int64_t g) {
+    alignas(64) float scale[kBlockN], zero[kBlockN];
+    block.scale(g, 0).store(scale);
+    block.zero(g, 0).store(zero);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Vec q = {_mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << B) - 1)))};
+    const auto weights = [&](int n) LOWBITCORE_LAMBDA {
+      return (q - Vec::broadcast(zero[n])) * Vec::broadcast(scale[n]);
+    };
+    for (int n = 0; n < kBlockN; n += 2) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(weights(n + 1).v, weights(n).v);
+      _mm512_store_si512(table[n], reinterpret_cast<__m512i>(both));
+    }
+  }
+
+  // Tiles of 16 outputs, a row each, by 32 inputs in input_in_lane's order, a step apart.
+  void rows(const Block<B>& block, int64_t first, int64_t count, uint32_t* out) const {
+    // Through memory: loading from it is how a lane gets everywhere for nothing.
+    alignas(64) uint32_t lanes[kMostTiles][4][16];
+    for (int64_t t = 0; t < count; ++t) {
+      __m512i r[4];
+      load_outputs<B>(block.tile_words(first + t), r);
+      for (int i = 0; i < 4; ++i) _mm512_store_si512(lanes[t][i], r[i]);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      rows(lanes[t], out + t * kStepWords, std::make_integer_sequence<int, 16>());
+    }
+  }
+
+  template <int... N>
+  LOWBITCORE_INLINE void rows(const uint32_t (&lanes)[4][16], uint32_t* out,
+                              std::integer_sequence<int, N...>) const {
+    (row<N>(four_times(lanes[N % 4] + N / 4 * 4), out), ...);
+  }
+
+  template <int N>
+  LOWBITCORE_INLINE void row(__m512i output, uint32_t* out) const {
+    const auto* entries = reinterpret_cast<const __m256i*>(table[N]);
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_load_si256(entries));
+    _mm512_store_si512(out + N * 16, _mm512_permutexvar_epi16(row_of<B>(output), twice));
+  }
+
+  // Steps of 8 pairs of outputs by 32 inputs, 16 in each of two tiles, in the order of column_of;
+  // `apart` words from each other.
+  void pairs(const Block<B>& block, int64_t first, int64_t count, uint32_t* out,
+             int64_t apart) const {
+    alignas(64) uint32_t lanes[kMostTiles][4][16];
+    for (int64_t t = 0; t < count; ++t) {
+      __m512i r[4];
+      load_outputs<B>(block.tile_words(first + t), r);
+      for (int i = 0; i < 4; i += 2) {
+        const bool in_turn = B != 3;
+        const __m512i low = in_turn ? _mm512_unpacklo_epi16(r[i], r[i + 1]) : r[i];
+        const __m512i high = in_turn ? _mm512_unpackhi_epi16(r[i], r[i + 1]) : r[i + 1];
+        _mm512_store_si512(lanes[t][i], low);
+        _mm512_store_si512(lanes[t][i + 1], high);
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      pairs(lanes[t], out + t * apart, std::make_integer_sequence<int, 8>());
+    }
+  }
+
+  template <int... P>
+  LOWBITCORE_INLINE void pairs(const uint32_t (&lanes)[4][16], uint32_t* out,
+                               std::integer_sequence<int, P...>) const {
+    (pair<P>(four_times(lanes[P % 2 * 2] + P / 2 * 4), four_times(lanes[P % 2 * 2 + 1] + P / 2 * 4),
+             out),
+     ...);
+  }
+
+  // low and high: of 3 bits the integers of one output each, else words of both in turn.
+  template <int P>
+  LOWBITCORE_INLINE void pair(__m512i low, __m512i high, uint32_t* out) const {
+    if constexpr (B == 3) {
+      const __m512i even = row_of<B>(low), odd = row_of<B>(high);
+      look_up<P>(_mm512_unpacklo_epi16(even, odd), out);
+      look_up<P>(_mm512_unpackhi_epi16(even, odd), out + kTileWords);
+    } else {
+      // The q-th 128 bits take the q-th integer of a word.
+      const __m512i q = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+      const __m512i by = _mm512_mullo_epi32(q, _mm512_set1_epi32(B * 0x10001));
+      const __m512i left = _mm512_srlv_epi16(low, by);
+      look_up<P>(left, out);
+      look_up<P>(B == 2 ? _mm512_srli_epi16(left, 8) : _mm512_srlv_epi16(high, by),
+                 out + kTileWords);
+    }
+  }
+
+  // The second output's table is the upper half of the register.
+  template <int P>
+  LOWBITCORE_INLINE void look_up(__m512i integers, uint32_t* out) const {
+    const __m512i low = _mm512_set1_epi16(15), upper = _mm512_set1_epi32(16 << 16);
+    constexpr int kAndOr = 0xea;
+    const __m512i entries = _mm512_ternarylogic_epi32(integers, low, upper, kAndOr);
+    const __m512i both = _mm512_load_si512(table[2 * P]);
+    _mm512_store_si512(out + P * 16, _mm512_permutexvar_epi16(entries, both));
+  }
+};
+
+// Computed: 256 values are too many for a register.
+template <>
+struct GroupWeights<8> {
+  alignas(64) float scale[kBlockN], zero[kBlockN];
+
+  void fill(const Block<8>& block, int64_t g) {
+    block.scale(g, 0).store(scale);
+    block.zero(g, 0).store(zero);
+  }
+
+  LOWBITCORE_INLINE Vec weights(const uint8_t* codes, int n) const {
+    return (Vec::from_bytes(codes) - Vec::broadcast(zero[n])) * Vec::broadcast(scale[n]);
+  }
+
+  // A tile's integers by output: inputs 0 to 15, then 16 to 31.
+  struct Codes {
+    alignas(64) uint8_t half[2][4][4][16];  // [half][n % 4][n / 4]
+
+    Codes(const Block<8>& block, int64_t tile) {
+      const uint32_t* words = block.tile_words(tile);
+      for (int h = 0; h < 2; ++h) {
+        __m512i w[4], lanes[4];
+        for (int r = 0; r < 4; ++r) w[r] = _mm512_loadu_si512(words + (4 * h + r) * kBlockN);
+        outputs_to_lanes(w[0], w[1], w[2], w[3], lanes);
+        for (int i = 0; i < 4; ++i) _mm512_store_si512(half[h][i], lanes[i]);
+      }
+    }
+
+    const uint8_t* of(int h, int n) const { return half[h][n % 4][n / 4]; }
+  };
+
+  void rows(const Block<8>& block, int64_t first, int64_t count, uint32_t* out) const {
+    for (int64_t t = 0; t < count; ++t, out += kStepWords) {
+      const Codes codes(block, first + t);
+      for (int n = 0; n < kBlockN; ++n) {
+        const Vec low = weights(codes.of(0, n), n), high = weights(codes.of(1, n), n);
+        const __m512bh row = _mm512_cvtne2ps_pbh(high.v, low.v);
+        _mm512_store_si512(out + n * 16, reinterpret_cast<__m512i>(row));
+      }
+    }
+  }
+
+  void pairs(const Block<8>& block, int64_t first, int64_t count, uint32_t* out,
+             int64_t apart) const {
+    for (int64_t t = 0; t < count; ++t, out += apart) {
+      const Codes codes(block, first + t);
+      for (int n = 0; n < kBlockN; n += 2) {
+        for (int h = 0; h < 2; ++h) {
+          bf16_pairs(weights(codes.of(h, n), n), weights(codes.of(h, n + 1), n + 1))
+              .store(out + h * kTileWords + n / 2 * 16);
+        }
+      }
+    }
+  }
+};
+
+// Where column k of 32 comes to lie in the two tiles of GroupWeights<B>::pairs.
+template <int B>
+constexpr int column_of(int k) {
+  if (B == 2) return k / 4 % 2 * 16 + k % 4 * 4 + k / 8;
+  if (B == 4) return k / 16 * 16 + k % 4 * 4 + k % 16 / 4;
+  return k;
+}
+
+template <int B>
+constexpr Lanes32 columns(int half) {
+  Lanes32 lanes = {};
+  for (int i = 0; i < 16; ++i) lanes.lane[i] = column_of<B>(16 * half + i);
+  return lanes;
+}
+
+// ---- activations ----
+
+// Rows as a left operand: a tile's rows are theirs.
+inline void pack_left(const ConstMatrix& x, int64_t first, int64_t rows, int64_t step,
+                      int64_t steps, uint32_t* out) {
+  for (int64_t r = 0; r < kStrip; ++r) {
+    uint32_t* to = out + r * 16;
+    if (r < rows) {
+      const char* row = row_pointer(x, first + r) + step * 64;
+      for (int64_t s = 0; s < steps; ++s) std::memcpy(to + s * kStepWords, row + s * 64, 64);
+    } else {
+      for (int64_t s = 0; s < steps; ++s) std::memset(to + s * kStepWords, 0, 64);
+    }
+  }
+}
+
+// Rows as a right operand, inputs in the order of GroupWeights<B>::rows.
+template <int B>
+void pack_right(const ConstMatrix& x, int64_t first, int64_t rows, int64_t step, int64_t steps,
+                uint32_t* out) {
+  static constexpr Lanes16 kInputs = inputs_in_lanes<B>();
+  const __m512i inputs = _mm512_load_si512(&kInputs);
+  for (int64_t half = 0; half < kStrip; half += 16) {
+    const char* row0 = row_pointer(x, first + half) + step * 64;
+    for (int64_t s = 0; s < steps; ++s) {
+      __m512 r[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        __m512i row = _mm512_setzero_si512();
+        if (half + i < rows) {
+          const char* at = row0 + i * x.stride * 2 + s * 64;
+          row = _mm512_loadu_si512(at);
+          __builtin_prefetch(at + kRowAhead);
+        }
+        r[i] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(inputs, row));
+      }
+      transpose_16x16(r);
+      for (int i = 0; i < 16; ++i) _mm512_store_ps(out + s * kStepWords + half * 16 + i * 16, r[i]);
+    }
+  }
+}
+
+// ---- products ----
+
+// c (+)= a b; Lower and Right say whether the second tiles of a and of b count.
+template <bool Lower, bool Right>
+void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* c,
+                    bool accumulate) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if (accumulate) {
+    _tile_loadd(0, c, 64);
+    if (Right) _tile_loadd(1, c + kTileWords, 64);
+    if (Lower) _tile_loadd(2, c + 2 * kTileWords, 64);
+    if (Lower && Right) _tile_loadd(3, c + 3 * kTileWords, 64);
+  }
+  for (int64_t s = 0; s < steps; ++s, a += kStepWords, b += kStepWords) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (Right) {
+      _tile_loadd(7, b + kTileWords, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (Lower) {
+      _tile_loadd(5, a + kTileWords, 64);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (Lower && Right) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, 64);
+  if (Right) _tile_stored(1, c + kTileWords, 64);
+  if (Lower) _tile_stored(2, c + 2 * kTileWords, 64);
+  if (Lower && Right) _tile_stored(3, c + 3 * kTileWords, 64);
+}
+
+// How a product is cut.
+struct Blocks {
+  int64_t rows, steps, panels;  // of activations at once; of panels that a thread fills at once
+  bool whole;                   // the reduction fits, and results need not wait for its next part
+
+  Blocks(int64_t m, int64_t depth, int64_t outputs, int64_t together, int threads) {
+    const int64_t all = depth / kStrip, step_words = kStrip / 2;
+    rows = round_up(divide_up(m, divide_up(m, kMostRows)), kStrip);
+    const int64_t most_steps = larger(kBlockWords / (rows * step_words), kPieceSteps);
+    steps = divide_up(all, divide_up(all, most_steps));
+    whole = steps == all;
+    panels = smaller(larger(outputs / kPanel / (4 * threads), 1), together);
+  }
+
+  int64_t activation_words() const { return rows * steps * kStrip / 2; }
+  int64_t piece_words() const { return panels * kPieceSteps * kStepWords; }
+  int64_t result_words(int64_t outputs, int threads) const {
+    return rows * (whole ? threads * panels * kPanel : outputs);
+  }
+};
+
+inline size_t tiles_workspace(int64_t m, int64_t depth, int64_t outputs, int64_t together,
+                              int threads) {
+  if (m == 0) return 0;
+  const Blocks blocks(m, depth, outputs, together, threads);
+  return static_cast<size_t>(blocks.activation_words() + threads * blocks.piece_words() +
+                             blocks.result_words(outputs, threads)) *
+         4;
+}
+
+// For writing, of 32 columns of some rows.
+inline void prefetch_outputs(const Matrix& out, int64_t first, int64_t rows, int64_t panel) {
+  for (int64_t r = 0; r < rows; ++r) {
+    __builtin_prefetch(row_pointer(out, first + r) + panel * kPanel * 2, 1);
+  }
+}
+
+// Two registers of results as one line of bf16.
+LOWBITCORE_INLINE void store_outputs(const Vec& low, const Vec& high, const Matrix& out,
+                                     int64_t row, int64_t col) {
+  char* to = const_cast<char*>(row_pointer(out, row)) + col * 2;
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
+}
+
+// Product::pack(first row, rows, first step, steps, out) packs a strip of activations;
+// fill(panel, panels, first step, steps, out) dequantises a piece of panels, [panels][kPieceSteps];
+// multiply(rows, ...) is multiply_tiles for a strip of so many rows; store(c, rows, row, panel)
+// takes a strip's result.
+template <typename Product>
+void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
+                const Resources& use, const Product& product) {
+  auto* packed = static_cast<uint32_t*>(use.workspace);
+  uint32_t* weights = packed + blocks.activation_words();
+  auto* results = reinterpret_cast<float*>(weights + use.threads * blocks.piece_words());
+  const int64_t all_steps = depth / kStrip, all_panels = outputs / kPanel;
+  for (int64_t row0 = 0; row0 < m; row0 += blocks.rows) {
+    const int64_t rows = smaller(blocks.rows, m - row0), strips = divide_up(rows, kStrip);
+    for (int64_t step0 = 0; step0 < all_steps; step0 += blocks.steps) {
+      const int64_t end = smaller(step0 + blocks.steps, all_steps), steps = end - step0;
+      parallel_for(strips, use.threads, [&](int64_t strip, int) {
+        product.pack(row0 + strip * kStrip, smaller(kStrip, rows - strip * kStrip), step0, steps,
+                     packed + strip * steps * kStepWords);
+      });
+      parallel_for(divide_up(all_panels, blocks.panels), use.threads, [&](int64_t i, int thread) {
+        const TileScope scope;
+        const int64_t panel0 = i * blocks.panels;
+        const int64_t panels = smaller(blocks.panels, all_panels - panel0);
+        uint32_t* w = weights + thread * blocks.piece_words();
+        float* c =
+            results + (blocks.whole ? thread * blocks.panels : panel0) * kPanel * blocks.rows;
+        for (int64_t step = step0; step < end; step += kPieceSteps) {
+          const int64_t piece = smaller(kPieceSteps, end - step);
+          const bool done = step + piece == all_steps;
+          product.fill(panel0, panels, step, piece, w);
+          for (int64_t p = 0; p < panels; ++p) {
+            for (int64_t strip = 0; strip < strips; ++strip) {
+              const int64_t row = strip * kStrip, count = smaller(kStrip, rows - row);
+              if (done) prefetch_outputs(product.out, row0 + row, count, panel0 + p);
+              float* sums = c + (p * blocks.rows + row) * kPanel;
+              product.multiply(count, piece, packed + (strip * steps + step - step0) * kStepWords,
+                               w + p * kPieceSteps * kStepWords, sums, step > 0);
+              if (done) product.store(sums, count, row0 + row, panel0 + p);
+            }
+          }
+        }
+      });
+    }
+  }
+}
+
+// Calls f(first tile, tiles, weights) for the tiles of a block, those of a group together.
+template <int B, typename F>
+LOWBITCORE_INLINE void for_each_group(const Block<B>& block, int64_t first, int64_t count,
+                                      const F& f) {
+  const int64_t group_tiles = block.group_size / kTileK;
+  GroupWeights<B> weights;
+  for (int64_t tile = first; tile < first + count;) {
+    const int64_t g = tile / group_tiles;
+    const int64_t end = smaller((g + 1) * group_tiles, first + count);
+    weights.fill(block, g);
+    f(tile, end - tile, weights);
+    tile = end;
+  }
+}
+
+// Asks for a tile and what its group needs; harmless past the end of a weight.
+template <int B>
+LOWBITCORE_INLINE void prefetch_weights(const Block<B>& block, int64_t tile) {
+  const int64_t g = tile * kTileK / block.group_size;
+  prefetch_tile(block, tile, 0);
+  if (tile * kTileK % block.group_size == 0) {
+    __builtin_prefetch(block.scales + g * block.stride);
+    __builtin_prefetch(block.zeros + g * kBlockN);
+  }
+}
+
+template <int B>
+struct Forward {
+  ConstMatrix x;
+  const QuantWeight& w;
+  const float* bias;
+  Matrix out;
+
+  void pack(int64_t row, int64_t rows, int64_t step, int64_t steps, uint32_t* out) const {
+    pack_right<B>(x, row, rows, step, steps, out);
+  }
+
+  void fill(int64_t panel, int64_t, int64_t step, int64_t steps, uint32_t* out) const {
+    for (int64_t half = 0; half < 2; ++half) {
+      const Block<B> block(w, panel * 2 + half);
+      uint32_t* tiles = out + half * kTileWords;
+      for_each_group(block, step, steps, [&](int64_t tile, int64_t count, const auto& weights) {
+        weights.rows(block, tile, count, tiles + (tile - step) * kStepWords);
+      });
+      for (int64_t i = 0; i < steps; ++i) prefetch_weights(block, step + kPieceSteps + i);
+    }
+  }
+
+  void multiply(int64_t rows, int64_t steps, const uint32_t* activations, const uint32_t* weights,
+                float* c, bool accumulate) const {
+    if (rows > 16) {
+      multiply_tiles<true, true>(steps, weights, activations, c, accumulate);
+    } else {
+      multiply_tiles<true, false>(steps, weights, activations, c, accumulate);
+    }
+  }
+
+  void store(const float* c, int64_t rows, int64_t row, int64_t panel) const {
+    const int64_t n = panel * kPanel;
+    Vec b[2] = {Vec::broadcast(0.0f), Vec::broadcast(0.0f)};
+    if (bias != nullptr) {
+      for (int half = 0; half < 2; ++half) b[half] = Vec::load(bias + n + half * 16);
+    }
+    for (int64_t first = 0; first < rows; first += 16, c += kTileWords) {
+      __m512 low[16], high[16];
+      for (int i = 0; i < 16; ++i) {
+        low[i] = _mm512_load_ps(c + i * 16);
+        high[i] = _mm512_load_ps(c + 2 * kTileWords + i * 16);
+      }
+      transpose_16x16(low);
+      transpose_16x16(high);
+      for (int64_t i = 0; i < smaller(16, rows - first); ++i) {
+        store_outputs(Vec{low[i]} + b[0], Vec{high[i]} + b[1], out, row + first + i, n);
+      }
+    }
+  }
+};
+
+template <int B>
+struct Backward {
+  ConstMatrix dy;
+  const QuantWeight& w;
+  Matrix out;
+
+  void pack(int64_t row, int64_t rows, int64_t step, int64_t steps, uint32_t* out) const {
+    pack_left(dy, row, rows, step, steps, out);
+  }
+
+  void fill(int64_t panel, int64_t panels, int64_t step, int64_t steps, uint32_t* out) const {
+    constexpr int64_t kApart = kPieceSteps * kStepWords;
+    for (int64_t n = 0; n < 2 * steps; ++n) {
+      const Block<B> block(w, 2 * step + n);
+      uint32_t* rows = out + n / 2 * kStepWords + n % 2 * kTileWords / 2;
+      for_each_group(block, panel, panels, [&](int64_t tile, int64_t count, const auto& weights) {
+        weights.pairs(block, tile, count, rows + (tile - panel) * kApart, kApart);
+      });
+      const Block<B> later(
+          w, smaller(2 * step + n + 2 * kPieceSteps, w.format.out_features / kBlockN - 1));
+      for (int64_t i = 0; i < panels; ++i) prefetch_weights(later, panel + i);
+    }
+  }
+
+  void multiply(int64_t rows, int64_t steps, const uint32_t* activations, const uint32_t* weights,
+                float* c, bool accumulate) const {
+    if (rows > 16) {
+      multiply_tiles<true, true>(steps, activations, weights, c, accumulate);
+    } else {
+      multiply_tiles<false, true>(steps, activations, weights, c, accumulate);
+    }
+  }
+
+  void store(const float* c, int64_t rows, int64_t row, int64_t panel) const {
+    static constexpr Lanes32 kColumns[2] = {columns<B>(0), columns<B>(1)};
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* left = c + r / 16 * 2 * kTileWords + r % 16 * 16;
+      const __m512 a = _mm512_load_ps(left), b = _mm512_load_ps(left + kTileWords);
+      Vec v[2];
+      for (int half = 0; half < 2; ++half) {
+        v[half].v = _mm512_permutex2var_ps(a, _mm512_load_si512(&kColumns[half]), b);
+      }
+      store_outputs(v[0], v[1], out, row + r, panel * kPanel);
+    }
+  }
+};
+
+inline size_t tiles_nt_workspace(const QuantFormat& f, int64_t m, int threads) {
+  return tiles_workspace(m, f.in_features, f.out_features, 1, threads);
+}
+
+inline size_t tiles_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
+  return tiles_workspace(m, f.out_features, f.in_features, kPanelsTogether, threads);
+}
+
+template <int B>
+void tiles_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
+              const Resources& use) {
+  const Blocks blocks(x.rows, x.cols, y.cols, 1, use.threads);
+  tiles_gemm(x.rows, x.cols, y.cols, blocks, use, Forward<B>{x, w, bias, y});
+}
+
+template <int B>
+void tiles_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
+  const Blocks blocks(dy.rows, dy.cols, dx.cols, kPanelsTogether, use.threads);
+  tiles_gemm(dy.rows, dy.cols, dx.cols, blocks, use, Backward<B>{dy, w, dx});
+}
+
+}  // namespace
+}  // namespace lowbitcore
