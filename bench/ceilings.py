@@ -12,7 +12,7 @@ import torch
 
 import device
 
-CACHE_BYTES = 256 << 20  # above the last-level caches of today
+CACHE_BYTES = 512 << 20  # above the last-level caches of today
 
 
 @functools.cache

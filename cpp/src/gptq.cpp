@@ -86,10 +86,11 @@ double gptq_factorize(View<const float> hessian, const FactorOptions& options, s
                      [&](std::int32_t a, std::int32_t b) { return diagonal(a) > diagonal(b); });
   }
 
+  const int threads = resolve_threads(0);
   constexpr int kRaises = 3;
   double percdamp = options.percdamp;
   for (int attempt = 0; attempt <= kRaises; ++attempt) {
-    if (inverse_factor(hessian, order, dead, mean, percdamp * mean, u)) return percdamp;
+    if (inverse_factor(hessian, order, dead, mean, percdamp * mean, u, threads)) return percdamp;
     if (attempt < kRaises) percdamp = percdamp > 0.0 ? percdamp * 10.0 : 1e-4;
   }
   throw Error("gptq_factorize: hessian: not positive definite, even with percdamp raised from " +

@@ -1,5 +1,4 @@
-// Dense linear algebra, over Eigen; double precision, one thread, so that the factor is the same
-// everywhere.
+// Dense linear algebra in double precision, over Eigen.
 #pragma once
 
 #include <lowbitcore/types.h>
@@ -8,8 +7,9 @@ namespace lowbitcore {
 
 // u [K,K] := the upper triangular U with (H + damping I)^-1 = U^T U, where H is `hessian` with rows
 // and columns taken in `order`, and dead columns replaced by `mean` on the diagonal. Returns false
-// where the damped matrix is not positive definite; u is then unspecified.
+// where the damped matrix is not positive definite; u is then unspecified. The result does not
+// depend on the number of threads.
 bool inverse_factor(View<const float> hessian, const std::int32_t* order, const std::uint8_t* dead,
-                    double mean, double damping, View<float> u);
+                    double mean, double damping, View<float> u, int threads);
 
 }  // namespace lowbitcore

@@ -7,6 +7,7 @@ namespace lowbitcore {
 namespace {
 
 constexpr int kDirectRows = 16;
+constexpr int kDirectTileRows = 4;
 
 }  // namespace
 }  // namespace lowbitcore

@@ -7,6 +7,7 @@
 //   VecI   kWidth 32-bit integers: load, >> and << by a constant, &, |, to_float
 //   kRows, kCols          the register tile of the GEMM: kRows rows by kCols floats
 //   kDirectRows           up to this many rows, X W^T goes straight from the packed integers
+//   kDirectTileRows       the same, where tiles are the alternative
 //   transpose_tile        float [32][16] -> [16][32]
 //
 // A level with instructions for pairs of bf16 defines LOWBITCORE_PAIRS and
@@ -32,8 +33,8 @@
 namespace lowbitcore {
 namespace {
 
-// Tables serve a group at a time, which inputs with a g_idx need not come in.
 #ifdef LOWBITCORE_TILES
+// Tables serve a group at a time, which inputs with a g_idx need not come in.
 bool on_tiles(const ConstMatrix& activations, const QuantWeight& w) {
   return activations.dtype == DType::bf16 && w.g_idx == nullptr;
 }
@@ -45,7 +46,7 @@ void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
     constexpr int B = decltype(bits)::value;
     const bool direct = x.rows <= kDirectRows;
 #ifdef LOWBITCORE_TILES
-    if (!direct && on_tiles(x, w)) return tiles_nt<B>(x, w, bias, y, use);
+    if (x.rows > kDirectTileRows && on_tiles(x, w)) return tiles_nt<B>(x, w, bias, y, use);
 #endif
     with_element(x.dtype == DType::bf16 && !(direct && w.g_idx != nullptr), [&](auto element) {
       using Element = decltype(element);

@@ -86,11 +86,13 @@ inline void dot_bf16(int c, int a, int b) {
 
 #undef _tile_zero
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(config) emulated::load_config(config)
 #define _tile_release() emulated::release()
 #define _tile_zero(t) emulated::zero(t)
 #define _tile_loadd(t, base, stride) emulated::load(t, base, stride)
+#define _tile_stream_loadd(t, base, stride) emulated::load(t, base, stride)
 #define _tile_stored(t, base, stride) emulated::store(t, base, stride)
 #define _tile_dpbf16ps(c, a, b) emulated::dot_bf16(c, a, b)

@@ -21,7 +21,7 @@ constexpr int64_t kTileWords = 256;
 constexpr int64_t kStepWords = 2 * kTileWords;
 constexpr int64_t kStrip = 32;
 
-constexpr int64_t kPieceSteps = 8;              // 16 KB of a panel
+constexpr int64_t kPieceSteps = 16;             // 32 KB of a panel
 constexpr int64_t kBlockWords = (1 << 20) / 4;  // of activations
 constexpr int64_t kMostRows = 512;              // of a block
 constexpr int64_t kRowAhead = 512;  // bytes; rows lie beyond what the processor prefetches itself
@@ -101,21 +101,28 @@ LOWBITCORE_INLINE __m512i row_of(__m512i output) {
 
 // ---- the weights of 16 outputs in a group ----
 
-constexpr int64_t kMostTiles = 8;  // that are dequantised at once
+constexpr int64_t kMostTiles = 16;  // that are dequantised at once
 static_assert(kMostTiles >= kPieceSteps && kMostTiles >= kPanelsTogether, "runs of tiles");
 
 LOWBITCORE_INLINE __m512i four_times(const uint32_t* lane) {
   return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(lane)));
 }
 
-// Looked up.
-template <int B>
+// Looked up. As `kExact`, weights are left without their scales: differences, which bf16 holds.
+enum class Values { kExact, kScaled };
+
+template <Values V>
+inline Vec scales_of(const Vec& scales) {
+  return V == Values::kScaled ? scales : Vec::broadcast(1.0f);
+}
+
+template <int B, Values V = Values::kScaled>
 struct GroupWeights {
   alignas(64) uint16_t table[kBlockN][16];
 
   void fill(const Block<B>& block, int64_t g) {
     alignas(64) float scale[kBlockN], zero[kBlockN];
-    block.scale(g, 0).store(scale);
+    scales_of<V>(block.scale(g, 0)).store(scale);
     block.zero(g, 0).store(zero);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const Vec q = {_mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << B) - 1)))};
@@ -128,8 +135,10 @@ struct GroupWeights {
     }
   }
 
-  // Tiles of 16 outputs, a row each, by 32 inputs in input_in_lane's order, a step apart.
-  void rows(const Block<B>& block, int64_t first, int64_t count, uint32_t* out) const {
+  // Tiles of 16 outputs, a row each, by 32 inputs in input_in_lane's order; `apart` words from each
+  // other.
+  void rows(const Block<B>& block, int64_t first, int64_t count, uint32_t* out,
+            int64_t apart) const {
     // Through memory: loading from it is how a lane gets everywhere for nothing.
     alignas(64) uint32_t lanes[kMostTiles][4][16];
     for (int64_t t = 0; t < count; ++t) {
@@ -138,7 +147,7 @@ struct GroupWeights {
       for (int i = 0; i < 4; ++i) _mm512_store_si512(lanes[t][i], r[i]);
     }
     for (int64_t t = 0; t < count; ++t) {
-      rows(lanes[t], out + t * kStepWords, std::make_integer_sequence<int, 16>());
+      rows(lanes[t], out + t * apart, std::make_integer_sequence<int, 16>());
     }
   }
 
@@ -214,12 +223,12 @@ struct GroupWeights {
 };
 
 // Computed: 256 values are too many for a register.
-template <>
-struct GroupWeights<8> {
+template <Values V>
+struct GroupWeights<8, V> {
   alignas(64) float scale[kBlockN], zero[kBlockN];
 
   void fill(const Block<8>& block, int64_t g) {
-    block.scale(g, 0).store(scale);
+    scales_of<V>(block.scale(g, 0)).store(scale);
     block.zero(g, 0).store(zero);
   }
 
@@ -244,8 +253,9 @@ struct GroupWeights<8> {
     const uint8_t* of(int h, int n) const { return half[h][n % 4][n / 4]; }
   };
 
-  void rows(const Block<8>& block, int64_t first, int64_t count, uint32_t* out) const {
-    for (int64_t t = 0; t < count; ++t, out += kStepWords) {
+  void rows(const Block<8>& block, int64_t first, int64_t count, uint32_t* out,
+            int64_t apart) const {
+    for (int64_t t = 0; t < count; ++t, out += apart) {
       const Codes codes(block, first + t);
       for (int n = 0; n < kBlockN; ++n) {
         const Vec low = weights(codes.of(0, n), n), high = weights(codes.of(1, n), n);
@@ -327,10 +337,14 @@ void pack_right(const ConstMatrix& x, int64_t first, int64_t rows, int64_t step,
 
 // ---- products ----
 
-// c (+)= a b; Lower and Right say whether the second tiles of a and of b count.
-template <bool Lower, bool Right>
+enum class Streams { left, right };
+
+// c (+)= a b; Lower and Right say whether the second tiles of a and of b count, Streaming which
+// operand is too large to be kept by the first-level cache, where it is not to displace the other.
+template <Streams Streaming, bool Lower, bool Right>
 void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* c,
                     bool accumulate) {
+  constexpr bool kLeft = Streaming == Streams::left;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -342,15 +356,28 @@ void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* 
     if (Lower && Right) _tile_loadd(3, c + 3 * kTileWords, 64);
   }
   for (int64_t s = 0; s < steps; ++s, a += kStepWords, b += kStepWords) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
+    if (kLeft) {
+      _tile_stream_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+    } else {
+      _tile_loadd(4, a, 64);
+      _tile_stream_loadd(6, b, 64);
+    }
     _tile_dpbf16ps(0, 4, 6);
     if (Right) {
-      _tile_loadd(7, b + kTileWords, 64);
+      if (kLeft) {
+        _tile_loadd(7, b + kTileWords, 64);
+      } else {
+        _tile_stream_loadd(7, b + kTileWords, 64);
+      }
       _tile_dpbf16ps(1, 4, 7);
     }
     if (Lower) {
-      _tile_loadd(5, a + kTileWords, 64);
+      if (kLeft) {
+        _tile_stream_loadd(5, a + kTileWords, 64);
+      } else {
+        _tile_loadd(5, a + kTileWords, 64);
+      }
       _tile_dpbf16ps(2, 5, 6);
     }
     if (Lower && Right) _tile_dpbf16ps(3, 5, 7);
@@ -399,8 +426,8 @@ inline void prefetch_outputs(const Matrix& out, int64_t first, int64_t rows, int
 }
 
 // Two registers of results as one line of bf16.
-LOWBITCORE_INLINE void store_outputs(const Vec& low, const Vec& high, const Matrix& out,
-                                     int64_t row, int64_t col) {
+LOWBITCORE_INLINE void store_line(const Vec& low, const Vec& high, const Matrix& out, int64_t row,
+                                  int64_t col) {
   char* to = const_cast<char*>(row_pointer(out, row)) + col * 2;
   _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
 }
@@ -493,7 +520,7 @@ struct Forward {
       const Block<B> block(w, panel * 2 + half);
       uint32_t* tiles = out + half * kTileWords;
       for_each_group(block, step, steps, [&](int64_t tile, int64_t count, const auto& weights) {
-        weights.rows(block, tile, count, tiles + (tile - step) * kStepWords);
+        weights.rows(block, tile, count, tiles + (tile - step) * kStepWords, kStepWords);
       });
       for (int64_t i = 0; i < steps; ++i) prefetch_weights(block, step + kPieceSteps + i);
     }
@@ -502,9 +529,9 @@ struct Forward {
   void multiply(int64_t rows, int64_t steps, const uint32_t* activations, const uint32_t* weights,
                 float* c, bool accumulate) const {
     if (rows > 16) {
-      multiply_tiles<true, true>(steps, weights, activations, c, accumulate);
+      multiply_tiles<Streams::right, true, true>(steps, weights, activations, c, accumulate);
     } else {
-      multiply_tiles<true, false>(steps, weights, activations, c, accumulate);
+      multiply_tiles<Streams::right, true, false>(steps, weights, activations, c, accumulate);
     }
   }
 
@@ -523,7 +550,7 @@ struct Forward {
       transpose_16x16(low);
       transpose_16x16(high);
       for (int64_t i = 0; i < smaller(16, rows - first); ++i) {
-        store_outputs(Vec{low[i]} + b[0], Vec{high[i]} + b[1], out, row + first + i, n);
+        store_line(Vec{low[i]} + b[0], Vec{high[i]} + b[1], out, row + first + i, n);
       }
     }
   }
@@ -556,9 +583,9 @@ struct Backward {
   void multiply(int64_t rows, int64_t steps, const uint32_t* activations, const uint32_t* weights,
                 float* c, bool accumulate) const {
     if (rows > 16) {
-      multiply_tiles<true, true>(steps, activations, weights, c, accumulate);
+      multiply_tiles<Streams::left, true, true>(steps, activations, weights, c, accumulate);
     } else {
-      multiply_tiles<false, true>(steps, activations, weights, c, accumulate);
+      multiply_tiles<Streams::left, false, true>(steps, activations, weights, c, accumulate);
     }
   }
 
@@ -571,12 +598,70 @@ struct Backward {
       for (int half = 0; half < 2; ++half) {
         v[half].v = _mm512_permutex2var_ps(a, _mm512_load_si512(&kColumns[half]), b);
       }
-      store_outputs(v[0], v[1], out, row + r, panel * kPanel);
+      store_line(v[0], v[1], out, row + r, panel * kPanel);
     }
   }
 };
 
+// ---- few rows ----
+
+// Of up to 16 rows, weights are not rounded: groups are summed with exact differences, and scales
+// multiply the sums.
+constexpr int64_t kFewRows = 16;
+
+inline size_t few_workspace(int64_t depth) { return static_cast<size_t>(depth * kStrip / 2) * 4; }
+
+// total [16 outputs][16 rows] += a group's part; activations are packed by pack_right.
+template <int B>
+void add_group_of_few(const Block<B>& block, int64_t g, int64_t first, int64_t end,
+                      const uint32_t* activations, float (&total)[kBlockN][16]) {
+  alignas(64) uint32_t tiles[kMostTiles][kTileWords];
+  alignas(64) float sums[kBlockN][16], scale[kBlockN];
+  GroupWeights<B, Values::kExact> weights;
+  weights.fill(block, g);
+  _tile_zero(0);
+  for (int64_t tile = first; tile < end; tile += kMostTiles) {
+    const int64_t count = smaller(kMostTiles, end - tile);
+    weights.rows(block, tile, count, tiles[0], kTileWords);
+    for (int64_t t = 0; t < count; ++t) {
+      _tile_loadd(4, tiles[t], 64);
+      _tile_loadd(6, activations + (tile + t) * kStepWords, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      prefetch_weights(block, tile + t + kMostTiles);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  block.scale(g, 0).store(scale);
+  for (int n = 0; n < kBlockN; ++n) {
+    madd(Vec::broadcast(scale[n]), Vec::load(sums[n]), Vec::load(total[n])).store(total[n]);
+  }
+}
+
+template <int B>
+void tiles_nt_few(const ConstMatrix& x, const QuantWeight& w, const float* bias, const Matrix& y,
+                  const Resources& use) {
+  auto* packed = static_cast<uint32_t*>(use.workspace);
+  const int64_t tiles = x.cols / kTileK;
+  pack_right<B>(x, 0, x.rows, 0, tiles, packed);
+  parallel_for(y.cols / kBlockN, use.threads, [&](int64_t n, int) {
+    const TileScope scope;
+    const Block<B> block(w, n);
+    const int64_t group_tiles = block.group_size / kTileK;
+    alignas(64) float total[kBlockN][16] = {};
+    for (int64_t first = 0, g = 0; first < tiles; first += group_tiles, ++g) {
+      add_group_of_few(block, g, first, smaller(first + group_tiles, tiles), packed, total);
+    }
+    __m512 r[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_load_ps(total[i]);
+    transpose_16x16(r);
+    alignas(64) float rows[kFewRows][kBlockN];
+    for (int i = 0; i < 16; ++i) _mm512_store_ps(rows[i], r[i]);
+    store_outputs(rows[0], x.rows, kBlockN, bias, y, 0, n * kBlockN);
+  });
+}
+
 inline size_t tiles_nt_workspace(const QuantFormat& f, int64_t m, int threads) {
+  if (m <= kFewRows) return few_workspace(f.in_features);
   return tiles_workspace(m, f.in_features, f.out_features, 1, threads);
 }
 
@@ -587,6 +672,7 @@ inline size_t tiles_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
 template <int B>
 void tiles_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
               const Resources& use) {
+  if (x.rows <= kFewRows) return tiles_nt_few<B>(x, w, bias, y, use);
   const Blocks blocks(x.rows, x.cols, y.cols, 1, use.threads);
   tiles_gemm(x.rows, x.cols, y.cols, blocks, use, Forward<B>{x, w, bias, y});
 }
