@@ -91,8 +91,8 @@ inline void outer_tile(int64_t depth, const Element* a, const Element* b, float*
 // ---- scale gradients ----
 
 size_t qgemm_grad_scales_workspace(const QuantFormat& f, int64_t m, int threads) {
-  const int64_t depth = pass_elements(m);
-  return static_cast<size_t>(depth * f.in_features + threads * (depth + kPanel) * kPanel) * 4;
+  const int64_t activations = pass_elements(m) * (f.in_features + f.out_features);
+  return static_cast<size_t>(activations + threads * kPanel * kPanel) * 4;
 }
 
 // ds[g, 16 outputs] += sum over the inputs of one tile of (q - z) * dw
@@ -120,29 +120,34 @@ void contract_tile(const Block<B>& block, int64_t tile, const float* dw, float* 
   }
 }
 
+// Elements of x that stay in the second-level cache while all panels of dY meet them.
+constexpr int64_t kCachedElements = (1 << 20) / 4;
+
 template <int B, typename Element>
 void grad_scales(const ConstMatrix& dy, const ConstMatrix& x, const QuantWeight& w,
                  const View<float>& ds, int threads, Element* xp) {
-  const int64_t k = w.format.in_features, most = pass_elements(dy.rows);
-  Element* scratch = xp + most * k;
-  const int64_t scratch_elements = (most + kPanel) * kPanel;
+  const int64_t tiles = w.format.in_features / kTileK, most = pass_elements(dy.rows);
+  Element* dyp = xp + most * x.cols;
+  auto* scratch = reinterpret_cast<float*>(dyp + most * dy.cols);
   for (int64_t row0 = 0; row0 < dy.rows; row0 += kPassRows<Element>) {
     const int64_t rows = smaller(kPassRows<Element>, dy.rows - row0);
     const int64_t depth = token_elements<Element>(rows);
     pack_left_panels(x, row0, rows, xp, threads);
-    parallel_for(ds.cols / kPanel, threads, [&](int64_t panel, int thread) {
-      const TileScope scope;
-      Element* dyp = scratch + thread * scratch_elements;
-      float* dw = reinterpret_cast<float*>(dyp + most * kPanel);
-      copy_panel(dy, row0, rows, panel * kPanel, dyp);
-      const Block<B> left(w, panel * 2), right(w, panel * 2 + 1);
-      for (int64_t tile = 0; tile < k / kTileK; ++tile) {
-        outer_tile(depth, xp + tile * depth * kPanel, dyp, dw);
-        float* out = ds.data + panel * kPanel;
-        contract_tile(left, tile, dw, out, ds.stride);
-        contract_tile(right, tile, dw + kBlockN, out + kBlockN, ds.stride);
-      }
-    });
+    pack_panels(dy, row0, rows, dyp, threads);
+    const int64_t cached_tiles = larger(kCachedElements / (depth * kTileK), 1);
+    for (int64_t tile0 = 0; tile0 < tiles; tile0 += cached_tiles) {
+      parallel_for(ds.cols / kPanel, threads, [&](int64_t panel, int thread) {
+        const TileScope scope;
+        float* dw = scratch + thread * kPanel * kPanel;
+        const Block<B> left(w, panel * 2), right(w, panel * 2 + 1);
+        for (int64_t tile = tile0; tile < smaller(tile0 + cached_tiles, tiles); ++tile) {
+          outer_tile(depth, xp + tile * depth * kPanel, dyp + panel * depth * kPanel, dw);
+          float* out = ds.data + panel * kPanel;
+          contract_tile(left, tile, dw, out, ds.stride);
+          contract_tile(right, tile, dw + kBlockN, out + kBlockN, ds.stride);
+        }
+      });
+    }
   }
 }
 
