@@ -179,13 +179,13 @@ size_t accumulate_hessian_workspace(int64_t m, int64_t k) {
 #endif
 }
 
-// Row panel i of out += a^T b, from column panel `from` on; a and b as packed by pack_panels.
+// Column panels [from, to) of row panel i of out += a^T b; a and b as packed by pack_panels.
 template <typename Element>
-void accumulate_panel_row(const Element* a, const Element* b, int64_t depth, int64_t i,
-                          int64_t from, const View<float>& out) {
+void accumulate_panels(const Element* a, const Element* b, int64_t depth, int64_t i, int64_t from,
+                       int64_t to, const View<float>& out) {
   alignas(64) float c[kPanel * kPanel];
   const TileScope scope;
-  for (int64_t j = from; j < out.cols / kPanel; ++j) {
+  for (int64_t j = from; j < to; ++j) {
     outer_tile(depth, a + i * depth * kPanel, b + j * depth * kPanel, c);
     for (int64_t r = 0; r < kPanel; ++r) {
       float* at = out.data + (i * kPanel + r) * out.stride + j * kPanel;
@@ -193,6 +193,21 @@ void accumulate_panel_row(const Element* a, const Element* b, int64_t depth, int
         (Vec::load(at + v) + Vec::load(c + r * kPanel + v)).store(at + v);
       }
     }
+  }
+}
+
+// out += a^T b, or of a symmetric result its upper triangle. Some panels of b stay in the
+// second-level cache while all of a meet them.
+template <typename Element>
+void accumulate_outer(const Element* a, const Element* b, int64_t depth, bool upper,
+                      const View<float>& out, int threads) {
+  const int64_t panels = out.cols / kPanel;
+  const int64_t cached = larger(kCachedElements / (depth * kPanel), 1);
+  for (int64_t from = 0; from < panels; from += cached) {
+    const int64_t to = smaller(from + cached, panels);
+    parallel_for(upper ? to : out.rows / kPanel, threads, [&](int64_t i, int) {
+      accumulate_panels(a, b, depth, i, upper ? larger(i, from) : from, to, out);
+    });
   }
 }
 
@@ -210,8 +225,7 @@ void accumulate_hessian(ConstMatrix x, View<float> h, const Resources& use) {
         left = xp + depth * x.cols;
         pack_left_panels(x, row0, rows, left, use.threads);
       }
-      parallel_for(panels, use.threads,
-                   [&](int64_t i, int) { accumulate_panel_row(left, xp, depth, i, i, h); });
+      accumulate_outer(left, xp, depth, true, h, use.threads);
     }
   });
   // The lower triangle mirrors the upper one.
@@ -232,8 +246,7 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Res
       Element* bp = ap + depth * a.cols;
       pack_left_panels(a, row0, rows, ap, use.threads);
       pack_panels(b, row0, rows, bp, use.threads);
-      parallel_for(a.cols / kPanel, use.threads,
-                   [&](int64_t i, int) { accumulate_panel_row(ap, bp, depth, i, 0, cross); });
+      accumulate_outer(ap, bp, depth, false, cross, use.threads);
     }
   });
 }
