@@ -257,7 +257,27 @@ def test_inputs_are_left_alone() -> None:
     assert torch.equal(first.codes, again.codes)
 
 
+@pytest.mark.parametrize("k", [32, 96, 416])
+def test_factor_of_less_than_a_tile_of_one_and_of_several(k: int) -> None:
+    hessian = hessian_of(20, k)
+    factor = ops.gptq_factorize(hessian, percdamp=0.05, act_order=False)
+    u = factor.u.double().numpy()
+    full = ref.damped(hessian.double().numpy(), 0.05)
+    np.testing.assert_allclose(u.T @ u @ full, np.eye(k), atol=1e-4)
+
+
 # ------------------------------------------------------------------------------- difficult Hessians
+
+
+@pytest.mark.parametrize("first", [0, 200, 350])
+def test_a_minor_that_is_not_positive_wherever_it_lies(first: int) -> None:
+    """Of 352 columns the pair at `first` alone is indefinite, and is so in a tile of its own."""
+    hessian = torch.eye(352)
+    hessian[first, first + 1] = hessian[first + 1, first] = 2.0
+    assert ops.gptq_factorize(hessian, percdamp=0.01, act_order=False).percdamp == 10.0
+    hessian[first, first + 1] = hessian[first + 1, first] = 100.0
+    with pytest.raises(lowbitcore.Error, match=r"gptq_factorize.*positive definite"):
+        ops.gptq_factorize(hessian, act_order=False)
 
 
 @pytest.mark.parametrize("mode", MODES)

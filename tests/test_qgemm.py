@@ -148,6 +148,15 @@ def test_many_rows(isa: str, bits: int, rows: int) -> None:
     check_all(problem, rows, torch.float32, with_bias=True)
 
 
+@each_width
+@pytest.mark.parametrize(("n", "k"), [(64, 2080), (2080, 64)])
+@pytest.mark.parametrize("rows", [300, 545, 1100])
+def test_many_rows_of_a_long_reduction(isa: str, bits: int, n: int, k: int, rows: int) -> None:
+    """More than a cache's worth of activations, which are cut along their rows and along theirs."""
+    problem = ref.random_problem(6, bits=bits, group_size=96, out_features=n, in_features=k)
+    check_all(problem, rows, torch.bfloat16, with_bias=True, x_layout="strided")
+
+
 @pytest.mark.full
 @each_dtype
 @each_width
