@@ -108,7 +108,7 @@ LOWBITCORE_INLINE __m512i four_times(const uint32_t* lane) {
   return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(lane)));
 }
 
-// Looked up. As `kExact`, weights are left without their scales: differences, which bf16 holds.
+// Exact ones are without their scales: differences of integers, which bf16 holds.
 enum class Values { kExact, kScaled };
 
 template <Values V>
@@ -116,6 +116,7 @@ inline Vec scales_of(const Vec& scales) {
   return V == Values::kScaled ? scales : Vec::broadcast(1.0f);
 }
 
+// Looked up.
 template <int B, Values V = Values::kScaled>
 struct GroupWeights {
   alignas(64) uint16_t table[kBlockN][16];
