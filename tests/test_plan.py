@@ -55,7 +55,9 @@ def test_a_config_is_enough(config_only: Path) -> None:
     assert result["trainable_parameters"] == 1_359_872 + 8 * 32 * (11 * 4096 + 3 * 11008)
 
 
-def test_the_largest_micro_batch_is_the_largest() -> None:
+def test_the_largest_micro_batch_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    # This process may grow between two plans, and what is left for training with it.
+    monkeypatch.setattr(sys.modules["lowbitcore.plan"], "_resident", lambda: 10**9)
     config = LlamaConfig(**{k: v for k, v in LLAMA_7B.items() if k != "dtype"})
     settings = {"method": "emef", "bits": 4, "group_size": 128, "length": 256}
     for checkpointing in ("full", "selective", "none"):

@@ -656,7 +656,7 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
     common[common.index("--lr") + 1] = 1e-9  # so that it stays where it starts
     succeed(*common)
     _, after = succeed("eval", corrected, "--adapter", tmp_path / "from-correction", *text)
-    assert after["ppl"] == pytest.approx(start["ppl"], rel=1e-3)
+    assert after["ppl"] == pytest.approx(start["ppl"], rel=5e-4)
     files = (path / "adapter_model.safetensors" for path in (corrected / "correction", common[2]))
     one, other = (sum(x.nbytes for x in load_file(file).values()) for file in files)
     assert one == other
@@ -667,13 +667,13 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
     succeed(*common, "--adapter", corrected / "correction")
     both = ("--adapter", corrected / "correction", "--adapter", tmp_path / "on-top")
     _, after = succeed("eval", corrected, *both, *text)
-    assert after["ppl"] == pytest.approx(start["ppl"], rel=1e-3)
+    assert after["ppl"] == pytest.approx(start["ppl"], rel=5e-4)
     common[2] = tmp_path / "from-zeros"
     succeed(*common, "--start", "zeros", "--rank", 2)
     _, plain = succeed("eval", corrected, *text)
     _, after = succeed("eval", corrected, "--adapter", tmp_path / "from-zeros", *text)
-    assert after["ppl"] == pytest.approx(plain["ppl"], rel=1e-3)
-    assert abs(plain["ppl"] / start["ppl"] - 1) > 2e-3
+    assert after["ppl"] == pytest.approx(plain["ppl"], rel=5e-4)
+    assert abs(plain["ppl"] / start["ppl"] - 1) > 1e-3
     correction = corrected / "correction"
     _, described = succeed("info", corrected, "--adapter", correction)
     stored = sum(x.nbytes for x in load_file(correction / "adapter_model.safetensors").values())
