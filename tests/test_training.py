@@ -644,7 +644,7 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
         place / "model",
         corrected,
         windows(),
-        lbc.QuantConfig(bits=2, group_size=32, rank=4, adapter_bits=adapter_bits),
+        lbc.QuantConfig(bits=2, group_size=64, rank=4, adapter_bits=adapter_bits),
         progress=False,
     )
     text = ("--text", place / "text.txt", "--context", 128)
@@ -673,7 +673,7 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
     _, plain = succeed("eval", corrected, *text)
     _, after = succeed("eval", corrected, "--adapter", tmp_path / "from-zeros", *text)
     assert after["ppl"] == pytest.approx(plain["ppl"], rel=5e-4)
-    assert abs(plain["ppl"] / start["ppl"] - 1) > 1e-3
+    assert abs(plain["ppl"] / start["ppl"] - 1) > 2e-3
     correction = corrected / "correction"
     _, described = succeed("info", corrected, "--adapter", correction)
     stored = sum(x.nbytes for x in load_file(correction / "adapter_model.safetensors").values())
