@@ -66,14 +66,14 @@ class Bench:
         text: Path,
         *,
         rank: int = 0,
-        adapter_bits: int = 16,
+        tune_epochs: int = 0,
     ) -> Path:
         name = f"{method}-{bits}-{group_name(group_size)}"
         name += f"-rank{rank}" if rank else ""
-        name += f"x{adapter_bits}" if rank and adapter_bits != 16 else ""
+        name += f"-tuned{tune_epochs}" if tune_epochs else ""
         name += "" if text.stem == "prose" else f"-{text.stem}"
         data = [] if method == "rtn" else ["--calib", text, *CALIBRATION, "--rank", rank]
-        data += ["--adapter-bits", adapter_bits] if rank else []
+        data += ["--tune-epochs", tune_epochs] if tune_epochs else []
         options = ["--bits", bits, "--group-size", group_size, "--method", method, *data]
         options += ["--resume"] if (self.path(name) / ".partial").exists() else []
         self.command(name, "quantize", self.model, self.path(name), *options)

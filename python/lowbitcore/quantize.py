@@ -5,7 +5,8 @@ windows run through the block; the linears that share an input form a group with
 one factorization; a group is quantized, and the next group sees inputs that its quantized
 predecessors left (true-sequential). By default the 16-bit model runs beside the quantized one, and
 each linear is fitted to what its 16-bit twin puts out there, so that errors are corrected
-downstream rather than handed on.
+downstream rather than handed on. Where wanted, what a block was quantized to is then trained on
+the block's own output (`tune`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from lowbitcore.model import (
 )
 from lowbitcore.nn import QuantLinear
 from lowbitcore.runtime import free_memory, resolve_device, synchronize
+from lowbitcore.tune import FakeQuantized, block_error, train_block
 
 # Paused forwards (see PausedForward) may use this part of the memory that is free at the start.
 _PAUSED_MEMORY_SHARE = 0.25
@@ -82,7 +84,9 @@ class QuantConfig:
     al., arXiv 2504.02692, asymmetric calibration; a second forward and one more block in memory),
     or "layer", those of the linear's own 16-bit weight on the quantized model's inputs. `rank`: of
     the correction that each linear gets beside its integers, a LoRA adapter fitted in closed form
-    to what they leave over; 0 for none. `adapter_bits`: of its elements, 8 (E4M3) or 16."""
+    to what they leave over; 0 for none. `adapter_bits`: of its elements, 8 (float8 E4M3) or 16.
+    `tune_epochs`: passes over the calibration windows in which each block's integers, scales and
+    corrections are trained together to put out what the 16-bit block does; 0 for none."""
 
     bits: int = 4
     group_size: int = 64
@@ -94,7 +98,8 @@ class QuantConfig:
     mse: bool = True
     target: Literal["model", "layer"] = "model"
     rank: int = 0
-    adapter_bits: int = 16
+    adapter_bits: int = 8
+    tune_epochs: int = 0
 
     def __post_init__(self) -> None:
         def check(name: str, fine: bool, expected: str) -> None:
@@ -120,6 +125,10 @@ class QuantConfig:
         bits = self.adapter_bits
         check("adapter_bits", type(bits) is int and bits in peft.DTYPES, "8 or 16")
         check("target", self.target in ("model", "layer"), "'model' or 'layer'")
+        epochs = self.tune_epochs
+        check("tune_epochs", type(epochs) is int and epochs >= 0, "0 or a positive integer")
+        check("tune_epochs", epochs == 0 or self.method == "gptq", "0 where the method is rtn")
+        check("tune_epochs", epochs == 0 or self.target == "model", "0 unless the target is model")
         damp = self.percdamp
         check("percdamp", isinstance(damp, int | float) and 0 < damp < 1, "between 0 and 1")
         for name in ("sym", "true_sequential", "mse"):
@@ -151,6 +160,7 @@ class QuantConfig:
                 "static_groups": self.act_order == "static",
                 "mse": self.mse,
                 "target": self.target,
+                "tune_epochs": self.tune_epochs,
             },
         )
 
@@ -178,12 +188,22 @@ def calibration_for(
 @dataclass(frozen=True)
 class LinearReport:
     """`loss`: relative error tr(E H Et) / tr(W H Wt) on the calibration data (None for rtn), with W
-    as fitted to the config's target; `percdamp`: the damping used, above the configured one where
-    that had to be raised."""
+    as fitted to the config's target and before any tuning; `percdamp`: the damping used, above the
+    configured one where that had to be raised."""
 
     path: str
     loss: float | None
     percdamp: float | None
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What tuning made of the relative error of a block's output on the calibration data; where
+    `after` is not below `before`, the block stayed as it was."""
+
+    path: str
+    before: float
+    after: float
 
 
 class Statistics(NamedTuple):
@@ -204,11 +224,12 @@ class Quantized(NamedTuple):
 
 @dataclass
 class Report:
-    """What a quantization did. `seconds` by phase: load, forward, hessian, factorize, quantize,
-    fit, write; `bytes`: original (the same linears in 16 bits), quantized (scales, zeros and
-    corrections too)."""
+    """What a quantization did. `blocks`: those that were tuned. `seconds` by phase: load, forward,
+    hessian, factorize, quantize, fit, tune, write; `bytes`: original (the same linears in 16 bits),
+    quantized (scales, zeros and corrections too)."""
 
     linears: list[LinearReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=lambda: {"original": 0, "quantized": 0})
@@ -297,9 +318,11 @@ class Engine:
         calibration, block = cast(Calibration, self._calibration), self._layout.modules[index]
         heads = [group[0] for group in groups]
         references: list[Forward] = []
+        originals: dict[str, torch.Tensor] = {}
         if self._config.target == "model":
             # Copied before forwards hang their hooks on the block.
             twin = copy.deepcopy(block)
+            originals = {path: _weight(twin.get_submodule(path)) for path in linears}
             references = self._forwards(index, twin, calibration.reference, heads)
         forwards = self._forwards(index, block, calibration.hidden, heads)
         waiting: list[Statistics] = []
@@ -318,15 +341,92 @@ class Engine:
                 for forward in forwards:
                     forward.cancel()
                 forwards = self._forwards(index, block, calibration.hidden, [])
+            before = list(calibration.hidden)
             self._advance(index, calibration.hidden, forwards)
-            if index + 1 < len(self._layout.modules):
+            if self._config.tune_epochs or index + 1 < len(self._layout.modules):
                 self._advance(index, calibration.reference, references)
+            if self._config.tune_epochs:
+                result = self._tune(index, before, originals, result)
         finally:
             for forward in [*forwards, *references]:
                 forward.cancel()
         for path in linears.keys() - (reached & result.keys()):
             self._report.skipped[f"{prefix}.{path}"] = "not reached by the calibration data"
         return result
+
+    def _tune(
+        self,
+        index: int,
+        before: Sequence[torch.Tensor],
+        originals: Mapping[str, torch.Tensor],
+        untuned: dict[str, Quantized],
+    ) -> dict[str, Quantized]:
+        """What training makes of a block's linears, or the very same where that is no better. The
+        hidden states have gone past the block already, and are then those past the result."""
+        calibration, block = cast(Calibration, self._calibration), self._layout.modules[index]
+        path = f"{self._layout.prefix}.{index}"
+
+        def run(states: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            dense = {
+                f"{name}.weight": _as_stored(block.get_submodule(name), weight.to(self._dtype))
+                for name, weight in weights.items()
+            }
+
+            def bound(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(block, dense, args, kwargs)
+
+            return hidden_states(calibration.call(index, len(states))(bound, states))
+
+        with self._report.timing("tune"):
+            trained = {
+                name: FakeQuantized(*item, originals[name]) for name, item in untuned.items()
+            }
+            try:
+                train_block(
+                    trained,
+                    run,
+                    before,
+                    calibration.reference,
+                    epochs=self._config.tune_epochs,
+                    seed=index,
+                )
+            except ValueError as error:
+                raise ValueError(f"quantize: {path}: {error}") from error
+        tuned = {}
+        for name, item in trained.items():
+            module, old = block.get_submodule(name), untuned[name].linear.canonical()
+            codes, scales, correction = item.trained()
+            zeros = ops.unpack_qzeros(old["qzeros"], bits=self._config.bits)
+            linear = self._quant_linear(module, codes, scales, zeros, old["g_idx"])
+            if correction is not None:
+                correction = peft.rounded(correction, peft.DTYPES[self._config.adapter_bits])
+            tuned[name] = Quantized(linear, correction)
+            self._set_dense(module, tuned[name])
+        untuned_states = list(calibration.hidden)
+        calibration.hidden[:] = before
+        self._advance(index, calibration.hidden, self._forwards(index, block, before, []))
+        report = BlockReport(
+            path,
+            self._block_error(untuned_states, calibration.reference),
+            self._block_error(calibration.hidden, calibration.reference),
+        )
+        self._report.blocks.append(report)
+        if report.after < report.before:
+            return tuned
+        calibration.hidden[:] = untuned_states
+        for name, quantized in untuned.items():
+            self._set_dense(block.get_submodule(name), quantized)
+        return untuned
+
+    def _block_error(
+        self, outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
+    ) -> float:
+        with self._report.timing("tune"):
+            errors = [
+                float(block_error(*pair)) * len(pair[0])
+                for pair in zip(outputs, wanted, strict=True)
+            ]
+        return sum(errors) / sum(map(len, outputs))
 
     def _advance(self, index: int, hidden: list[torch.Tensor], forwards: Sequence[Forward]) -> None:
         """Replaces the hidden states before a block by those after it."""
@@ -550,9 +650,7 @@ class Engine:
             a, b = (item.to(dense.device) for item in quantized.correction[:2])
             scaling = quantized.correction.scaling
             dense = torch.addmm(dense.float(), b.float(), a.float(), alpha=scaling).to(self._dtype)
-        if isinstance(module, Conv1D):
-            dense = dense.T.contiguous()
-        module.weight = nn.Parameter(dense, requires_grad=False)
+        module.weight = nn.Parameter(_as_stored(module, dense).contiguous(), requires_grad=False)
 
     def _add(self, entry: LinearReport, quantized: Quantized) -> None:
         linear, correction = quantized
@@ -581,6 +679,11 @@ def _weight(module: nn.Module) -> torch.Tensor:
     """The weight as [out, in]."""
     weight = cast(torch.Tensor, module.weight).detach()
     return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+
+def _as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] as the module holds it."""
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -41,6 +41,7 @@ from lowbitcore.model import (
     write_model,
 )
 from lowbitcore.quantize import (
+    BlockReport,
     Engine,
     LinearReport,
     QuantConfig,
@@ -167,6 +168,7 @@ class _StreamingRun:
             self._done = int(state["done"])
             report = state["report"]
             self._report.linears = [LinearReport(**item) for item in report["linears"]]
+            self._report.blocks = [BlockReport(**item) for item in report["blocks"]]
             self._report.skipped = dict(report["skipped"])
             self._report.seconds = dict(report["seconds"])
             self._report.bytes = dict(report["bytes"])

@@ -26,6 +26,7 @@ _OPTIONS = {
     "chat": "--chat",
     "rank": "--rank",
     "adapter_bits": "--adapter-bits",
+    "tune_epochs": "--tune-epochs",
     "adapter": "--adapter",
     "alpha": "--alpha",
     "targets": "--targets",

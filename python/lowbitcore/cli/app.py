@@ -62,7 +62,7 @@ Dtype = Annotated[
 
 
 AdapterBits = Annotated[
-    int, typer.Option(help="Of each of the adapter's elements, 16 or 8 (float8 E4M3).")
+    int, typer.Option(help="Of each of the adapter's elements: 8 (float8 E4M3) or 16.")
 ]
 
 

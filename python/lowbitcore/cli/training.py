@@ -164,7 +164,7 @@ def lrec(
             "nothing."
         ),
     ] = None,
-    adapter_bits: AdapterBits = 16,
+    adapter_bits: AdapterBits = 8,
     lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
     lambda_ce: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = 0.1,
     kl: Annotated[

@@ -1,0 +1,206 @@
+"""Training what a block was quantized to: integers, scales and corrections together, until the
+block puts out what its 16-bit twin does (Chen et al., EfficientQAT, arXiv 2407.11062, section 3.2,
+"Block-AP"; here from GPTQ's integers, and with corrections beside them).
+
+The integers are rounded from latent values, to which gradients go straight through the rounding.
+This is the one place where dense weights train: one block's at a time, and what remains is packed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowbitcore import ops
+from lowbitcore.formats import peft
+from lowbitcore.formats.peft import LowRankTensors
+from lowbitcore.nn import QuantLinear
+
+# Adam's, at their highest: latent values count in steps of the grid, scales in their logarithm.
+_LATENT_RATE, _SCALE_RATE, _CORRECTION_RATE = 5e-3, 5e-3, 3e-3
+_WARMUP_STEPS, _BETAS = 8, (0.9, 0.95)
+# A latent value starts no nearer than this to where it rounds to another integer.
+_MARGIN = 0.05
+
+
+class Trained(NamedTuple):
+    """`codes` uint8 [N, K], `scales` float32 [G, N] (fp16 values)."""
+
+    codes: Tensor
+    scales: Tensor
+    correction: LowRankTensors | None
+
+
+class _Quantize(torch.autograd.Function):
+    """scales (round(latent) - zeros), with gradients as if nothing were rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, latent: Tensor, scale_logs: Tensor, scales: Tensor, zeros: Tensor, last: int
+    ) -> Tensor:
+        steps = latent.round().clamp_(0, last).sub_(zeros)
+        scales = scales * scale_logs.exp()
+        ctx.save_for_backward(steps, scales)
+        return steps * scales
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        steps, scales = ctx.saved_tensors
+        return (
+            grads[0] * scales,
+            (grads[0] * steps).sum(-1, keepdim=True) * scales,
+            None,
+            None,
+            None,
+        )
+
+
+class FakeQuantized(nn.Module):
+    """A linear's quantized weight as a function of what trains: `forward()` is [N, K], float32.
+
+    `weight` [N, K] is the 16-bit one: within the cell of its integer each latent value starts where
+    the weight less the correction lies.
+    """
+
+    def __init__(
+        self, linear: QuantLinear, correction: LowRankTensors | None, weight: Tensor
+    ) -> None:
+        super().__init__()
+        stored = linear.canonical()
+        codes = ops.unpack_qweight(stored["qweight"], bits=linear.bits)
+        groups = len(stored["scales"])
+        self._last_code = 2**linear.bits - 1
+        # Groups lie side by side, each as wide as the widest.
+        counts = torch.bincount(stored["g_idx"], minlength=groups)
+        width = int(counts.max())
+        order = stored["g_idx"].long().argsort(stable=True)
+        within = torch.arange(len(order), device=order.device)
+        within -= (counts.cumsum(0) - counts).repeat_interleave(counts)
+        slots = torch.empty_like(order)
+        slots[order] = stored["g_idx"].long()[order] * width + within
+        plain = groups * width == len(slots) and bool((slots.diff() == 1).all())
+        self._slots = None if plain else slots
+        self._shape = (len(codes), groups, width)
+
+        self._scales = stored["scales"].float().T.contiguous()[:, :, None]
+        zeros = ops.unpack_qzeros(stored["qzeros"], bits=linear.bits)
+        self._zeros = zeros.float().T.contiguous()[:, :, None]
+        self.scale_logs = nn.Parameter(torch.zeros_like(self._scales))
+        self.a: nn.Parameter | None = None
+        target = weight.float()
+        if correction is not None:
+            target = target - peft.product(correction)
+            a, b, self._scaling = peft.settled(correction)
+            self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+        nearest = self._grouped(codes.float())
+        steps = self._grouped(target) / self._scales + self._zeros
+        room = 0.5 - _MARGIN
+        # Where a scale is 0 there is no place in the cell: NaN and Inf.
+        inside = torch.where(self._scales > 0, steps, nearest)
+        self.latent = nn.Parameter(inside.clamp(nearest - room, nearest + room))
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        if self._slots is None:
+            return matrix.reshape(self._shape)
+        n, groups, width = self._shape
+        padded = matrix.new_zeros(n, groups * width)
+        padded[:, self._slots] = matrix
+        return padded.view(self._shape)
+
+    def _flat(self, grouped: Tensor) -> Tensor:
+        flat = grouped.flatten(1)
+        return flat if self._slots is None else flat.index_select(1, self._slots)
+
+    def forward(self) -> Tensor:
+        weight = self._flat(
+            _Quantize.apply(
+                self.latent, self.scale_logs, self._scales, self._zeros, self._last_code
+            )
+        )
+        if self.a is not None:
+            weight = torch.addmm(weight, self.b, self.a, alpha=self._scaling)
+        return weight
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = [
+            {"params": [self.latent], "lr": _LATENT_RATE},
+            {"params": [self.scale_logs], "lr": _SCALE_RATE},
+        ]
+        if self.a is not None:
+            found.append({"params": [self.a, self.b], "lr": _CORRECTION_RATE})
+        return found
+
+    @torch.no_grad()
+    def trained(self) -> Trained:
+        scales = (self._scales * self.scale_logs.exp())[:, :, 0].T
+        correction = None
+        if self.a is not None:
+            correction = LowRankTensors(self.a.detach(), self.b.detach(), self._scaling)
+        codes = self.latent.round().clamp(0, self._last_code)
+        return Trained(
+            self._flat(codes).to(torch.uint8).contiguous(),
+            scales.half().float().contiguous(),
+            correction,
+        )
+
+
+def train_block(
+    linears: Mapping[str, FakeQuantized],
+    run: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    *,
+    epochs: int,
+    seed: int,
+) -> None:
+    """Trains the linears of one block so that it makes of `inputs` what is `wanted`.
+
+    `run` puts windows [n, length, features] through the block with the weights [N, K] it is given;
+    inputs and what is wanted come in batches of windows. One window is a step; a step's loss is
+    `block_error`. Raises ValueError where that is not finite.
+    """
+    windows = [(batch, row) for batch, item in enumerate(inputs) for row in range(len(item))]
+    generator = torch.Generator().manual_seed(seed)
+    order = [i for _ in range(epochs) for i in torch.randperm(len(windows), generator=generator)]
+    optimizer = torch.optim.AdamW(
+        [group for linear in linears.values() for group in linear.parameter_groups()],
+        betas=_BETAS,
+        weight_decay=0.0,
+        fused=True,
+    )
+    parameters = [item for group in optimizer.param_groups for item in group["params"]]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / _WARMUP_STEPS) * (1 + math.cos(math.pi * step / len(order))) / 2
+        ),
+    )
+    for index in order:
+        batch, row = windows[index]
+        with torch.enable_grad():
+            output = run(
+                inputs[batch][row : row + 1], {path: item() for path, item in linears.items()}
+            )
+            loss = block_error(output, wanted[batch][row : row + 1])
+            if not torch.isfinite(loss):
+                raise ValueError(f"expected a finite error of the block's output, got {loss}")
+            # Of these alone: the block has other parameters, whose gradients nobody wants.
+            gradients = torch.autograd.grad(
+                loss, parameters, allow_unused=True, materialize_grads=True
+            )
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+
+
+def block_error(output: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over tokens of a block's squared error, relative to what is wanted of each."""
+    energy = wanted.float().square().sum(-1)
+    # Some tokens hold next to nothing, others (such as a window's first) thousands of times more.
+    floor = 0.1 * energy.median() + torch.finfo(torch.float32).tiny
+    return ((output.float() - wanted.float()).square().sum(-1) / energy.clamp(min=floor)).mean()
