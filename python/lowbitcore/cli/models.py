@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -77,8 +78,8 @@ def quantize(
     tune_epochs: Annotated[
         int,
         typer.Option(
-            help="Passes over the calibration windows to train each block's integers, scales and "
-            "adapter in, until it puts out what the 16-bit block does.",
+            help="Passes over the calibration windows, a step each, in which each block's "
+            "integers, scales and adapter train to put out what the 16-bit block does (try 4).",
             min=0,
         ),
     ] = 0,
@@ -166,13 +167,16 @@ def _describe_report(
         f"({', '.join(f'{name} {value:.1f}' for name, value in report.seconds.items())})"
     ]
     if losses:
-        lines.append(f"mean relative error of the linears' outputs: {result['mean_loss']:.4f}")
+        untuned = ", before tuning" if report.blocks else ""
+        lines.append(
+            f"mean relative error of the linears' outputs{untuned}: {result['mean_loss']:.4f}"
+        )
     if report.blocks:
         before, after = (
-            sum(getattr(item, name) for item in report.blocks) / len(report.blocks)
-            for name in ("before", "after")
+            mean(getattr(item, name) for item in report.blocks) for name in ("before", "error")
         )
-        lines.append(f"mean relative error of blocks, tuned: {before:.4f} -> {after:.4f}")
+        lines.append(f"mean relative error of the blocks' outputs: {before:.4f}, tuned {after:.4f}")
+    lines += [f"tuning made no better: {item.path}" for item in report.blocks if item.stayed]
     if config.rank:
         lines.append(f"to be used with its correction: --adapter {out / peft.CORRECTION}")
     lines += [f"damping of {item.path} was raised to {item.percdamp}" for item in raised]
