@@ -213,6 +213,8 @@ def train_block(
 def block_error(output: Tensor, wanted: Tensor) -> Tensor:
     """The mean over tokens of a block's squared error, relative to what is wanted of each."""
     energy = wanted.float().square().sum(-1)
-    # Some tokens hold next to nothing, others (such as a window's first) thousands of times more.
+    # Some tokens hold next to nothing, others, such as a window's first, thousands of times more.
+    # All must count: with the first ones left out SmolLM2-135M at 2 bits came to a perplexity of 60
+    # on WikiText-2 in place of 34.
     floor = 0.1 * energy.median() + torch.finfo(torch.float32).tiny
     return ((output.float() - wanted.float()).square().sum(-1) / energy.clamp(min=floor)).mean()
