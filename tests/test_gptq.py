@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -264,26 +259,6 @@ def test_same_factor_of_a_difficult_hessian_for_any_number_of_threads(k: int) ->
     for u, codes in found[1:]:
         assert torch.equal(u, found[0][0])
         assert torch.equal(codes, found[0][1])
-
-
-def test_factor_takes_as_many_threads_as_are_set() -> None:
-    if not Path("/proc/self/task").exists():
-        pytest.skip("needs /proc")
-    code = """if True:
-        import os, numpy, torch
-        from lowbitcore import ops, runtime
-        hessian = torch.from_numpy(numpy.eye(416, dtype="float32"))  # by torch it starts threads
-        for count in (1, 3):
-            runtime.set_num_threads(count)
-            before = len(os.listdir("/proc/self/task"))
-            ops.gptq_factorize(hessian)
-            print(len(os.listdir("/proc/self/task")) - before)
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["0", "2"]
 
 
 def test_inputs_are_left_alone() -> None:

@@ -70,10 +70,25 @@ def test_threads() -> None:
     assert done.stdout.strip() == "1"
 
 
+def test_gptq_takes_as_many_threads_as_are_set() -> None:
+    done = run_python(
+        """if True:
+        import os, numpy, torch
+        from lowbitcore import ops, runtime
+        hessian = torch.from_numpy(numpy.eye(416, dtype="float32"))  # by torch it starts threads
+        for count in (1, 3):
+            runtime.set_num_threads(count)
+            before = len(os.listdir("/proc/self/task"))
+            ops.gptq_factorize(hessian)
+            print(len(os.listdir("/proc/self/task")) - before)
+        """,
+        OMP_NUM_THREADS="2",
+    )
+    assert done.stdout.split() == ["0", "2"], done.stderr
+
+
 def test_one_openmp_runtime_is_shared_with_torch() -> None:
     """Two would fight for the cores: each keeps its idle threads spinning."""
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("needs /proc")
     done = run_python(
         "import torch, lowbitcore as lbc; torch.rand(512, 512) @ torch.rand(512, 512)\n"
         "q = lbc.ops.quantize_rtn(torch.rand(256, 256), bits=4, group_size=64)\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
 CALIBRATION = ["--samples", 32, "--length", 1024]
+TUNE_EPOCHS = 4
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

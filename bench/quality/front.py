@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
-from commands import Bench, group_name, parser_of
+from commands import TUNE_EPOCHS, Bench, group_name, parser_of
 from matplotlib import pyplot
 
 BITS = (2, 3, 4)
@@ -37,7 +37,6 @@ class Base(NamedTuple):
 # Of SmolLM2-135M: below 2.75, 3.1, 3.7 and 4.7 bits a weight.
 CORRECTED = (Base(2, 64, 16), Base(2, 64, 32), Base(3, 64, 15), Base(4, 64, 14))
 LREC = ("--lr", 1e-3, "--scales-lr", 5e-3)
-TUNE_EPOCHS = 4
 
 
 def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterator[dict[str, Any]]:

@@ -358,7 +358,7 @@ class Engine:
             if tuning or index + 1 < len(self._layout.modules):
                 self._advance(index, calibration.reference, references)
             if tuning and result:
-                # They are done, and hold states and a twin that training has better use for.
+                # They are done, and hold states whose memory training has better use for.
                 forwards, references = [], []
                 result = self._tune(index, inputs, originals, result)
         finally:
@@ -409,11 +409,10 @@ class Engine:
             return untuned
         tuned = {}
         for name, item in trained.items():
-            module, old = block.get_submodule(name), untuned[name].linear.canonical()
+            module = block.get_submodule(name)
             with self._report.timing("tune"):
-                codes, scales, correction = item.trained()
-                zeros = ops.unpack_qzeros(old["qzeros"], bits=self._config.bits)
-                linear = self._quant_linear(module, codes, scales, zeros, old["g_idx"])
+                codes, scales, zeros, g_idx, correction = item.trained()
+                linear = self._quant_linear(module, codes, scales, zeros, g_idx)
                 if correction is not None:
                     correction = peft.rounded(correction, peft.DTYPES[self._config.adapter_bits])
             tuned[name] = Quantized(linear, correction)

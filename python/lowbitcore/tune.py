@@ -30,10 +30,13 @@ _MARGIN = 0.05
 
 
 class Trained(NamedTuple):
-    """`codes` uint8 [N, K], `scales` float32 [G, N] (fp16 values)."""
+    """`codes` uint8 [N, K], `scales` float32 [G, N] (fp16 values); `zeros` uint8 [G, N] and `g_idx`
+    int32 [K], which do not train."""
 
     codes: Tensor
     scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
     correction: LowRankTensors | None
 
 
@@ -77,14 +80,14 @@ class FakeQuantized(nn.Module):
         groups = len(stored["scales"])
         self._last_code = 2**linear.bits - 1
         # Groups lie side by side, each as wide as the widest.
-        counts = torch.bincount(stored["g_idx"], minlength=groups)
+        self._g_idx = stored["g_idx"]
+        index, columns = self._g_idx.long().sort(stable=True)
+        counts = torch.bincount(index, minlength=groups)
         width = int(counts.max())
-        order = stored["g_idx"].long().argsort(stable=True)
-        within = torch.arange(len(order), device=order.device)
-        within -= (counts.cumsum(0) - counts).repeat_interleave(counts)
-        slots = torch.empty_like(order)
-        slots[order] = stored["g_idx"].long()[order] * width + within
-        plain = groups * width == len(slots) and bool((slots.diff() == 1).all())
+        places = torch.arange(len(index), device=index.device)
+        slots = torch.empty_like(index)
+        slots[columns] = index * width + places - (counts.cumsum(0) - counts)[index]
+        plain = groups * width == len(places) and torch.equal(slots, places)
         self._slots = None if plain else slots
         self._shape = (len(codes), groups, width)
 
@@ -151,6 +154,8 @@ class FakeQuantized(nn.Module):
         return Trained(
             self._flat(codes).to(torch.uint8).contiguous(),
             scales.half().float().contiguous(),
+            self._zeros[:, :, 0].T.to(torch.uint8).contiguous(),
+            self._g_idx,
             correction,
         )
 
