@@ -6,11 +6,12 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
-CALIBRATION = ["--samples", 32, "--length", 1024]
+CALIBRATION = ["--samples", 128, "--length", 1024]
 TUNE_EPOCHS = 4
 
 
@@ -51,8 +52,11 @@ class Bench:
         else:
             command = [sys.executable, "-m", "lowbitcore", *map(str, words), "--json"]
             print("$ lowbitcore", *map(str, words), file=sys.stderr, flush=True)
+            start = time.perf_counter()
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            self.keep(name, {**json.loads(done.stdout.splitlines()[-1]), "command": asked})
+            report = json.loads(done.stdout.splitlines()[-1])
+            minutes = (time.perf_counter() - start) / 60
+            self.keep(name, {**report, "command": asked, "minutes": minutes})
         return self.results[name]
 
     def keep(self, name: str, result: Any) -> Any:
@@ -100,6 +104,10 @@ class Bench:
         name = f"bits {model.name}" + (f" {adapter.name}" if adapter else "")
         found = self.command(name, "info", model, *under)
         return float(found["bits_with_adapters" if adapter else "effective_bits"])
+
+    def minutes(self, result: Path) -> float:
+        """What it took to quantize or to train it; nothing for what came with something else."""
+        return float(self.results.get(result.name, {"minutes": 0})["minutes"])
 
     def split_prose(self, source: Path) -> tuple[Path, Path]:
         """Documents to learn from, and those held out."""

@@ -4,9 +4,10 @@
         [--tokens N] [--windows N]
 
 MODEL is a 16-bit model. GPTQ at 2, 3 and 4 bits and groups of 32, 64 and 128, as it is and with its
-blocks tuned, which takes no more bytes; beside it models tuned with low-rank corrections, and what
-LREC with scales makes of these on N tokens. OUT gets front.json and front.png. Each step is one
-`lowbitcore` command; what is in OUT already is not run again.
+blocks tuned, which takes no more bytes; models tuned with low-rank corrections, and what LREC with
+scales makes of these on N tokens; beside the latter LREC as its paper has it, from zeros, at the
+same bytes and tokens. OUT gets front.json and front.png. Each step is one `lowbitcore` command;
+what is in OUT already is not run again. The minutes are those of quantization and training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from matplotlib import pyplot
 
 BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
-METHODS = {"GPTQ": "o", "tuned": "D", "with correction": "s", "and LREC": "^"}
+METHODS = {
+    "GPTQ": "o",
+    "LREC from zeros": "v",
+    "tuned": "D",
+    "tuned with a correction": "s",
+    "and LREC": "^",
+}
 
 
 class Base(NamedTuple):
@@ -45,23 +52,30 @@ def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterato
             "method": method,
             **base._asdict(),
             "bits_per_weight": bench.bits_per_weight(model, adapter),
+            "minutes": bench.minutes(model) + (bench.minutes(adapter) if adapter else 0),
             "ppl": {text.name: bench.ppl(model, text, adapter) for text in texts},
         }
 
-    for bits, group_size in itertools.product(BITS, GROUP_SIZES):
-        model = bench.quantize("gptq", bits, group_size, prose)
-        yield point("GPTQ", Base(bits, group_size, 0), model, None)
-        model = bench.quantize("gptq", bits, group_size, prose, tune_epochs=TUNE_EPOCHS)
-        yield point("tuned", Base(bits, group_size, 0), model, None)
     schedule = ["--data", prose, "--tokens", tokens, "--teacher", bench.model]
-    schedule += ["--cache", bench.path("teacher"), *LREC]
+    schedule += ["--cache", bench.path("teacher")]
+    for base in itertools.starmap(Base, itertools.product(BITS, GROUP_SIZES, [0])):
+        model = bench.quantize("gptq", *base[:2], prose)
+        yield point("GPTQ", base, model, None)
+    for base in CORRECTED:
+        if tokens:
+            model = bench.quantize("gptq", *base[:2], prose)
+            zeros = f"zeros{base.rank}-{model.name}"
+            adapter = bench.train("lrec", model, zeros, *schedule, "--rank", base.rank)
+            yield point("LREC from zeros", base, model, adapter)
     for base in CORRECTED:
         model = bench.quantize("gptq", *base[:2], prose, rank=base.rank, tune_epochs=TUNE_EPOCHS)
-        yield point("with correction", base, model, model / "correction")
+        yield point("tuned with a correction", base, model, model / "correction")
         if tokens:
-            yield point(
-                "and LREC", base, model, bench.train("lrec", model, f"lrec-{model.name}", *schedule)
-            )
+            adapter = bench.train("lrec", model, f"lrec-{model.name}", *schedule, *LREC)
+            yield point("and LREC", base, model, adapter)
+    for base in itertools.starmap(Base, itertools.product(BITS, GROUP_SIZES, [0])):
+        model = bench.quantize("gptq", *base[:2], prose, tune_epochs=TUNE_EPOCHS)
+        yield point("tuned", base, model, None)
 
 
 def row(point: dict[str, Any]) -> str:
@@ -69,7 +83,7 @@ def row(point: dict[str, Any]) -> str:
     title += f", rank {point['rank']}" if point["rank"] else ""
     title += "" if point["method"] == "GPTQ" else f", {point['method']}"
     ppls = "".join(f"{ppl:>14.3f}" for ppl in point["ppl"].values())
-    return f"{title:<40}{point['bits_per_weight']:>8.3f}{ppls}"
+    return f"{title:<56}{point['bits_per_weight']:>8.3f}{point['minutes']:>8.1f}{ppls}"
 
 
 def holes(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -113,8 +127,8 @@ def main() -> None:
     bench = Bench(arguments)
     prose, _ = bench.split_prose(arguments.prose)
     dense = {text.name: bench.ppl(bench.model, text) for text in arguments.texts}
-    print(f"{'':<40}{'bits':>8}" + "".join(f"{text:>14.14}" for text in dense))
-    print(f"{'16 bits':<40}{16:>8}" + "".join(f"{ppl:>14.3f}" for ppl in dense.values()))
+    print(f"{'':<56}{'bits':>8}{'minutes':>8}" + "".join(f"{text:>14.13}" for text in dense))
+    print(f"{'16 bits':<56}{16:>8}{'':>8}" + "".join(f"{ppl:>14.3f}" for ppl in dense.values()))
     found = []
     for point in points(bench, prose, arguments.texts, arguments.tokens):
         print(row(point), flush=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbitcore.data import check_unicode
 from lowbitcore.head import chunk_tokens, open_head, run_body
+from lowbitcore.losses import negative_log_likelihood
 from lowbitcore.model import check_kind, check_tokens
 
 
@@ -91,6 +92,6 @@ def _window_loss(model: PreTrainedModel, window: torch.Tensor, scored: int) -> f
     size = chunk_tokens(model)
     with open_head(model, output) as logits:
         return sum(
-            torch.nn.functional.cross_entropy(logits(part).float(), wanted, reduction="sum").item()
+            negative_log_likelihood(logits(part), wanted).item()
             for part, wanted in zip(hidden.split(size), targets.split(size), strict=True)
         )

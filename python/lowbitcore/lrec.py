@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,10 +25,9 @@ from lowbitcore.data import TrainingSet
 from lowbitcore.formats import checkpoint
 from lowbitcore.formats.checkpoint import Entry
 from lowbitcore.head import open_head, run_body
+from lowbitcore.losses import Direction, distillation
 from lowbitcore.model import check_kind
 from lowbitcore.training import Loss, PackedTrainer, TrainedModel
-
-Direction = Literal["forward", "reverse"]
 
 # Examples in a file of the cache: what a killed run may have to do again.
 _SHARD = 32
@@ -102,10 +101,10 @@ class _DistilledModel(TrainedModel):
 
         def loss(logits: Tensor, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             with torch.no_grad(), open_head(head, output) as teacher_logits:
-                log_t = teacher_logits(wanted[rows]).float().log_softmax(-1)
+                teacher_rows = teacher_logits(wanted[rows])
             return distillation(
                 logits,
-                log_t,
+                teacher_rows,
                 targets,
                 lambda_kl=self._lambda_kl,
                 lambda_ce=self._lambda_ce,
@@ -113,37 +112,6 @@ class _DistilledModel(TrainedModel):
             )
 
         return loss
-
-
-def distillation(
-    logits: Tensor,
-    log_t: Tensor,
-    targets: Tensor,
-    *,
-    lambda_kl: float,
-    lambda_ce: float,
-    kl: Direction,
-) -> tuple[Tensor, Tensor]:
-    """lambda_kl KL + lambda_ce CE summed over tokens, and its gradient in the logits.
-
-    logits float32 [t, vocabulary] of the student, log_t the teacher's log-probabilities (is
-    overwritten), targets int64 [t].
-    """
-    rows = torch.arange(len(targets), device=targets.device)
-    log_s = logits.log_softmax(-1)
-    loss = -lambda_ce * log_s[rows, targets].sum()
-    p_s = log_s.exp()
-    if kl == "forward":  # sum of p_t (log p_t - log p_s); its gradient is p_s - p_t
-        p_t = log_t.exp()
-        loss = loss + lambda_kl * torch.sum(p_t * log_t.sub_(log_s))
-        gradient = p_s.mul_(lambda_kl + lambda_ce).sub_(p_t, alpha=lambda_kl)
-    else:  # sum of p_s (log p_s - log p_t); its gradient is p_s (log p_s - log p_t - KL)
-        ratio = log_s.sub_(log_t)
-        divergence = torch.sum(p_s * ratio, dim=-1, keepdim=True)
-        loss = loss + lambda_kl * divergence.sum()
-        gradient = p_s * ratio.sub_(divergence).mul_(lambda_kl).add_(lambda_ce)
-    gradient[rows, targets] -= lambda_ce
-    return loss, gradient
 
 
 # --- The teacher on disk -----------------------------------------------------------------------

@@ -99,10 +99,9 @@ def plan(
         model.train()
         one, two = (_activations(model, batch, length, checkpointing) for batch in (1, 2))
     optimizer = adapters + trained * _OPTIMIZER_BYTES
-    # Logits in the type of the weights and their gradient; in float32 the logits, a softmax, and
-    # for LREC the teacher's of both.
-    copies = 2 * dtype.itemsize + (4 + 4) * (2 if method == "lrec" else 1)
-    loss = chunk_tokens(model) * model.config.get_text_config().vocab_size * copies
+    # Logits, their gradient, and for LREC the teacher's; what is float32 is of a few rows.
+    copies = 3 if method == "lrec" else 2
+    loss = chunk_tokens(model) * model.config.get_text_config().vocab_size * copies * dtype.itemsize
     runtime = _resident()
     # Only then does training return freed memory at once.
     held = 0.0 if checkpointing == "full" else _HELD_SHARE

@@ -35,6 +35,7 @@ from lowbitcore.data import IGNORED
 from lowbitcore.formats import peft, scales
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.lora import newest_adapters
+from lowbitcore.losses import cross_entropy
 from lowbitcore.model import check_kind
 
 Checkpointing = Literal["selective", "full", "none"]
@@ -47,20 +48,11 @@ class Loss(Protocol):
     """A sum over tokens, with its gradient in closed form."""
 
     def __call__(self, logits: Tensor, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The loss summed over a chunk, and its gradient in the logits.
+        """The loss summed over a chunk, and its gradient in the logits, of their type.
 
-        logits float32 [t, vocabulary] (may be overwritten), targets int64 [t], rows: where the
-        chunk lies among the batch's scored tokens.
+        logits [t, vocabulary], targets int64 [t], rows: where the chunk lies among the batch's
+        scored tokens.
         """
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """-log p(target): the loss of EMEF and PEQA."""
-    log_p = torch.log_softmax(logits, dim=-1)
-    loss = -log_p.gather(1, targets[:, None]).sum()
-    gradient = log_p.exp_()
-    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return loss, gradient
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -87,10 +79,10 @@ class _ChunkedLoss(torch.autograd.Function):
             part = hidden[rows].detach().requires_grad_(differentiate)
             with torch.set_grad_enabled(differentiate):
                 logits = head(part)
-            value, wanted = loss(logits.detach().float(), targets[rows], rows)
+            value, wanted = loss(logits.detach(), targets[rows], rows)
             total += value
             if gradient is not None:
-                gradient[rows] = torch.autograd.grad(logits, part, wanted.to(logits.dtype))[0]
+                gradient[rows] = torch.autograd.grad(logits, part, wanted)[0]
             del logits, wanted
         ctx.gradient = gradient
         return total
@@ -117,7 +109,7 @@ class TrainedModel(nn.Module):
     def loss(self, batch: dict[str, Tensor | None], scored: Tensor, output: Any) -> Loss:
         """The loss of a batch, given what the body made of it; `scored` bool [batch, length - 1]
         are the positions that count."""
-        return cross_entropy
+        return lambda logits, targets, rows: cross_entropy(logits, targets)
 
     def forward(
         self,
