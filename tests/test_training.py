@@ -674,6 +674,13 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
     _, after = succeed("eval", corrected, "--adapter", tmp_path / "from-zeros", *text)
     assert after["ppl"] == pytest.approx(plain["ppl"], rel=5e-4)
     assert abs(plain["ppl"] / start["ppl"] - 1) > 2e-3
+    common[2] = tmp_path / "of-two"
+    two = ("--targets", "q_proj,k_proj")
+    assert "--targets: " in fail(*common, *two)
+    assert "expected names of linears" in fail(*common, "--start", "zeros", "--targets", "p")
+    succeed(*common, "--start", "zeros", *two)
+    names = load_file(tmp_path / "of-two" / "adapter_model.safetensors")
+    assert {name.split(".self_attn.")[-1].split(".")[0] for name in names} == {"q_proj", "k_proj"}
     correction = corrected / "correction"
     _, described = succeed("info", corrected, "--adapter", correction)
     stored = sum(x.nbytes for x in load_file(correction / "adapter_model.safetensors").values())

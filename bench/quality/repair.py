@@ -4,7 +4,8 @@
 
 MODEL is a 16-bit model. First one thing after another is added to the papers' way, all at the same
 bytes; then one thing at a time is changed in what came out of it (2306.08162, appendices D.1, D.4
-and D.7). Each step is one `lowbitcore` command; what is in OUT already is not run again.
+and D.7), the last in the papers' way (D.5). Each step is one `lowbitcore` command; what is in OUT
+already is not run again.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ CHANGED = [
     Variant("rank 32", rank=32),
     Variant("groups of 128", group_size=128),
     Variant("a group a row", group_size=-1),
+    Variant("q and k, from zeros", ("--targets", "q_proj,k_proj"), zeros=True, tune_epochs=0),
 ]
 
 
@@ -72,7 +74,7 @@ def main() -> None:
             tune_epochs=variant.tune_epochs,
         )
         start = ["--rank", variant.rank] if variant.zeros else []
-        name = variant.title.replace(" ", "-")
+        name = variant.title.replace(",", "").replace(" ", "-")
         tuned = bench.train("lrec", base, name, *schedule, *start, *variant.options)
         show(variant.title, base, tuned)
 

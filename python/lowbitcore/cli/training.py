@@ -164,6 +164,10 @@ def lrec(
             "nothing."
         ),
     ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Linears to adapt, by name, where it starts from zeros (default: all)."),
+    ] = None,
     adapter_bits: AdapterBits = 8,
     lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
     lambda_ce: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = 0.1,
@@ -220,7 +224,7 @@ def lrec(
     recipe = Recipe(
         model,
         schedule,
-        _lrec_adapter(model, rank, start, adapter_bits, stacked=bool(adapter)),
+        _lrec_adapter(model, rank, start, targets, adapter_bits, stacked=bool(adapter)),
         Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
         tuple(adapter or ()),
         scales_lr,
@@ -294,9 +298,15 @@ def plan(
 
 
 def _lrec_adapter(
-    model: str, rank: int | None, start: str | None, bits: int, *, stacked: bool
+    model: str,
+    rank: int | None,
+    start: str | None,
+    targets: str | None,
+    bits: int,
+    *,
+    stacked: bool,
 ) -> Lora:
-    """LREC's adapter: on every linear, with alpha = rank."""
+    """LREC's adapter: on every linear unless `targets` says otherwise, with alpha = rank."""
     from lowbitcore.formats import peft
     from lowbitcore.recipes import Lora
 
@@ -308,7 +318,10 @@ def _lrec_adapter(
         raise ValueError(f"--start: {model}: expected a correction in it, made by quantize --rank")
     if start == "zeros" or stacked or directory is None:
         rank = 8 if rank is None else rank
-        return Lora(rank, rank, None, 0.0, bits=bits)
+        names = None if targets is None else tuple(targets.split(","))
+        return Lora(rank, rank, names, 0.0, bits=bits)
+    if targets is not None:
+        raise ValueError(f"--targets: {directory} is on its own linears: expected --start zeros")
     ranks = {len(item.a) for item in peft.read(directory).linears.values()}
     if rank is not None and ranks != {rank}:
         raise ValueError(
