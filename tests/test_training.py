@@ -661,6 +661,9 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
     one, other = (sum(x.nbytes for x in load_file(file).values()) for file in files)
     assert one == other
     # The correction counts once: it is in what started from it.
+    both = [("--adapter", corrected / "correction"), ("--adapter", tmp_path / "from-correction")]
+    for one, other in (both, both[::-1]):
+        assert "or what training made of it" in fail("eval", corrected, *one, *other, *text)
     twice = ("--adapter", corrected / "correction", "--start", "closed-form")
     assert "--start: expected zeros where --adapter is given" in fail(*common, *twice)
     common[2] = tmp_path / "on-top"

@@ -23,9 +23,9 @@ from lowbitcore.model import (
 from lowbitcore.nn import LowRank, QuantLinear
 from lowbitcore.peqa import prepare_peqa, thaw_scales
 
-# What an adapter's metadata calls the digest of the scales that were trained with it, and those of
-# the adapters that it was trained upon.
-_SCALES, _BELOW = "scales_sha256", "below_sha256"
+# What an adapter's metadata calls the digest of the scales that were trained with it, those of the
+# adapters that it was trained upon, and that of the adapter from which its training started.
+_SCALES, _BELOW, _START = "scales_sha256", "below_sha256", "start_sha256"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
@@ -101,6 +101,9 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
     if any(below.values()):
         # In this process they may be the masters of a file of fewer bits.
         metadata[_BELOW] = " ".join(_digest(below, item) for item in _DTYPES)
+    starts = {x.start for x in adapters.values() if x.start is not None}
+    if len(starts) == 1:
+        metadata[_START] = starts.pop()
     if with_scales:
         _write_scales(model, out, "save_adapter", with_adapter=True)
         metadata[_SCALES] = checkpoint.digest(_own_scales(_packed(model, "save_adapter")))
@@ -146,8 +149,8 @@ def load_adapter(
     `path` is a directory with `adapter_config.json` (ours or PEFT's), with `scales.safetensors`, or
     with both, trained together. With `trainable` it goes on learning and everything else is frozen.
     All is checked before anything changes. Raises ValueError for an adapter of another base, for
-    one whose scales are gone or others, and for one that was trained upon adapters that are not
-    there.
+    one whose scales are gone or others, for one that was trained upon adapters that are not there,
+    and for one beside what training made of it.
     """
     check_kind("load_adapter: model", model, PreTrainedModel)
     directory = Path(path)
@@ -200,6 +203,13 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             f"load_adapter: {directory}: expected under it the adapters that it was trained upon, "
             f"got {'others' if stacks else 'none'}"
         )
+    own, start = _file_digest(adapter.linears), adapter.metadata.get(_START)
+    for other in (item for stack in stacks.values() for item in stack):
+        if (start is not None and other.file == start) or other.start == own:
+            raise ValueError(
+                f"load_adapter: {directory}: expected either an adapter or what training made of "
+                "it, which takes its place, got both"
+            )
     wanted = adapter.metadata.get(_SCALES)
     if wanted is not None:
         found = scales.read(directory / scales.FILE)
@@ -218,6 +228,7 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             added.a.copy_(a)
             added.b.copy_(b)
         added.with_scales = wanted is not None
+        added.file, added.start = own, own if trainable else start
         added.requires_grad_(trainable)
 
 
@@ -227,6 +238,16 @@ def _stacks(model: PreTrainedModel) -> dict[str, list[LowRank]]:
         path: list(linear.adapters)  # type: ignore[arg-type]
         for path, linear in adapted_linears(model).items()
     }
+
+
+def _file_digest(linears: Mapping[str, LowRankTensors]) -> str:
+    return checkpoint.digest(
+        {
+            f"{path}.{name}": x
+            for path, (a, b, _) in linears.items()
+            for name, x in (("a", a), ("b", b))
+        }
+    )
 
 
 def _digest(stacks: Mapping[str, list[LowRank]], dtype: torch.dtype) -> str:

@@ -411,10 +411,13 @@ class LowRank(nn.Module):
 
     `a` [r, K] and `b` [N, r] are float32 masters; products are in the type of the activations.
     `a` starts as PEFT's does, `b` as zeros: an adapter starts out as nothing. `with_scales` says
-    that it was trained together with its base's scales and means nothing without them.
+    that it was trained together with its base's scales and means nothing without them; `file` and
+    `start` are digests of the adapters that it was read from and that its training started from.
     """
 
     with_scales = False
+    file: str | None = None
+    start: str | None = None
 
     def __init__(
         self, in_features: int, out_features: int, *, rank: int, scaling: float, dropout: float
