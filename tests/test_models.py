@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,9 +27,17 @@ from transformers.pytorch_utils import Conv1D
 import lowbitcore as lbc
 from lowbitcore import calibration as calibration_module
 from lowbitcore import demo
+from lowbitcore import model as model_module
 from lowbitcore import quantize as engine
+from lowbitcore.formats import gguf as gguf_format
 from lowbitcore.formats import gptq
-from lowbitcore.model import find_blocks, open_source, quantizable, quantized_linears
+from lowbitcore.model import (
+    find_blocks,
+    load_tokenizer,
+    open_source,
+    quantizable,
+    quantized_linears,
+)
 
 VOCABULARY = 96
 LENGTH = 48
@@ -612,3 +621,22 @@ def test_gguf_equals_transformers() -> None:
     tokens = windows(1)
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, expected(tokens).logits)
+
+
+@pytest.mark.full
+def test_the_header_of_a_gguf_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizer, config and names all come from it, and it takes transformers seconds each time."""
+    path, theirs, read = demo.fetch(), gguf.GGUFReader, []
+
+    class Reader(gguf_format._Reader):
+        def __init__(self, path: Path) -> None:
+            read.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf_format, "_Reader", Reader)
+    for kept in (gguf_format._read_header_of, model_module._read_gguf):
+        kept.cache_clear()
+    tokenizer = load_tokenizer(path)
+    assert open_source(path).config.vocab_size == len(tokenizer)
+    assert read == [path.resolve()]
+    assert gguf.GGUFReader is theirs

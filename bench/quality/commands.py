@@ -78,13 +78,16 @@ class Bench:
         *,
         rank: int = 0,
         tune_epochs: int = 0,
+        seed: int = 0,
     ) -> Path:
         name = f"{method}-{bits}-{group_name(group_size)}"
         name += f"-rank{rank}" if rank else ""
         name += f"-tuned{tune_epochs}" if tune_epochs else ""
+        name += f"-seed{seed}" if seed else ""
         name += "" if text.stem == "prose" else f"-{text.stem}"
         data = [] if method == "rtn" else ["--calib", text, *CALIBRATION, "--rank", rank]
         data += ["--tune-epochs", tune_epochs] if tune_epochs else []
+        data += ["--seed", seed] if seed else []
         options = ["--bits", bits, "--group-size", group_size, "--method", method, *data]
         options += ["--resume"] if (self.path(name) / ".partial").exists() else []
         self.command(name, "quantize", self.model, self.path(name), *options)

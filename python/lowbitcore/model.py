@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
-from lowbitcore.formats.gguf import GgufFile
+from lowbitcore.formats.gguf import GgufFile, headers_read_once
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.nn import LoraLinear, QuantLinear
 from lowbitcore.runtime import resolve_device
@@ -96,7 +96,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 def _open_gguf(path: Path) -> GgufFile:
-    """Kept: reading the header of a file takes ten seconds, most of it for its tokenizer."""
+    """Kept: reading the header of a file takes seconds, most of them for its tokenizer."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     state = path.stat()
@@ -195,7 +195,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     local = Path(path)
     try:
         if local.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(local.parent, gguf_file=local.name)
+            with headers_read_once():
+                return AutoTokenizer.from_pretrained(local.parent, gguf_file=local.name)
         return AutoTokenizer.from_pretrained(local if local.exists() else str(path))
     except Exception as error:  # transformers raises many kinds, with messages of many lines
         raise ValueError(f"{path}: no usable tokenizer: {_one_line(error)}") from error

@@ -8,8 +8,13 @@ gives; but the model is never in memory as a whole.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +29,43 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from lowbitcore.formats.checkpoint import TensorInfo, file_fingerprint
+
+
+class _Reader(GGUFReader):  # type: ignore[misc]
+    """Reads through plain arrays: it takes a million slices of a file, and those of a memory map
+    are slow."""
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: Any) -> None:
+        self._data = np.asarray(mapped)
+
+
+def _read_header(path: str | os.PathLike[str]) -> GGUFReader:
+    state = os.stat(path)
+    return _read_header_of(Path(path).resolve(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_header_of(path: Path, size: int, modified: int) -> GGUFReader:
+    return _Reader(path)
+
+
+@contextmanager
+def headers_read_once() -> Iterator[None]:
+    """Within it, transformers gets the header of a file from here, and each architecture's table of
+    names once: it would read the one at every question, and make the other for every module."""
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = _read_header
+    gguf.get_tensor_name_map = cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
+
 
 _DTYPES = {
     GGMLQuantizationType.F16: torch.float16,
@@ -43,17 +85,8 @@ class GgufFile:
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file")
         try:
-            self._reader = GGUFReader(self.path)
-            parsed = load_gguf_checkpoint(str(self.path), return_tensors=False)
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.path.parent, gguf_file=self.path.name
-            )
-            with init_empty_weights(include_buffers=False):
-                skeleton = AutoModelForCausalLM.from_config(self.config)
-            architecture = bytes(self._reader.fields["general.architecture"].parts[-1]).decode()
-            processor_class = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-            self._processor = processor_class(config=parsed["config"])
-            names = get_gguf_hf_weights_map(skeleton, self._processor)
+            with headers_read_once():
+                names = self._read()
         # The readers raise whatever a broken file trips them into (IndexError, KeyError, ...).
         except Exception as error:
             detail = " ".join(str(error).split()) or type(error).__name__
@@ -65,6 +98,20 @@ class GgufFile:
             if name is not None:
                 self._tensors[name] = tensor
         self.dtype = self._matrix_dtype()
+
+    def _read(self) -> dict[str, str]:
+        """The header, and its tensors' Hugging Face names."""
+        self._reader = _read_header(self.path)
+        parsed = load_gguf_checkpoint(str(self.path), return_tensors=False)
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(
+            self.path.parent, gguf_file=self.path.name
+        )
+        with init_empty_weights(include_buffers=False):
+            skeleton = AutoModelForCausalLM.from_config(self.config)
+        architecture = bytes(self._reader.fields["general.architecture"].parts[-1]).decode()
+        processor_class = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._processor = processor_class(config=parsed["config"])
+        return get_gguf_hf_weights_map(skeleton, self._processor)
 
     def _matrix_dtype(self) -> torch.dtype:
         types = {tensor.tensor_type for tensor in self._tensors.values() if len(tensor.shape) > 1}
