@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from commands import Bench
+from commands import TUNE_EPOCHS, Bench
 
 RANK = 8
 
@@ -78,20 +78,24 @@ def swap_seconds(base: Path, files: list[Path]) -> float:
 
 
 def emef(bench: Bench, arguments: argparse.Namespace) -> None:
-    """LoRA on 4 bits beside the same LoRA on 16 (2306.08162, section 4.1), and on top of a
-    correction (appendix D.2); the 4-bit models are calibrated on the instructions."""
+    """LoRA on 4 bits beside the same LoRA on 16 (2306.08162, section 4.1), on tuned blocks, and on
+    top of a correction (appendix D.2); the 4-bit models are calibrated on the instructions."""
     code, held = bench.split_instructions(arguments.instructions)
     schedule = ["--data", code, "--tokens", arguments.tokens, "--mask-prompt"]
     dense = bench.train("emef", bench.model, "emef-dense", *schedule)
     plain = bench.quantize("gptq", 4, 64, code)
+    better = bench.quantize("gptq", 4, 64, code, tune_epochs=TUNE_EPOCHS)
     corrected = bench.quantize("gptq", 4, 64, code, rank=RANK)
     correction = corrected / "correction"
     under = ["--adapter", correction]
     tuned = bench.train("emef", plain, f"emef-{plain.name}", *schedule)
+    on_better = bench.train("emef", better, f"emef-{better.name}", *schedule)
     stacked = bench.train("emef", corrected, f"emef-{corrected.name}", *schedule, *under)
     pairs = {
         "4 bits, before": ([], plain, []),
         "4 bits, after": ([dense], plain, [tuned]),
+        "4 bits and tuned, before": ([], better, []),
+        "4 bits and tuned, after": ([dense], better, [on_better]),
         "4 bits and correction, before": ([], corrected, [correction]),
         "4 bits and correction, after": ([dense], corrected, [correction, stacked]),
     }

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import gguf
@@ -29,6 +30,13 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from lowbitcore.formats.checkpoint import TensorInfo, file_fingerprint
+
+_DTYPES = {
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+# For the names in `gguf` that transformers looks up when it needs them.
+_LOCK = RLock()
 
 
 class _Reader(GGUFReader):  # type: ignore[misc]
@@ -58,19 +66,14 @@ def _read_header_of(path: Path, size: int, modified: int) -> GGUFReader:
 def headers_read_once() -> Iterator[None]:
     """Within it, transformers gets the header of a file from here, and each architecture's table of
     names once: it would read the one at every question, and make the other for every module."""
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = _read_header
-    gguf.get_tensor_name_map = cache(names)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
-
-
-_DTYPES = {
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
+    with _LOCK:
+        reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader = _read_header
+        gguf.get_tensor_name_map = cache(names)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 class GgufFile:
