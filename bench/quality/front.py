@@ -22,7 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from commands import TUNE_EPOCHS, Bench, group_name, parser_of
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
@@ -115,6 +115,9 @@ def draw(found: list[dict[str, Any]], dense: dict[str, float], image: Path) -> N
             )
         axes.axhline(ppl, color="gray", linestyle="--", label="16 bits")
         axes.set(yscale="log", xlabel="bits a weight, all told", title=text)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     panels[0][0].set_ylabel("perplexity")
     panels[0][-1].legend()
     figure.savefig(image, dpi=120)
