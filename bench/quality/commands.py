@@ -14,6 +14,8 @@ from typing import Any
 HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
 CALIBRATION = ["--samples", 128, "--length", 1024]
 TUNE_EPOCHS = 1
+# LREC's rates: the adapter's and that of the scales, which do not train without it.
+FAST, SCALES = ("--lr", 1e-3), ("--scales-lr", 5e-3)
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

@@ -12,7 +12,6 @@ what is in OUT already is not run again. The minutes are those of quantization a
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
-from commands import TUNE_EPOCHS, Bench, group_name, parser_of
+from commands import FAST, SCALES, TUNE_EPOCHS, Bench, group_name, parser_of
 from matplotlib import pyplot, ticker
 
 BITS = (2, 3, 4)
@@ -43,7 +42,7 @@ class Base(NamedTuple):
 
 # Of SmolLM2-135M: below 2.75, 3.1, 3.7 and 4.7 bits a weight.
 CORRECTED = (Base(2, 64, 16), Base(2, 64, 32), Base(3, 64, 15), Base(4, 64, 14))
-LREC = ("--lr", 1e-3, "--scales-lr", 5e-3)
+PLAIN = [Base(bits, group_size, 0) for bits in BITS for group_size in GROUP_SIZES]
 
 
 def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterator[dict[str, Any]]:
@@ -58,7 +57,7 @@ def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterato
 
     schedule = ["--data", prose, "--tokens", tokens, "--teacher", bench.model]
     schedule += ["--cache", bench.path("teacher")]
-    for base in itertools.starmap(Base, itertools.product(BITS, GROUP_SIZES, [0])):
+    for base in PLAIN:
         model = bench.quantize("gptq", *base[:2], prose)
         yield point("GPTQ", base, model, None)
     for base in CORRECTED:
@@ -71,9 +70,9 @@ def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterato
         model = bench.quantize("gptq", *base[:2], prose, rank=base.rank, tune_epochs=TUNE_EPOCHS)
         yield point("tuned with a correction", base, model, model / "correction")
         if tokens:
-            adapter = bench.train("lrec", model, f"lrec-{model.name}", *schedule, *LREC)
+            adapter = bench.train("lrec", model, f"lrec-{model.name}", *schedule, *FAST, *SCALES)
             yield point("and LREC", base, model, adapter)
-    for base in itertools.starmap(Base, itertools.product(BITS, GROUP_SIZES, [0])):
+    for base in PLAIN:
         model = bench.quantize("gptq", *base[:2], prose, tune_epochs=TUNE_EPOCHS)
         yield point("tuned", base, model, None)
 

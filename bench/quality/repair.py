@@ -13,10 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from commands import TUNE_EPOCHS, Bench, parser_of
+from commands import FAST, SCALES, TUNE_EPOCHS, Bench, parser_of
 
 BITS = 2
-FAST, SCALES = ("--lr", 1e-3), ("--scales-lr", 5e-3)
 
 
 class Variant(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -203,7 +203,8 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             f"load_adapter: {directory}: expected under it the adapters that it was trained upon, "
             f"got {'others' if stacks else 'none'}"
         )
-    own, start = _file_digest(adapter.linears), adapter.metadata.get(_START)
+    own = _digest({path: [item] for path, item in adapter.linears.items()}, torch.float32)
+    start = adapter.metadata.get(_START)
     for other in (item for stack in stacks.values() for item in stack):
         if (start is not None and other.file == start) or other.start == own:
             raise ValueError(
@@ -240,17 +241,7 @@ def _stacks(model: PreTrainedModel) -> dict[str, list[LowRank]]:
     }
 
 
-def _file_digest(linears: Mapping[str, LowRankTensors]) -> str:
-    return checkpoint.digest(
-        {
-            f"{path}.{name}": x
-            for path, (a, b, _) in linears.items()
-            for name, x in (("a", a), ("b", b))
-        }
-    )
-
-
-def _digest(stacks: Mapping[str, list[LowRank]], dtype: torch.dtype) -> str:
+def _digest(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]], dtype: torch.dtype) -> str:
     """SHA-256 of adapters as they are read back from files of that type; of their matrices alone,
     as a file's alpha may give their scaling back with its last bit changed."""
     matrices = {}

@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
-from lowbitcore.formats.gguf import GgufFile, headers_read_once
+from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.nn import LoraLinear, QuantLinear
 from lowbitcore.runtime import resolve_device
@@ -195,8 +195,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     local = Path(path)
     try:
         if local.suffix == ".gguf":
-            with headers_read_once():
-                return AutoTokenizer.from_pretrained(local.parent, gguf_file=local.name)
+            return _open_gguf(local).tokenizer()
         return AutoTokenizer.from_pretrained(local if local.exists() else str(path))
     except Exception as error:  # transformers raises many kinds, with messages of many lines
         raise ValueError(f"{path}: no usable tokenizer: {_one_line(error)}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from gguf.gguf_reader import ReaderTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -52,30 +52,6 @@ class _Reader(GGUFReader):  # type: ignore[misc]
         self._data = np.asarray(mapped)
 
 
-def _read_header(path: str | os.PathLike[str]) -> GGUFReader:
-    state = os.stat(path)
-    return _read_header_of(Path(path).resolve(), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _read_header_of(path: Path, size: int, modified: int) -> GGUFReader:
-    return _Reader(path)
-
-
-@contextmanager
-def headers_read_once() -> Iterator[None]:
-    """Within it, transformers gets the header of a file from here, and each architecture's table of
-    names once: it would read the one at every question, and make the other for every module."""
-    with _LOCK:
-        reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-        gguf.GGUFReader = _read_header
-        gguf.get_tensor_name_map = cache(names)
-        try:
-            yield
-        finally:
-            gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
-
-
 class GgufFile:
     """Names, shapes and tensors of a `.gguf`, under their Hugging Face names.
 
@@ -88,7 +64,8 @@ class GgufFile:
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file")
         try:
-            with headers_read_once():
+            self._reader = _Reader(self.path)
+            with self._header_shared():
                 names = self._read()
         # The readers raise whatever a broken file trips them into (IndexError, KeyError, ...).
         except Exception as error:
@@ -103,8 +80,7 @@ class GgufFile:
         self.dtype = self._matrix_dtype()
 
     def _read(self) -> dict[str, str]:
-        """The header, and its tensors' Hugging Face names."""
-        self._reader = _read_header(self.path)
+        """What the header says, and its tensors' Hugging Face names."""
         parsed = load_gguf_checkpoint(str(self.path), return_tensors=False)
         self.config: PretrainedConfig = AutoConfig.from_pretrained(
             self.path.parent, gguf_file=self.path.name
@@ -115,6 +91,28 @@ class GgufFile:
         processor_class = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._processor = processor_class(config=parsed["config"])
         return get_gguf_hf_weights_map(skeleton, self._processor)
+
+    @contextmanager
+    def _header_shared(self) -> Iterator[None]:
+        """Within it, transformers gets this file's header from here, and each architecture's table
+        of names once: it would read the one at every question, and make the other for every module.
+        """
+        with _LOCK:
+            reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+
+            def header(path: str | os.PathLike[str], *args: Any) -> GGUFReader:
+                ours = os.path.samefile(path, self.path)
+                return self._reader if ours else reader(path, *args)
+
+            gguf.GGUFReader, gguf.get_tensor_name_map = header, cache(names)
+            try:
+                yield
+            finally:
+                gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
+
+    def tokenizer(self) -> Any:
+        with self._header_shared():
+            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
 
     def _matrix_dtype(self) -> torch.dtype:
         types = {tensor.tensor_type for tensor in self._tensors.values() if len(tensor.shape) > 1}
