@@ -319,6 +319,24 @@ def test_zero_weights_give_exact_zero(isa: str, bits: int, dtype: torch.dtype) -
         assert not core.grad_scales(dy, x).any()
 
 
+@each_width
+@pytest.mark.parametrize("exponent", [15, 21, 22, 23, 24, 60, 127])
+def test_large_inputs_of_zero_weights_hide_no_small_ones(
+    isa: str, bits: int, exponent: int
+) -> None:
+    """Fixed-point numbers may serve a group whose largest input leaves bits for the smallest."""
+    p = ref.random_problem(18, bits=bits, group_size=64, out_features=32, in_features=160)
+    codes = p.codes.copy()
+    codes[:, 70] = p.zeros[1]
+    problem = ref.Problem(p.bits, p.group_size, codes, p.scales, p.zeros, None)
+    core = Packed(problem)
+    for rows in (1, 2, 3, 4):
+        x = ref.random_activations(19, rows, 160, torch.bfloat16)
+        x[:, 64:128] = (1 + x[:, 64:128].abs() % 1) * x[:, 64:128].sign()
+        x[rows - 1, 70] = 2.0**exponent
+        ref.assert_close(core.nt(x), *ref.expect_nt(x, problem.w_hat))
+
+
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-20, 1e15, 1e30])
 def test_extreme_scales_fp32(isa: str, magnitude: float) -> None:
     p = ref.random_problem(

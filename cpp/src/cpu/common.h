@@ -139,29 +139,62 @@ inline void with_element([[maybe_unused]] bool bf16, const F& f) {
 }
 
 // ---- packed integers ----
+//
+// An integer becomes a float where it lies: starting at bit b of a mantissa, it counts units of
+// 2^(23 - b), whose exponent is put above it. Without 2^(23 - b) + z it is q - z, exactly.
 
-// Integer i of a tile whose `B` words per lane are w. It may straddle two words (3 bits only).
+// Integers of a tile that are converted from one window of bits, within a mantissa's 23.
+template <int B>
+constexpr int kWindow = B == 3 ? 7 : 16 / B;
+
+// The windows' bits of a tile whose `B` words per lane are w. They may straddle words (3 bits
+// only).
 template <int B, int I>
-LOWBITCORE_INLINE VecI code(const VecI (&w)[B]) {
-  constexpr int bit = B * I, word = bit / 32, shift = bit % 32;
-  VecI value = w[word].template right<shift>();
-  if constexpr (shift + B > 32) value = value | w[word + 1].template left<32 - shift>();
-  if constexpr (shift + B != 32) value = value & VecI::broadcast((1 << B) - 1);
-  return value;
+LOWBITCORE_INLINE VecI window(const VecI (&w)[B]) {
+  constexpr int bit = I * kWindow<B> * B, word = bit / 32, shift = bit % 32;
+  constexpr int width = (32 - I * kWindow<B> < kWindow<B> ? 32 - I * kWindow<B> : kWindow<B>)*B;
+  if constexpr (shift == 0) {
+    return w[word];
+  } else {
+    VecI value = w[word].template right<shift>();
+    if constexpr (shift + width > 32) value = value | w[word + 1].template left<32 - shift>();
+    return value;
+  }
 }
 
-// Calls f(i, integers of input i) for the 32 inputs of a tile, for the outputs of one vector.
+// What is subtracted from the integers at each place of a window.
+template <int B>
+struct Zeros {
+  Vec at[kWindow<B>];
+
+  explicit Zeros(const Vec& zero) {
+    for (int i = 0; i < kWindow<B>; ++i) {
+      at[i] = zero + Vec::broadcast(static_cast<float>(1 << (23 - i * B)));
+    }
+  }
+};
+
+template <int B, int I>
+LOWBITCORE_INLINE Vec difference(const VecI (&w)[B], const Zeros<B>& zeros) {
+  constexpr int place = I % kWindow<B>, bit = place * B;
+  const VecI integer = VecI::broadcast(((1 << B) - 1) << bit);
+  const VecI exponent = VecI::broadcast((127 + 23 - bit) << 23);
+  return and_or(window<B, I / kWindow<B>>(w), integer, exponent).as_float() - zeros.at[place];
+}
+
 template <int B, typename F, int... I>
-LOWBITCORE_INLINE void for_each_code(const VecI (&w)[B], const F& f,
-                                     std::integer_sequence<int, I...>) {
-  (f(I, code<B, I>(w).to_float()), ...);
+LOWBITCORE_INLINE void for_each_difference(const VecI (&w)[B], const Zeros<B>& zeros, const F& f,
+                                           std::integer_sequence<int, I...>) {
+  (f(I, difference<B, I>(w, zeros)), ...);
 }
 
+// Calls f(i, q - z of input i) for the 32 inputs of a tile, for the outputs of one vector.
 template <int B, typename F>
-LOWBITCORE_INLINE void for_each_code(const uint32_t* words, int lane, const F& f) {
+LOWBITCORE_INLINE void for_each_difference(const uint32_t* words, const Zeros<B>& zeros,
+                                           const F& f) {
   VecI w[B];
-  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN + lane);
-  for_each_code<B>(w, f, std::make_integer_sequence<int, 32>());
+  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
+  for_each_difference<B>(w, zeros, f, std::make_integer_sequence<int, 32>());
 }
 
 // One block of 16 outputs of a packed weight.
@@ -195,13 +228,15 @@ struct Block {
 template <int B, typename F>
 LOWBITCORE_INLINE void for_each_weight(const Block<B>& block, int64_t tile, int lane, const F& f) {
   const int64_t k0 = tile * kTileK;
+  const uint32_t* words = block.tile_words(tile) + lane;
   if (block.g_idx == nullptr) {
     const int64_t g = k0 / block.group_size;
-    const Vec s = block.scale(g, lane), z = block.zero(g, lane);
-    for_each_code<B>(block.tile_words(tile), lane,
-                     [&](int i, const Vec& q) LOWBITCORE_LAMBDA { f(i, (q - z) * s); });
+    const Vec s = block.scale(g, lane);
+    for_each_difference(words, Zeros<B>(block.zero(g, lane)),
+                        [&](int i, const Vec& d) LOWBITCORE_LAMBDA { f(i, d * s); });
   } else {
-    for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) LOWBITCORE_LAMBDA {
+    const Zeros<B> none(Vec::broadcast(0.0f));
+    for_each_difference(words, none, [&](int i, const Vec& q) LOWBITCORE_LAMBDA {
       const int64_t g = block.g_idx[k0 + i];
       f(i, (q - block.zero(g, lane)) * block.scale(g, lane));
     });

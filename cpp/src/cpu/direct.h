@@ -24,19 +24,16 @@ constexpr int64_t kFetchAhead = 4096;
 // Fewer rows need several sums each, or additions would wait for one another.
 constexpr int chains(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
-// Calls f(element i of the tile, q - z) for the elements of a tile, lanes being outputs.
-template <int B, typename F>
-LOWBITCORE_INLINE void for_each_difference(const Block<B>& block, int64_t tile, int lane,
-                                           const Vec& z, const F& f, float) {
-  for_each_code<B>(block.tile_words(tile), lane,
-                   [&](int i, const Vec& q) LOWBITCORE_LAMBDA { f(i, q - z); });
+// What for_each_difference subtracts to come to this type of elements.
+template <int B>
+LOWBITCORE_INLINE Zeros<B> zeros_of(const Vec& z, float) {
+  return Zeros<B>(z);
 }
 
 #ifdef LOWBITCORE_PAIRS
-template <int B, typename F>
-LOWBITCORE_INLINE void for_each_difference(const Block<B>& block, int64_t tile, int lane,
-                                           const Vec& z, const F& f, uint32_t) {
-  for_each_code_pair<B>(block.tile_words(tile) + lane, z, f);
+template <int B>
+LOWBITCORE_INLINE PairZeros<B> zeros_of(const Vec& z, uint32_t) {
+  return PairZeros<B>(z);
 }
 
 // Element p of a tile pairs input pair_first(p) with the one kPairStep after it.
@@ -48,6 +45,17 @@ constexpr int64_t pair_first(int64_t p) {
   return p / kPairStep<B> * 2 * kPairStep<B> + p % kPairStep<B>;
 }
 #endif
+
+// Calls f with a value of the element type that serves these activations here.
+template <typename F>
+void with_direct_element([[maybe_unused]] bool bf16, const F& f) {
+#ifdef LOWBITCORE_PAIRS
+  if constexpr (kDirectPairs) {
+    if (bf16) return f(uint32_t{});
+  }
+#endif
+  f(float{});
+}
 
 // `rows` rows of x as [elements][R], rows beyond it zero.
 template <int B, int R>
@@ -80,29 +88,43 @@ LOWBITCORE_INLINE void fetch_group(const Block<B>& block, int64_t g, int64_t gro
   __builtin_prefetch(block.zeros + (kBlocks * groups + g) * kBlockN);
 }
 
+// Asks for words of the tiles to come.
+template <int B>
+LOWBITCORE_INLINE void fetch_ahead(const Block<B>& block, int64_t tile) {
+  const char* ahead = reinterpret_cast<const char*>(block.tile_words(tile)) + kFetchAhead;
+  for (int r = 0; r < B; ++r) __builtin_prefetch(ahead + r * kBlockN * 4);
+}
+
+// Calls f(block) for every block of outputs. Blocks that follow each other are one stream of bytes.
+template <typename F>
+void for_each_block(int64_t blocks, int threads, const F& f) {
+  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads), 1, kMostBlocks);
+  parallel_for(divide_up(blocks, run), threads, [&](int64_t i, int) {
+    for (int64_t n = i * run; n < smaller((i + 1) * run, blocks); ++n) f(n);
+  });
+}
+
 // total[r] += the sums of one group over tiles [first, last), for one vector of outputs.
 template <int B, int R, typename Element>
 LOWBITCORE_INLINE void add_group(const Block<B>& block, int64_t g, int64_t first, int64_t last,
                                  int lane, const Element* x, Vec (&total)[R]) {
   using Register = typename Operand<Element>::Register;
   constexpr int C = chains(R);
-  const Vec z = block.zero(g, lane), s = block.scale(g, lane);
+  const auto zeros = zeros_of<B>(block.zero(g, lane), Element{});
+  const Vec s = block.scale(g, lane);
   Vec acc[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) acc[r][c] = Vec::broadcast(0.0f);
   }
   for (int64_t tile = first; tile < last; ++tile) {
-    const char* ahead = reinterpret_cast<const char*>(block.tile_words(tile)) + kFetchAhead;
-    for (int r = 0; r < B; ++r) __builtin_prefetch(ahead + r * kBlockN * 4);
+    fetch_ahead(block, tile);
     const Element* xt = x + tile * kTileElements<Element> * R;
     for_each_difference(
-        block, tile, lane, z,
-        [&](int i, const Register& w) LOWBITCORE_LAMBDA {
+        block.tile_words(tile) + lane, zeros, [&](int i, const Register& w) LOWBITCORE_LAMBDA {
           for (int r = 0; r < R; ++r) {
             acc[r][i % C] = multiply_add(w, Register::broadcast(xt[i * R + r]), acc[r][i % C]);
           }
-        },
-        Element{});
+        });
   }
   for (int r = 0; r < R; ++r) {
     for (int c = 1; c < C; ++c) acc[r][0] = acc[r][0] + acc[r][c];
@@ -143,15 +165,10 @@ template <int B, int R, typename Element>
 void direct_strip(const ConstMatrix& x, int64_t first, int64_t rows, const QuantWeight& w,
                   const float* bias, const Matrix& y, int threads, Element* packed) {
   pack_few<B, R>(x, first, rows, packed);
-  // Blocks that follow each other are one stream of bytes.
-  const int64_t blocks = y.cols / kBlockN;
-  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads), 1, kMostBlocks);
-  parallel_for(divide_up(blocks, run), threads, [&](int64_t i, int) {
-    for (int64_t n = i * run; n < smaller((i + 1) * run, blocks); ++n) {
-      alignas(64) float out[R * kBlockN];
-      direct_block<B, R>(Block<B>(w, n), x.cols / kTileK, packed, out);
-      store_outputs(out, rows, kBlockN, bias, y, first, n * kBlockN);
-    }
+  for_each_block(y.cols / kBlockN, threads, [&](int64_t n) {
+    alignas(64) float out[R * kBlockN];
+    direct_block<B, R>(Block<B>(w, n), x.cols / kTileK, packed, out);
+    store_outputs(out, rows, kBlockN, bias, y, first, n * kBlockN);
   });
 }
 

@@ -29,17 +29,18 @@ bool has_avx512() {
          __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-
-// What the AMX kernels use beside tiles; all processors with AMX have it.
-bool has_avx512_bf16_vbmi() { return has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi"); }
+// All processors with AVX-512's BF16 but the first have the others, too.
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
 
 // Tiles are large enough that Linux hands them out on request only, to a whole process at once.
 bool has_amx() {
 #ifdef __linux__
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!has_avx512_bf16_vbmi() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
   if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -52,7 +53,7 @@ bool has_amx() {
 // __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
 const Level kLevels[] = {
 #ifdef LOWBITCORE_EMULATE_AMX
-    {amx_emulated_backend, has_avx512_bf16_vbmi},
+    {amx_emulated_backend, has_avx512_bf16},
 #endif
     {scalar_backend, [] { return true; }},
 #ifdef LOWBITCORE_X86

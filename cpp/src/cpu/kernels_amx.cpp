@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kDirectRows = 16;
 constexpr int kDirectTileRows = 4;
+constexpr int kDigitRows = 4;
+constexpr bool kDirectPairs = false;  // one takes as long as four fp32 products of as many lanes
 
 }  // namespace
 }  // namespace lowbitcore

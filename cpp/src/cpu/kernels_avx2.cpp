@@ -87,10 +87,12 @@ struct VecI {
   VecI left() const {
     return {_mm256_slli_epi32(v, S)};
   }
-  Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
+  Vec as_float() const { return {_mm256_castsi256_ps(v)}; }
 };
 
-inline VecI operator&(const VecI& a, const VecI& b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline VecI and_or(const VecI& a, const VecI& mask, const VecI& b) {
+  return {_mm256_or_si256(_mm256_and_si256(a.v, mask.v), b.v)};
+}
 inline VecI operator|(const VecI& a, const VecI& b) { return {_mm256_or_si256(a.v, b.v)}; }
 
 // [8][8] with row steps: two rounds of pairing within 128-bit halves, then the halves.

@@ -7,6 +7,8 @@ namespace lowbitcore {
 namespace {
 
 constexpr int kDirectRows = 24;
+constexpr int kDigitRows = 1;
+constexpr bool kDirectPairs = true;
 
 }  // namespace
 }  // namespace lowbitcore

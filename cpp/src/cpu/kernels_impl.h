@@ -4,7 +4,8 @@
 //   Vec    kWidth floats: load, store, broadcast, from_bytes (kWidth uint8), load_bf16, load_f16,
 //          store_bf16, store_f16, + - * /, madd(a,b,c) ~ a*b+c, fmadd and fnmadd (exactly fused),
 //          min, max, round (ties to even), select_less(a,b,x,y) = a < b ? x : y, round_f16
-//   VecI   kWidth 32-bit integers: load, >> and << by a constant, &, |, to_float
+//   VecI   kWidth 32-bit integers: load, right and left by a constant, |, as_float (of its bits)
+//   and_or(a,b,c)         a & b | c of VecI
 //   kRows, kCols          the register tile of the GEMM: kRows rows by kCols floats
 //   kDirectRows           up to this many rows, X W^T goes straight from the packed integers
 //   kDirectTileRows       the same, where tiles are the alternative
@@ -16,7 +17,8 @@
 //   bf16_pairs(low,high)  two Vec rounded to bf16, interleaved
 //   transpose_pairs       up to 16 rows of pairs -> [pairs][rows]
 //   transpose_tile_pairs  float [32][16] -> pairs, rounded to bf16, [8][32]
-//   for_each_code_pair    see direct.h
+//   PairZeros             and its for_each_difference, see direct.h
+//   kDirectPairs          whether X W^T straight from packed integers is better off with pairs
 //   VecI                  store, broadcast of any 32 bits, load_u16 (kWidth uint16, widened)
 //
 // Nothing here has external linkage, and nothing from the standard library that would: linking two
@@ -26,6 +28,9 @@
 #include "gemm.h"
 #include "outer.h"
 #include "quantization.h"
+#ifdef LOWBITCORE_PAIRS
+#include "digits.h"
+#endif
 #ifdef LOWBITCORE_TILES
 #include "tiles_gemm.h"
 #endif
@@ -44,18 +49,23 @@ void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
               const Resources& use) {
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
-    const bool direct = x.rows <= kDirectRows;
+    const bool bf16 = x.dtype == DType::bf16;
+#ifdef LOWBITCORE_PAIRS
+    const bool few = x.rows > 0 && x.rows <= kDigitRows && bf16 && w.g_idx == nullptr;
+    if (few && digits_nt<B>(x, w, bias, y, use)) return;
+#endif
 #ifdef LOWBITCORE_TILES
     if (x.rows > kDirectTileRows && on_tiles(x, w)) return tiles_nt<B>(x, w, bias, y, use);
 #endif
-    with_element(x.dtype == DType::bf16 && !(direct && w.g_idx != nullptr), [&](auto element) {
-      using Element = decltype(element);
-      if (direct) {
-        direct_nt<B, Element>(x, w, bias, y, use.threads, use.workspace);
-      } else {
-        panel_nt<B, Element>(x, w, bias, y, use.threads, use.workspace);
-      }
-    });
+    if (x.rows <= kDirectRows) {
+      with_direct_element(bf16 && w.g_idx == nullptr, [&](auto element) {
+        direct_nt<B, decltype(element)>(x, w, bias, y, use.threads, use.workspace);
+      });
+    } else {
+      with_element(bf16, [&](auto element) {
+        panel_nt<B, decltype(element)>(x, w, bias, y, use.threads, use.workspace);
+      });
+    }
   });
 }
 

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "../half.h"
 #include "isa.h"
@@ -127,16 +128,16 @@ struct VecI {
     LOWBITCORE_LANES r.v[i] = v[i] << S;
     return r;
   }
-  Vec to_float() const {
+  Vec as_float() const {
     Vec r;
-    LOWBITCORE_LANES r.v[i] = static_cast<float>(static_cast<std::int32_t>(v[i]));
+    std::memcpy(r.v, v, sizeof r.v);
     return r;
   }
 };
 
-inline VecI operator&(const VecI& a, const VecI& b) {
+inline VecI and_or(const VecI& a, const VecI& mask, const VecI& b) {
   VecI r;
-  LOWBITCORE_LANES r.v[i] = a.v[i] & b.v[i];
+  LOWBITCORE_LANES r.v[i] = (a.v[i] & mask.v[i]) | b.v[i];
   return r;
 }
 inline VecI operator|(const VecI& a, const VecI& b) {

@@ -101,17 +101,18 @@ void contract_tile(const Block<B>& block, int64_t tile, const float* dw, float* 
                    int64_t stride) {
   const int64_t k0 = tile * kTileK;
   for (int lane = 0; lane < kBlockN; lane += kWidth) {
+    const uint32_t* words = block.tile_words(tile) + lane;
     if (block.g_idx == nullptr) {
       const int64_t g = k0 / block.group_size;
-      const Vec z = block.zero(g, lane);
       Vec sum = Vec::broadcast(0.0f);
-      for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) {
-        sum = madd(q - z, Vec::load(dw + i * kPanel + lane), sum);
+      for_each_difference(words, Zeros<B>(block.zero(g, lane)), [&](int i, const Vec& d) {
+        sum = madd(d, Vec::load(dw + i * kPanel + lane), sum);
       });
       float* out = ds + g * stride + lane;
       (Vec::load(out) + sum).store(out);
     } else {
-      for_each_code<B>(block.tile_words(tile), lane, [&](int i, const Vec& q) {
+      const Zeros<B> none(Vec::broadcast(0.0f));
+      for_each_difference(words, none, [&](int i, const Vec& q) {
         const int64_t g = block.g_idx[k0 + i];
         float* out = ds + g * stride + lane;
         madd(q - block.zero(g, lane), Vec::load(dw + i * kPanel + lane), Vec::load(out)).store(out);

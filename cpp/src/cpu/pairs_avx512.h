@@ -92,9 +92,18 @@ alignas(64) constexpr std::uint16_t kSmallIntegers[32] = {
     0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
     0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
 
-// What zeros are less by, so that differences of up to 4 bits count entries of kSmallIntegers.
+// Zeros as 16-bit integers twice, less so much that differences of up to 4 bits count entries of
+// kSmallIntegers.
 template <int B>
-constexpr int kZeroOffset = B <= 4 ? 16 : 0;
+struct PairZeros {
+  static constexpr int kOffset = B <= 4 ? 16 : 0;
+  __m512i v;
+
+  explicit PairZeros(const Vec& zero) {
+    const __m512i z = _mm512_cvtps_epi32(zero.v);
+    v = _mm512_sub_epi16(_mm512_or_si512(z, _mm512_slli_epi32(z, 16)), _mm512_set1_epi16(kOffset));
+  }
+};
 
 // Differences of 16-bit codes and lessened zeros, as bf16: all are exact.
 template <int B>
@@ -111,19 +120,18 @@ LOWBITCORE_INLINE VecI bf16_difference(__m512i codes, __m512i zeros) {
 }
 
 template <int B, typename F, int... P>
-LOWBITCORE_INLINE void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f,
-                                          std::integer_sequence<int, P...>) {
-  VecI w[B];
-  load_pair_words(words, w);
-  const __m512i z = _mm512_cvtps_epi32(zero.v);
-  const __m512i zeros = _mm512_sub_epi16(_mm512_or_si512(z, _mm512_slli_epi32(z, 16)),
-                                         _mm512_set1_epi16(kZeroOffset<B>));
-  (f(P, bf16_difference<B>(code_pair<B, P>(w), zeros)), ...);
+LOWBITCORE_INLINE void for_each_difference(const VecI (&w)[B], const PairZeros<B>& zeros,
+                                           const F& f, std::integer_sequence<int, P...>) {
+  (f(P, bf16_difference<B>(code_pair<B, P>(w), zeros.v)), ...);
 }
 
+// Calls f(p, q - z of pair p) for the 16 pairs of a tile.
 template <int B, typename F>
-LOWBITCORE_INLINE void for_each_code_pair(const std::uint32_t* words, const Vec& zero, const F& f) {
-  for_each_code_pair<B>(words, zero, f, std::make_integer_sequence<int, 16>());
+LOWBITCORE_INLINE void for_each_difference(const std::uint32_t* words, const PairZeros<B>& zeros,
+                                           const F& f) {
+  VecI w[B];
+  load_pair_words(words, w);
+  for_each_difference<B>(w, zeros, f, std::make_integer_sequence<int, 16>());
 }
 
 }  // namespace

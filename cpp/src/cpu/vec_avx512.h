@@ -85,10 +85,12 @@ struct VecI {
   VecI left() const {
     return {_mm512_slli_epi32(v, S)};
   }
-  Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+  Vec as_float() const { return {_mm512_castsi512_ps(v)}; }
 };
 
-inline VecI operator&(const VecI& a, const VecI& b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline VecI and_or(const VecI& a, const VecI& mask, const VecI& b) {
+  return {_mm512_ternarylogic_epi32(a.v, mask.v, b.v, 0xea)};
+}
 inline VecI operator|(const VecI& a, const VecI& b) { return {_mm512_or_si512(a.v, b.v)}; }
 
 // 16 x 16 in registers: pairs within 128-bit lanes, then twice among the lanes.
