@@ -162,6 +162,7 @@ def describe(benchmark: Any, op: str, case: Case, path: dispatch.Path = "fused")
             benchmark.extra_info["peak_gflops"] = peak
 
 
+@torch.no_grad()  # as one generates: torch's autograd takes longer than a small product
 @pytest.mark.parametrize("case", CASES + PERMUTED)
 def test_qgemm_nt(benchmark: Any, case: Case) -> None:
     packed, scales = packed_weight(case.n, case.k, case.bits)

@@ -88,11 +88,12 @@ LOWBITCORE_INLINE void fetch_group(const Block<B>& block, int64_t g, int64_t gro
   __builtin_prefetch(block.zeros + (kBlocks * groups + g) * kBlockN);
 }
 
-// Asks for words of the tiles to come.
+// Asks for words of the tiles to come, into the second level: of what waits for the first there are
+// too few places to keep up with memory.
 template <int B>
 LOWBITCORE_INLINE void fetch_ahead(const Block<B>& block, int64_t tile) {
   const char* ahead = reinterpret_cast<const char*>(block.tile_words(tile)) + kFetchAhead;
-  for (int r = 0; r < B; ++r) __builtin_prefetch(ahead + r * kBlockN * 4);
+  for (int r = 0; r < B; ++r) __builtin_prefetch(ahead + r * kBlockN * 4, 0, 2);
 }
 
 // Calls f(block) for every block of outputs. Blocks that follow each other are one stream of bytes.
