@@ -319,6 +319,19 @@ def test_zero_weights_give_exact_zero(isa: str, bits: int, dtype: torch.dtype) -
         assert not core.grad_scales(dy, x).any()
 
 
+@each_dtype
+@each_width
+@pytest.mark.parametrize("in_features", [160, 288, 416])
+def test_last_groups_much_shorter_than_others(
+    isa: str, bits: int, dtype: torch.dtype, in_features: int
+) -> None:
+    problem = ref.random_problem(
+        20, bits=bits, group_size=128, out_features=64, in_features=in_features
+    )
+    for rows in (1, 2, 4, 5, 17):
+        check_all(problem, rows, dtype)
+
+
 @each_width
 @pytest.mark.parametrize("exponent", [15, 21, 22, 23, 24, 60, 127])
 def test_large_inputs_of_zero_weights_hide_no_small_ones(

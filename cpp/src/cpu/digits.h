@@ -187,7 +187,7 @@ template <int B, int R>
 bool digits_strip(const ConstMatrix& x, const QuantWeight& w, const float* bias, const Matrix& y,
                   const Resources& use) {
   const int64_t tiles = x.cols / kTileK, groups = w.format.groups();
-  const int64_t group_tiles = divide_up(tiles, groups);
+  const int64_t group_tiles = Block<B>(w, 0).group_size / kTileK;
   const DigitRows<R> packed(use.workspace, x.cols, groups);
   for (int r = 0; r < R; ++r) {
     // A row too many repeats the last one, and is not stored.
@@ -217,7 +217,7 @@ bool digits_strip(const ConstMatrix& x, const QuantWeight& w, const float* bias,
 template <int B>
 bool digits_nt(const ConstMatrix& x, const QuantWeight& w, const float* bias, const Matrix& y,
                const Resources& use) {
-  if (w.format.group_size > kMostInputs || x.cols / w.format.groups() > kMostInputs) return false;
+  if (Block<B>(w, 0).group_size > kMostInputs) return false;
   if (x.rows == 1) return digits_strip<B, 1>(x, w, bias, y, use);
   if (x.rows == 2) return digits_strip<B, 2>(x, w, bias, y, use);
   return digits_strip<B, 4>(x, w, bias, y, use);
