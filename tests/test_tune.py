@@ -278,3 +278,13 @@ def test_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_settings(settings: dict[str, object], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         lbc.QuantConfig(**settings)
+
+
+def test_neither_one_large_token_nor_all_small_ones_may_be_lost() -> None:
+    wanted = torch.ones(1, 100, 8)
+    wanted[0, 0] *= 1000
+    for lost in (slice(0, 1), slice(1, 100)):
+        output = wanted.clone()
+        output[0, lost] = 0
+        assert 0.45 < float(tune.block_error(output, wanted)) < 0.55
+    assert float(tune.block_error(wanted, wanted)) == 0
