@@ -152,7 +152,7 @@ constexpr int kWindow = B == 3 ? 7 : 16 / B;
 template <int B, int I>
 LOWBITCORE_INLINE VecI window(const VecI (&w)[B]) {
   constexpr int bit = I * kWindow<B> * B, word = bit / 32, shift = bit % 32;
-  constexpr int width = (32 - I * kWindow<B> < kWindow<B> ? 32 - I * kWindow<B> : kWindow<B>)*B;
+  constexpr int width = static_cast<int>(smaller(kWindow<B>, 32 - I * kWindow<B>)) * B;
   if constexpr (shift == 0) {
     return w[word];
   } else {
@@ -188,13 +188,25 @@ LOWBITCORE_INLINE void for_each_difference(const VecI (&w)[B], const Zeros<B>& z
   (f(I, difference<B, I>(w, zeros)), ...);
 }
 
+// The words of a tile, for the outputs of one vector.
+template <int B>
+LOWBITCORE_INLINE void load_words(const uint32_t* words, VecI (&w)[B]) {
+  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
+}
+
 // Calls f(i, q - z of input i) for the 32 inputs of a tile, for the outputs of one vector.
 template <int B, typename F>
 LOWBITCORE_INLINE void for_each_difference(const uint32_t* words, const Zeros<B>& zeros,
                                            const F& f) {
   VecI w[B];
-  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
+  load_words(words, w);
   for_each_difference<B>(w, zeros, f, std::make_integer_sequence<int, 32>());
+}
+
+// The same with q alone.
+template <int B, typename F>
+LOWBITCORE_INLINE void for_each_code(const uint32_t* words, const F& f) {
+  for_each_difference(words, Zeros<B>(Vec::broadcast(0.0f)), f);
 }
 
 // One block of 16 outputs of a packed weight.
@@ -235,8 +247,7 @@ LOWBITCORE_INLINE void for_each_weight(const Block<B>& block, int64_t tile, int 
     for_each_difference(words, Zeros<B>(block.zero(g, lane)),
                         [&](int i, const Vec& d) LOWBITCORE_LAMBDA { f(i, d * s); });
   } else {
-    const Zeros<B> none(Vec::broadcast(0.0f));
-    for_each_difference(words, none, [&](int i, const Vec& q) LOWBITCORE_LAMBDA {
+    for_each_code<B>(words, [&](int i, const Vec& q) LOWBITCORE_LAMBDA {
       const int64_t g = block.g_idx[k0 + i];
       f(i, (q - block.zero(g, lane)) * block.scale(g, lane));
     });

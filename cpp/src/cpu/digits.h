@@ -140,7 +140,7 @@ template <int B, typename F, int... S>
 LOWBITCORE_INLINE void for_each_four(const uint32_t* words, const F& f,
                                      std::integer_sequence<int, S...>) {
   VecI w[B];
-  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
+  load_words(words, w);
   (f(S, four<B, S>(w)), ...);
 }
 
@@ -163,8 +163,8 @@ LOWBITCORE_INLINE void add_digits(const Block<B>& block, int64_t g, int64_t firs
         [&](int s, const __m512i& integers) LOWBITCORE_LAMBDA {
           for (int i = 0; i < R * kDigits; ++i) {
             __m512i& sum = acc[i / kDigits][i % kDigits][s % C];
-            const auto four = static_cast<int>(digits[i * kFours + s]);
-            sum = _mm512_dpbusd_epi32(sum, integers, _mm512_set1_epi32(four));
+            const auto digit = static_cast<int>(digits[i * kFours + s]);
+            sum = _mm512_dpbusd_epi32(sum, integers, _mm512_set1_epi32(digit));
           }
         },
         std::make_integer_sequence<int, kFours>());

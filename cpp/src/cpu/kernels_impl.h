@@ -18,6 +18,7 @@
 //   transpose_pairs       up to 16 rows of pairs -> [pairs][rows]
 //   transpose_tile_pairs  float [32][16] -> pairs, rounded to bf16, [8][32]
 //   PairZeros             and its for_each_difference, see direct.h
+//   kDigitRows            up to this many rows of bf16 are multiplied in integers
 //   kDirectPairs          whether X W^T straight from packed integers is better off with pairs
 //   VecI                  store, broadcast of any 32 bits, load_u16 (kWidth uint16, widened)
 //

@@ -111,8 +111,7 @@ void contract_tile(const Block<B>& block, int64_t tile, const float* dw, float* 
       float* out = ds + g * stride + lane;
       (Vec::load(out) + sum).store(out);
     } else {
-      const Zeros<B> none(Vec::broadcast(0.0f));
-      for_each_difference(words, none, [&](int i, const Vec& q) {
+      for_each_code<B>(words, [&](int i, const Vec& q) {
         const int64_t g = block.g_idx[k0 + i];
         float* out = ds + g * stride + lane;
         madd(q - block.zero(g, lane), Vec::load(dw + i * kPanel + lane), Vec::load(out)).store(out);

@@ -65,7 +65,7 @@ namespace {
 // there inputs 0 to 15 go into the lower halves and inputs 16 to 31 into the upper ones.
 template <int B>
 LOWBITCORE_INLINE void load_pair_words(const std::uint32_t* words, VecI (&w)[B]) {
-  for (int r = 0; r < B; ++r) w[r] = VecI::load(words + r * kBlockN);
+  load_words(words, w);
   if constexpr (B == 3) {
     constexpr __mmask32 kUpper = 0xaaaaaaaau;
     const VecI middle = w[0].template right<16>() | w[2].template left<16>();
