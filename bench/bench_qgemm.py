@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ BITS = [2, 3, 4, 8]
 GROUP_SIZE = 128
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROUNDS = 9
+T = TypeVar("T")
 
 
 class Case(NamedTuple):
@@ -69,10 +70,19 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=device.device(), dtype=dtype)
 
 
-def packed_weight(n: int, k: int, bits: int) -> tuple[Tensor, Tensor]:
+def packed_weights(n: int, k: int, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same packed integers and their scales, anew each time, as layers of a model have them."""
     codes, scales, zeros = ops.quantize_rtn(randn(n, k), bits=bits, group_size=GROUP_SIZE)
     qweight, qzeros = ops.pack_qweight(codes, bits=bits), ops.pack_qzeros(zeros, bits=bits)
-    return ops.prepack(qweight, qzeros, bits=bits, group_size=GROUP_SIZE), scales
+    while True:
+        packed = ops.prepack(qweight, qzeros, bits=bits, group_size=GROUP_SIZE)
+        yield packed, scales.clone()
+
+
+def dense_weights(n: int, k: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    weight = randn(n, k, dtype=dtype)
+    while True:
+        yield weight.clone()
 
 
 def form_of(case: Case) -> dict[str, Any]:
@@ -83,9 +93,19 @@ def form_of(case: Case) -> dict[str, Any]:
     return {"bits": case.bits, "group_size": GROUP_SIZE, "g_idx": g_idx}
 
 
-def copies(tensor: Tensor, m: int) -> itertools.cycle[Tensor]:
-    count = max(1, CACHE_BYTES // (tensor.numel() * tensor.element_size())) if m <= 16 else 1
-    return itertools.cycle([tensor.clone() for _ in range(count)])
+def copies(weights: Iterator[T], weight_bytes: int, m: int) -> itertools.cycle[T]:
+    count = max(1, CACHE_BYTES // weight_bytes) if m <= 16 else 1
+    return itertools.cycle(list(itertools.islice(weights, count)))
+
+
+def packed_copies(case: Case) -> itertools.cycle[tuple[Tensor, Tensor]]:
+    weights = packed_weights(case.n, case.k, case.bits)
+    return copies(weights, case.n * case.k * case.bits // 8, case.m)
+
+
+def dense_copies(case: Case) -> itertools.cycle[Tensor]:
+    weights = dense_weights(case.n, case.k, case.dtype)
+    return copies(weights, case.n * case.k * case.dtype.itemsize, case.m)
 
 
 def path_of(op: dispatch.Op, case: Case) -> dispatch.Path:
@@ -165,17 +185,15 @@ def describe(benchmark: Any, op: str, case: Case, path: dispatch.Path = "fused")
 @torch.no_grad()  # as one generates: torch's autograd takes longer than a small product
 @pytest.mark.parametrize("case", CASES + PERMUTED)
 def test_qgemm_nt(benchmark: Any, case: Case) -> None:
-    packed, scales = packed_weight(case.n, case.k, case.bits)
     form = form_of(case)
     x = randn(case.m, case.k, dtype=case.dtype)
-    ours = copies(packed, case.m)
-    dense = copies(randn(case.n, case.k, dtype=case.dtype), case.m)
+    ours, dense = packed_copies(case), dense_copies(case)
 
     def run() -> Tensor:
-        return ops.qgemm_nt(x, next(ours), scales, **form)
+        return ops.qgemm_nt(x, *next(ours), **form)
 
     def dequantize_first() -> Tensor:
-        weight = ops.dequantize(next(ours), scales, in_features=case.k, dtype=case.dtype, **form)
+        weight = ops.dequantize(*next(ours), in_features=case.k, dtype=case.dtype, **form)
         return functional.linear(x, weight)
 
     path = path_of("qgemm_nt", case)
@@ -191,17 +209,15 @@ def test_qgemm_nt(benchmark: Any, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES + PERMUTED)
 def test_qgemm_nn(benchmark: Any, case: Case) -> None:
-    packed, scales = packed_weight(case.n, case.k, case.bits)
     form = form_of(case)
     dy = randn(case.m, case.n, dtype=case.dtype)
-    ours = copies(packed, case.m)
-    dense = copies(randn(case.n, case.k, dtype=case.dtype), case.m)
+    ours, dense = packed_copies(case), dense_copies(case)
 
     def run() -> Tensor:
-        return ops.qgemm_nn(dy, next(ours), scales, in_features=case.k, **form)
+        return ops.qgemm_nn(dy, *next(ours), in_features=case.k, **form)
 
     def dequantize_first() -> Tensor:
-        weight = ops.dequantize(next(ours), scales, in_features=case.k, dtype=case.dtype, **form)
+        weight = ops.dequantize(*next(ours), in_features=case.k, dtype=case.dtype, **form)
         return dy @ weight
 
     path = path_of("qgemm_nn", case)
@@ -217,7 +233,7 @@ def test_qgemm_nn(benchmark: Any, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_qgemm_grad_scales(benchmark: Any, case: Case) -> None:
-    packed, _ = packed_weight(case.n, case.k, case.bits)
+    packed, _ = next(packed_weights(case.n, case.k, case.bits))
     dy = randn(case.m, case.n, dtype=case.dtype)
     x = randn(case.m, case.k, dtype=case.dtype)
     compare(
@@ -236,7 +252,7 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def packed_linear(bits: int, n: int, k: int) -> Linear:
-    packed, scales = packed_weight(n, k, bits)
+    packed, scales = next(packed_weights(n, k, bits))
     return lambda x: ops.qgemm_nt(x, packed, scales, bits=bits, group_size=GROUP_SIZE)
 
 

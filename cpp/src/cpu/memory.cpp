@@ -1,4 +1,9 @@
 // Memory of the CPU: scratch that each thread keeps, and the execution layout (layout.h).
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -12,11 +17,23 @@ namespace lowbitcore {
 
 namespace {
 
-constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kAlignment = kHugePage;
 
 struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
 };
+
+// For memory about to be written first, as far as it fills huge pages. Kernels read it out of order
+// and far ahead, where every small page costs a look into tables.
+void want_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto start = reinterpret_cast<std::uintptr_t>(memory), end = start + bytes;
+  const std::uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage;
+  if (first + kHugePage > end) return;
+  madvise(reinterpret_cast<void*>(first), (end - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+}
 
 void* allocate(std::size_t bytes, void*) {
   thread_local std::unique_ptr<void, AlignedDelete> kept;
@@ -25,6 +42,7 @@ void* allocate(std::size_t bytes, void*) {
     kept.reset();
     kept_bytes = 0;
     kept.reset(::operator new(bytes, std::align_val_t{kAlignment}));
+    want_huge_pages(kept.get(), bytes);
     kept_bytes = bytes;
   }
   return kept.get();
@@ -52,6 +70,7 @@ void check_finite(const char* op, const char* argument, const char* expected, Co
 void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
              View<const std::int32_t> qzeros, void* packed, void*) {
   const std::int64_t n = format.out_features, groups = format.groups();
+  want_huge_pages(packed, packed_size(format));
   auto* words = static_cast<char*>(packed);
   for (std::int64_t row = 0; row < qweight.rows; ++row) {
     for (std::int64_t block = 0; block < n / kBlockN; ++block) {

@@ -467,12 +467,14 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
       const int64_t panels = smaller(blocks.panels, all_panels - panel0);
       uint32_t* w = weights + thread * blocks.piece_words();
       float* c = results + thread * blocks.sums();
+      const auto sums_of = [&](int64_t panel, int64_t strip) {
+        return c + (panel * strips + strip) * kStrip * kPanel;
+      };
       for (int64_t step = 0; step < all_steps; step += blocks.steps) {
         const int64_t steps = smaller(blocks.steps, all_steps - step), end = step + steps;
-        const bool done = end == all_steps;
         // The next piece of activations comes from beyond the second level: each product asks for
         // a part of it.
-        const char* next = reinterpret_cast<const char*>(strip_of(done ? 0 : end, 0));
+        const char* next = reinterpret_cast<const char*>(strip_of(end == all_steps ? 0 : end, 0));
         const int64_t lines = divide_up(kStepWords / 16, panels);
         for (int64_t first = 0; first < panels; first += blocks.together) {
           const int64_t together = smaller(blocks.together, panels - first);
@@ -480,14 +482,19 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
           for (int64_t p = first; p < first + together; ++p) {
             const uint32_t* piece = w + (p - first) * kPieceSteps * kStepWords;
             for (int64_t strip = 0; strip < strips; ++strip, next += steps * lines * 64) {
-              const int64_t row = strip * kStrip, count = smaller(kStrip, rows - row);
-              if (done) prefetch_outputs(product.out, row0 + row, count, panel0 + p);
-              float* sums = c + (p * strips + strip) * kStrip * kPanel;
-              product.multiply(count, steps, strip_of(step, strip), piece, sums, step > 0,
+              product.multiply(smaller(kStrip, rows - strip * kStrip), steps,
+                               strip_of(step, strip), piece, sums_of(p, strip), step > 0,
                                Ahead{next, lines});
-              if (done) product.store(sums, count, row0 + row, panel0 + p);
             }
           }
+        }
+      }
+      // A row's results are stored side by side: each row lies in a page of its own.
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        const int64_t row = strip * kStrip, count = smaller(kStrip, rows - row);
+        for (int64_t p = 0; p < panels; ++p) {
+          if (p + 1 < panels) prefetch_outputs(product.out, row0 + row, count, panel0 + p + 1);
+          product.store(sums_of(p, strip), count, row0 + row, panel0 + p);
         }
       }
     });
