@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
+from typer.testing import CliRunner
 
 import lowbitcore as lbc
-from lowbitcore import head, lrec, recipes, training
+from lowbitcore import cli, head, lrec, recipes, training
 from lowbitcore.data import IGNORED, Example, TrainingSet, read_examples
 from lowbitcore.model import quantized_linears
 from lowbitcore.training import TrainedModel, collate, newest_checkpoint
@@ -637,6 +638,30 @@ def test_tokens_are_tokens(place: Path) -> None:
     assert 1500 <= result["steps"] * 4 * mean < 1500 + 4 * 32
 
 
+def test_presets_are_defaults(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[recipes.Recipe] = []
+    monkeypatch.setattr(recipes, "train", lambda recipe, *_, **__: given.append(recipe))
+
+    def recipe_of(*options: str) -> Any:
+        arguments = ["lrec", place / "quantized", place / "preset", "--data", place / "text.txt"]
+        arguments += ["--teacher", place / "model", "--steps", 1, *options]
+        done = CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return given.pop()
+
+    recipe = recipe_of("--preset", "int2")
+    targets = ("q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "gate_proj")
+    assert recipe.lora == recipes.Lora(32, 128, targets, 0.05, bits=8)
+    assert (recipe.teacher.lambda_kl, recipe.teacher.kl) == (1, "forward")
+    assert recipe.teacher.lambda_ce * 2048 == 120
+    assert (recipe.schedule.length, recipe.schedule.batch, recipe.schedule.lr) == (2048, 7, 3e-5)
+    for options in (("--rank", "4", "--preset", "int4"), ("--preset", "int4", "--rank", "4")):
+        recipe = recipe_of(*options)
+        assert (recipe.lora.rank, recipe.lora.alpha, recipe.schedule.lr) == (4, 128, 1e-5)
+        assert recipe.teacher.lambda_ce * 2048 == 10
+    assert recipe_of().lora == recipes.Lora(8, 8, None, 0.0, bits=8)
+
+
 @pytest.mark.parametrize("adapter_bits", [8, 16])
 def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path: Path) -> None:
     corrected = tmp_path / "corrected"
@@ -653,6 +678,8 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
     common = [*command(place, "lrec", "from-correction", "--steps", 1, *bits)]
     common[1:3] = corrected, tmp_path / "from-correction"
     assert re.search("--rank: expected that of .*, 4 ", fail(*common, "--rank", 8))
+    for option in ("--alpha", "--dropout"):
+        assert re.search(f"{option}: .* has its own", fail(*common, option, 0.5))
     common[common.index("--lr") + 1] = 1e-9  # so that it stays where it starts
     succeed(*common)
     _, after = succeed("eval", corrected, "--adapter", tmp_path / "from-correction", *text)

@@ -50,6 +50,31 @@ Checkpoints = Annotated[
 ]
 
 
+# LREC as INT2.1's authors ran it on LLaMA-7B (arXiv 2306.08162; the command lines in their code,
+# stochasticai/xTuring, examples/int2-1/LREC). There KL is summed over the 2,048 tokens of a
+# sequence, CE is a mean: weights of 1 and 120, and of 1 and 10, are these between two means.
+_AUTHORS = {
+    "start": "zeros",
+    "rank": 32,
+    "alpha": 128,
+    "dropout": 0.05,
+    "targets": "q_proj,v_proj,k_proj,o_proj,up_proj,gate_proj",
+    "length": 2048,
+    "batch": 7,
+}
+PRESETS = {
+    "int2": {**_AUTHORS, "lambda_ce": 120 / 2048, "lr": 3e-5},
+    "int4": {**_AUTHORS, "lambda_ce": 10 / 2048, "lr": 1e-5},
+}
+
+
+def _use_preset(context: typer.Context, name: str | None) -> str | None:
+    """Its settings become the defaults of options that are read after it."""
+    if name is not None:
+        context.default_map = {**(context.default_map or {}), **PRESETS[name]}
+    return name
+
+
 @app.command()
 def peqa(
     model: Packed,
@@ -153,6 +178,15 @@ def lrec(
     out: Out,
     teacher: Annotated[str, typer.Option(metavar="MODEL", help="The 16-bit model.")],
     data: Data,
+    preset: Annotated[
+        Literal["int2", "int4"] | None,
+        typer.Option(
+            callback=_use_preset,
+            is_eager=True,
+            help="Settings of the method's authors for LLaMA-7B in 2 or 4 bits; they trained on "
+            "--tokens 204800000. Options given beside it count.",
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the adapter (default: the start's, or 8).")
     ] = None,
@@ -168,6 +202,16 @@ def lrec(
         str | None,
         typer.Option(help="Linears to adapt, by name, where it starts from zeros (default: all)."),
     ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="The adapter counts alpha / rank times, where it starts from zeros (default: "
+            "once)."
+        ),
+    ] = None,
+    dropout: Annotated[
+        float, typer.Option(help="Of the adapter's input, where it starts from zeros.")
+    ] = 0.0,
     adapter_bits: AdapterBits = 8,
     lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
     lambda_ce: Annotated[float, typer.Option(help="Weight of the cross-entropy.")] = 0.1,
@@ -224,7 +268,9 @@ def lrec(
     recipe = Recipe(
         model,
         schedule,
-        _lrec_adapter(model, rank, start, targets, adapter_bits, stacked=bool(adapter)),
+        _lrec_adapter(
+            model, rank, start, targets, alpha, dropout, adapter_bits, stacked=bool(adapter)
+        ),
         Teacher(teacher, lambda_kl, lambda_ce, kl, cache),
         tuple(adapter or ()),
         scales_lr,
@@ -302,11 +348,13 @@ def _lrec_adapter(
     rank: int | None,
     start: str | None,
     targets: str | None,
+    alpha: float | None,
+    dropout: float,
     bits: int,
     *,
     stacked: bool,
 ) -> Lora:
-    """LREC's adapter: on every linear unless `targets` says otherwise, with alpha = rank."""
+    """LREC's adapter: on every linear with alpha = rank, unless it is said otherwise."""
     from lowbitcore.formats import peft
     from lowbitcore.recipes import Lora
 
@@ -319,9 +367,12 @@ def _lrec_adapter(
     if start == "zeros" or stacked or directory is None:
         rank = 8 if rank is None else rank
         names = None if targets is None else tuple(targets.split(","))
-        return Lora(rank, rank, names, 0.0, bits=bits)
+        return Lora(rank, rank if alpha is None else alpha, names, dropout, bits=bits)
     if targets is not None:
         raise ValueError(f"--targets: {directory} is on its own linears: expected --start zeros")
+    for name, given in (("alpha", alpha is not None), ("dropout", dropout != 0)):
+        if given:
+            raise ValueError(f"--{name}: {directory} has its own: expected --start zeros")
     ranks = {len(item.a) for item in peft.read(directory).linears.values()}
     if rank is not None and ranks != {rank}:
         raise ValueError(
