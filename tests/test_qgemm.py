@@ -157,6 +157,13 @@ def test_many_rows_of_a_long_reduction(isa: str, bits: int, n: int, k: int, rows
     check_all(problem, rows, torch.bfloat16, with_bias=True, x_layout="strided")
 
 
+@each_width
+def test_many_rows_of_a_small_weight(isa: str, bits: int) -> None:
+    """Of which a cache holds a part, dequantised once for all rows."""
+    problem = ref.random_problem(7, bits=bits, group_size=96, out_features=1088, in_features=576)
+    check_all(problem, 1100, torch.bfloat16, with_bias=True, x_layout="strided")
+
+
 @pytest.mark.full
 @each_dtype
 @each_width
@@ -442,7 +449,7 @@ def test_same_bits_for_any_number_of_threads(
         20, bits=bits, group_size=64, out_features=288, in_features=352, g_idx=g_idx
     )
     core = Packed(problem)
-    for rows in (1, 3, 130):
+    for rows in (1, 3, 130, 600):  # of the last one thread goes another way than two
         x = ref.random_activations(21, rows, 352, dtype)
         dy = ref.random_activations(22, rows, 288, dtype)
         with ref.threads(1):

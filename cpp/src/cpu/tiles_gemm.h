@@ -6,9 +6,10 @@
 // row of a tile holds inputs of one output (X W^T: W is the left operand, the result comes out
 // transposed) or those of two outputs in turn (dY W: W is the right operand).
 //
-// The second-level cache holds a thread's sums, of some rows and panels, and of these rows' packed
-// activations a piece of the reduction, which all of these panels meet before the next piece; the
-// first level holds a panel's piece, dequantised there.
+// Of large weights the second-level cache holds a thread's sums, of some rows and panels, and of
+// these rows' packed activations a piece of the reduction, which all of these panels meet before
+// the next piece; the first level holds a panel's piece, dequantised there. Of small ones it holds
+// many panels at their whole depth, and rows come by, a strip's piece at a time in the first level.
 #pragma once
 
 #include "gemm.h"
@@ -22,11 +23,15 @@ constexpr int64_t kTileWords = 256;
 constexpr int64_t kStepWords = 2 * kTileWords;
 constexpr int64_t kStrip = 32;
 
-constexpr int64_t kPieceSteps = 16;           // at most: 32 KB of a panel
+constexpr int64_t kPieceSteps = 18;  // at most: 36 KB of a panel
+constexpr int64_t kPieceWords = kPieceSteps * kStepWords;
 constexpr int64_t kMostRows = 448;            // of activations at once: 448 KB of a piece
 constexpr int64_t kMostSums = (3 << 18) / 4;  // that a thread holds: 768 KB
 constexpr int64_t kRowAhead = 512;  // bytes; rows lie beyond what the processor prefetches itself
-constexpr int64_t kPanelsTogether = 4;  // of dY W, whose groups lie across panels
+constexpr int64_t kPanelsTogether = 4;      // of dY W, whose groups lie across panels
+constexpr int64_t kMostResident = 1 << 18;  // words of dequantised panels: 1 MB
+constexpr int64_t kFewestResident = 8;      // panels, or rows would come by too often
+constexpr int64_t kFewestStrips = 16;       // of a thread
 
 // ---- integers ----
 
@@ -102,7 +107,7 @@ LOWBITCORE_INLINE __m512i row_of(__m512i output) {
 
 // ---- the weights of 16 outputs in a group ----
 
-constexpr int64_t kMostTiles = 16;  // that are dequantised at once
+constexpr int64_t kMostTiles = 18;  // that are dequantised at once
 static_assert(kMostTiles >= kPieceSteps && kMostTiles >= kPanelsTogether, "runs of tiles");
 
 LOWBITCORE_INLINE __m512i four_times(const uint32_t* lane) {
@@ -339,7 +344,8 @@ void pack_right(const ConstMatrix& x, int64_t first, int64_t rows, int64_t step,
 
 // ---- products ----
 
-enum class Streams { left, right };
+// The operand that is too large for the first-level cache.
+enum class Streams { weights, activations };
 
 // What a product asks for on behalf of later ones.
 struct Ahead {
@@ -347,10 +353,10 @@ struct Ahead {
   int64_t count;  // of them, a step
 };
 
-// c (+)= a b; Lower and Right say whether the second tiles of a and of b count, Streaming which
-// operand is too large to be kept by the first-level cache, where it is not to displace the other.
-// It is loaded first: its tiles take longer. The sums behind c are the next product's.
-template <Streams Streaming, bool Lower, bool Right>
+// c (+)= a b; Lower and Right say whether the second tiles of a and of b count, LeftStreams which
+// operand the first-level cache is not to keep, as it would displace the other. That one is loaded
+// first: its tiles take longer. The sums behind c are the next product's.
+template <bool LeftStreams, bool Lower, bool Right>
 void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* c, bool accumulate,
                     Ahead ahead) {
   const char* next_sums = reinterpret_cast<const char*>(c + 4 * kTileWords);
@@ -370,7 +376,7 @@ void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* 
     for (int64_t i = 0; i < ahead.count; ++i, ahead.lines += 64) {
       __builtin_prefetch(ahead.lines, 0, 2);
     }
-    if (Streaming == Streams::left) {
+    if (LeftStreams) {
       _tile_stream_loadd(4, a, 64);
       if (Lower) _tile_stream_loadd(5, a + kTileWords, 64);
       _tile_loadd(6, b, 64);
@@ -392,15 +398,21 @@ void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* 
   if (Lower && Right) _tile_stored(3, c + 3 * kTileWords, 64);
 }
 
-// How a product is cut.
+// Of a piece of the reduction: even ones, as sums travel once a piece.
+constexpr int64_t piece_steps(int64_t depth) {
+  const int64_t all = depth / kStrip;
+  return divide_up(all, divide_up(all, kPieceSteps));
+}
+
+// How the product of a large weight is cut.
 struct Blocks {
   int64_t rows, panels;  // of a thread's sums
-  int64_t steps;         // of a piece: even ones, as sums travel once a piece
+  int64_t steps;         // of a piece
   int64_t together;      // panels that are dequantised at once
 
   Blocks(int64_t m, int64_t depth, int64_t outputs, int64_t most_together, int threads) {
-    const int64_t all = outputs / kPanel, all_steps = depth / kStrip;
-    steps = divide_up(all_steps, divide_up(all_steps, kPieceSteps));
+    const int64_t all = outputs / kPanel;
+    steps = piece_steps(depth);
     rows = round_up(divide_up(m, divide_up(m, kMostRows)), kStrip);
     const int64_t most = larger(kMostSums / (rows * kPanel), 1);
     panels = divide_up(all, round_up(divide_up(all, most), threads));
@@ -408,13 +420,42 @@ struct Blocks {
   }
 
   int64_t activation_words(int64_t depth) const { return rows * depth / 2; }
-  int64_t piece_words() const { return together * kPieceSteps * kStepWords; }
+  int64_t piece_words() const { return together * kPieceWords; }
   int64_t sums() const { return panels * kPanel * rows; }
+};
+
+// How the product of a small weight is cut.
+struct Resident {
+  int64_t panels;         // that are dequantised
+  int64_t steps, pieces;  // of the reduction
+
+  Resident(int64_t depth, int64_t outputs) : steps(piece_steps(depth)) {
+    const int64_t all = outputs / kPanel;
+    pieces = divide_up(depth / kStrip, steps);
+    const int64_t most = larger(kMostResident / (pieces * kPieceWords), 1);
+    panels = divide_up(all, divide_up(all, most));
+  }
+
+  // Threads share the rows, and read each other's panels once: there have to be enough rows.
+  bool serves(int64_t m, int64_t outputs, int threads) const {
+    return panels >= smaller(kFewestResident, outputs / kPanel) &&
+           divide_up(m, kStrip) >= kFewestStrips * threads;
+  }
+
+  int64_t weight_words() const { return pieces * panels * kPieceWords; }
+  int64_t strip_words() const { return pieces * kPieceWords; }
+  int64_t sums() const { return panels * kStrip * kPanel; }
 };
 
 inline size_t tiles_workspace(int64_t m, int64_t depth, int64_t outputs, int64_t together,
                               int threads) {
   if (m == 0) return 0;
+  const Resident resident(depth, outputs);
+  if (resident.serves(m, outputs, threads)) {
+    return static_cast<size_t>(resident.weight_words() +
+                               threads * (resident.strip_words() + resident.sums())) *
+           4;
+  }
   const Blocks blocks(m, depth, outputs, together, threads);
   return static_cast<size_t>(blocks.activation_words(depth) +
                              threads * (blocks.piece_words() + blocks.sums())) *
@@ -438,8 +479,8 @@ LOWBITCORE_INLINE void store_line(const Vec& low, const Vec& high, const Matrix&
 
 // Product::pack(first row, rows, first step, steps, out) packs a strip of activations;
 // fill(panel, panels, first step, steps, out) dequantises a piece of panels, [panels][kPieceSteps];
-// multiply(rows, ...) is multiply_tiles for a strip of so many rows; store(c, rows, row, panel)
-// takes a strip's result.
+// multiply<Streams>(rows, ...) is multiply_tiles for a strip of so many rows; store(c, rows, row,
+// panel) takes a strip's result.
 template <typename Product>
 void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
                 const Resources& use, const Product& product) {
@@ -480,11 +521,11 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
           const int64_t together = smaller(blocks.together, panels - first);
           product.fill(panel0 + first, together, step, steps, w);
           for (int64_t p = first; p < first + together; ++p) {
-            const uint32_t* piece = w + (p - first) * kPieceSteps * kStepWords;
+            const uint32_t* piece = w + (p - first) * kPieceWords;
             for (int64_t strip = 0; strip < strips; ++strip, next += steps * lines * 64) {
-              product.multiply(smaller(kStrip, rows - strip * kStrip), steps,
-                               strip_of(step, strip), piece, sums_of(p, strip), step > 0,
-                               Ahead{next, lines});
+              product.template multiply<Streams::activations>(
+                  smaller(kStrip, rows - strip * kStrip), steps, strip_of(step, strip), piece,
+                  sums_of(p, strip), step > 0, Ahead{next, lines});
             }
           }
         }
@@ -495,6 +536,47 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
         for (int64_t p = 0; p < panels; ++p) {
           if (p + 1 < panels) prefetch_outputs(product.out, row0 + row, count, panel0 + p + 1);
           product.store(sums_of(p, strip), count, row0 + row, panel0 + p);
+        }
+      }
+    });
+  }
+}
+
+template <typename Product>
+void tiles_gemm_resident(int64_t m, int64_t depth, int64_t outputs, const Resident& resident,
+                         int64_t most_together, const Resources& use, const Product& product) {
+  auto* weights = static_cast<uint32_t*>(use.workspace);
+  uint32_t* packed = weights + resident.weight_words();
+  auto* results = reinterpret_cast<float*>(packed + use.threads * resident.strip_words());
+  const int64_t all_steps = depth / kStrip, all_panels = outputs / kPanel;
+  const int64_t pieces = resident.pieces;
+  const auto steps_of = [&](int64_t piece) {
+    return smaller(resident.steps, all_steps - piece * resident.steps);
+  };
+  for (int64_t panel0 = 0; panel0 < all_panels; panel0 += resident.panels) {
+    const int64_t panels = smaller(resident.panels, all_panels - panel0);
+    const auto weights_of = [&](int64_t piece, int64_t panel) {
+      return weights + (piece * panels + panel) * kPieceWords;
+    };
+    const int64_t runs = divide_up(panels, most_together);
+    parallel_for(pieces * runs, use.threads, [&](int64_t i, int) {
+      const int64_t piece = i / runs, first = i % runs * most_together;
+      product.fill(panel0 + first, smaller(most_together, panels - first), piece * resident.steps,
+                   steps_of(piece), weights_of(piece, first));
+    });
+    parallel_for(divide_up(m, kStrip), use.threads, [&](int64_t strip, int thread) {
+      const TileScope scope;
+      const int64_t row = strip * kStrip, rows = smaller(kStrip, m - row);
+      uint32_t* x = packed + thread * resident.strip_words();
+      float* c = results + thread * resident.sums();
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        uint32_t* xp = x + piece * kPieceWords;
+        product.pack(row, rows, piece * resident.steps, steps_of(piece), xp);
+        for (int64_t p = 0; p < panels; ++p) {
+          float* sums = c + p * kStrip * kPanel;
+          product.template multiply<Streams::weights>(
+              rows, steps_of(piece), xp, weights_of(piece, p), sums, piece > 0, Ahead{nullptr, 0});
+          if (piece + 1 == pieces) product.store(sums, rows, row, panel0 + p);
         }
       }
     });
@@ -548,13 +630,14 @@ struct Forward {
     }
   }
 
+  template <Streams S>
   void multiply(int64_t rows, int64_t steps, const uint32_t* activations, const uint32_t* weights,
                 float* c, bool accumulate, Ahead ahead) const {
+    constexpr bool kLeft = S == Streams::weights;
     if (rows > 16) {
-      multiply_tiles<Streams::right, true, true>(steps, weights, activations, c, accumulate, ahead);
+      multiply_tiles<kLeft, true, true>(steps, weights, activations, c, accumulate, ahead);
     } else {
-      multiply_tiles<Streams::right, true, false>(steps, weights, activations, c, accumulate,
-                                                  ahead);
+      multiply_tiles<kLeft, true, false>(steps, weights, activations, c, accumulate, ahead);
     }
   }
 
@@ -590,7 +673,7 @@ struct Backward {
   }
 
   void fill(int64_t panel, int64_t panels, int64_t step, int64_t steps, uint32_t* out) const {
-    constexpr int64_t kApart = kPieceSteps * kStepWords;
+    constexpr int64_t kApart = kPieceWords;
     for (int64_t n = 0; n < 2 * steps; ++n) {
       const Block<B> block(w, 2 * step + n);
       uint32_t* rows = out + n / 2 * kStepWords + n % 2 * kTileWords / 2;
@@ -600,12 +683,14 @@ struct Backward {
     }
   }
 
+  template <Streams S>
   void multiply(int64_t rows, int64_t steps, const uint32_t* activations, const uint32_t* weights,
                 float* c, bool accumulate, Ahead ahead) const {
+    constexpr bool kLeft = S == Streams::activations;
     if (rows > 16) {
-      multiply_tiles<Streams::left, true, true>(steps, activations, weights, c, accumulate, ahead);
+      multiply_tiles<kLeft, true, true>(steps, activations, weights, c, accumulate, ahead);
     } else {
-      multiply_tiles<Streams::left, false, true>(steps, activations, weights, c, accumulate, ahead);
+      multiply_tiles<kLeft, false, true>(steps, activations, weights, c, accumulate, ahead);
     }
   }
 
@@ -689,18 +774,28 @@ inline size_t tiles_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
   return tiles_workspace(m, f.out_features, f.in_features, kPanelsTogether, threads);
 }
 
+template <typename Product>
+void tiles_product(int64_t m, int64_t depth, int64_t outputs, int64_t together,
+                   const Resources& use, const Product& product) {
+  const Resident resident(depth, outputs);
+  if (resident.serves(m, outputs, use.threads)) {
+    tiles_gemm_resident(m, depth, outputs, resident, together, use, product);
+  } else {
+    const Blocks blocks(m, depth, outputs, together, use.threads);
+    tiles_gemm(m, depth, outputs, blocks, use, product);
+  }
+}
+
 template <int B>
 void tiles_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
               const Resources& use) {
   if (x.rows <= kFewRows) return tiles_nt_few<B>(x, w, bias, y, use);
-  const Blocks blocks(x.rows, x.cols, y.cols, 1, use.threads);
-  tiles_gemm(x.rows, x.cols, y.cols, blocks, use, Forward<B>{x, w, bias, y});
+  tiles_product(x.rows, x.cols, y.cols, 1, use, Forward<B>{x, w, bias, y});
 }
 
 template <int B>
 void tiles_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
-  const Blocks blocks(dy.rows, dy.cols, dx.cols, kPanelsTogether, use.threads);
-  tiles_gemm(dy.rows, dy.cols, dx.cols, blocks, use, Backward<B>{dy, w, dx});
+  tiles_product(dy.rows, dy.cols, dx.cols, kPanelsTogether, use, Backward<B>{dy, w, dx});
 }
 
 }  // namespace
