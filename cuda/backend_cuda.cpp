@@ -283,7 +283,8 @@ std::size_t gptq_workspace_any_threads(const QuantFormat& f, int) { return gptq_
 }  // namespace cuda
 
 const Backend& cuda_backend() {
-  // Products of two dense matrices are left to the BLAS that the caller has on the device.
+  // Products of two dense matrices, and what is done to their elements, are left to what the caller
+  // has on the device.
   static constexpr Backend backend = {"cuda",
                                       cuda::qgemm_nt,
                                       cuda::qgemm_nn,
@@ -299,7 +300,9 @@ const Backend& cuda_backend() {
                                       nullptr,
                                       nullptr,
                                       cuda::gptq,
-                                      cuda::gptq_workspace_any_threads};
+                                      cuda::gptq_workspace_any_threads,
+                                      nullptr,
+                                      nullptr};
   return backend;
 }
 

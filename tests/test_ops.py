@@ -60,6 +60,10 @@ def bias() -> torch.Tensor:
     return ref.random_activations(3, 1, N, torch.float32)[0]
 
 
+def latent() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return x(), torch.rand(5, 1), torch.full((5, 1), 7.0)
+
+
 # ------------------------------------------------------------------------------------------ opcheck
 
 SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
@@ -83,6 +87,8 @@ SAMPLES: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "quantize_rtn": lambda: ((x(64),), {**LAYOUT, "sym": False, "mse": True}),
     "accumulate_cross_": lambda: ((torch.eye(K), x(), x(5, torch.bfloat16)), {}),
     "accumulate_hessian_": lambda: ((torch.eye(K), x()), {}),
+    "add_fake_quantized_": lambda: ((x(5, torch.bfloat16), *latent(), 4), {}),
+    "fake_quantized_grads": lambda: ((x(5, torch.bfloat16), *latent(), 4), {}),
     "gptq_factorize": lambda: ((torch.eye(K),), {"percdamp": 0.01, "act_order": True}),
     "gptq_quantize": lambda: (
         (x(64), torch.arange(K, dtype=torch.int32), torch.eye(K), torch.zeros(K, dtype=torch.bool)),

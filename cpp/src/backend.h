@@ -56,6 +56,9 @@ struct Backend {
   std::size_t (*accumulate_cross_workspace)(std::int64_t m, std::int64_t k);
   void (*gptq)(const GptqProblem&, const Resources&);
   std::size_t (*gptq_workspace)(const QuantFormat&, int threads);
+  void (*add_fake_quantized)(const LatentWeight&, Matrix out, const Resources&);
+  void (*fake_quantized_grads)(ConstMatrix dw, const LatentWeight&, View<float> d_latent,
+                               View<float> d_scales, const Resources&);
 };
 
 // What a device does with memory, whatever its kernels are.

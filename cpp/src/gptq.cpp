@@ -27,10 +27,6 @@ std::size_t room(std::size_t count) {
   return (count * sizeof(T) + 63) / 64 * 64;
 }
 
-void check_has(const char* op, bool kernel) {
-  if (!kernel) throw Error(std::string(op) + ": this device has no kernel for it (a BLAS does)");
-}
-
 }  // namespace
 
 void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exec) {

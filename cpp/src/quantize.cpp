@@ -45,4 +45,39 @@ void dequantize(const QuantWeight& weight, Matrix out, std::int64_t first_output
   backend_of(exec).dequantize(weight, out, first_output, Call(op, exec, 0));
 }
 
+namespace {
+
+void check_latent(const char* op, const LatentWeight& w) {
+  check::bits(op, w.bits);
+  if (w.latent.cols <= 0 || w.latent.cols % 32 != 0) {
+    check::fail(op, "latent", "a positive multiple of 32 columns", std::to_string(w.latent.cols));
+  }
+  check::shape(op, "latent", w.latent, w.latent.rows, w.latent.cols);
+  check::shape(op, "scales", w.scales, w.latent.rows, 1);
+  check::shape(op, "zeros", w.zeros, w.latent.rows, 1);
+}
+
+}  // namespace
+
+void add_fake_quantized(const LatentWeight& weight, Matrix out, const Execution& exec) {
+  const char* op = "add_fake_quantized";
+  check_latent(op, weight);
+  check::shape(op, "out", out, weight.latent.rows, weight.latent.cols);
+  const Backend& backend = backend_of(exec);
+  check_has(op, backend.add_fake_quantized != nullptr);
+  backend.add_fake_quantized(weight, out, Call(op, exec, 0));
+}
+
+void fake_quantized_grads(ConstMatrix dw, const LatentWeight& weight, View<float> d_latent,
+                          View<float> d_scales, const Execution& exec) {
+  const char* op = "fake_quantized_grads";
+  check_latent(op, weight);
+  check::shape(op, "dw", dw, weight.latent.rows, weight.latent.cols);
+  check::shape(op, "d_latent", d_latent, weight.latent.rows, weight.latent.cols);
+  check::shape(op, "d_scales", d_scales, weight.latent.rows, 1);
+  const Backend& backend = backend_of(exec);
+  check_has(op, backend.fake_quantized_grads != nullptr);
+  backend.fake_quantized_grads(dw, weight, d_latent, d_scales, Call(op, exec, 0));
+}
+
 }  // namespace lowbitcore

@@ -263,6 +263,40 @@ double py_gptq_quantize(const Array& weight, const Array& order, const Array& de
                        z, groups, exec);
 }
 
+LatentWeight latent_weight(const char* op, const Array& latent, const Array& scales,
+                           const Array& zeros, int bits) {
+  return {input<float>(op, "latent", latent), input<float>(op, "scales", scales),
+          input<float>(op, "zeros", zeros), bits};
+}
+
+void py_add_fake_quantized(const Array& out, const Array& latent, const Array& scales,
+                           const Array& zeros, int bits) {
+  const char* op = "add_fake_quantized";
+  on_cpu(op, {{"out", &out}, {"latent", &latent}, {"scales", &scales}, {"zeros", &zeros}});
+  const LatentWeight w = latent_weight(op, latent, scales, zeros, bits);
+  const Matrix sum = matrix(op, "out", out);
+  nb::gil_scoped_release release;
+  add_fake_quantized(w, sum);
+}
+
+void py_fake_quantized_grads(const Array& dw, const Array& latent, const Array& scales,
+                             const Array& zeros, int bits, const Array& d_latent,
+                             const Array& d_scales) {
+  const char* op = "fake_quantized_grads";
+  on_cpu(op, {{"dw", &dw},
+              {"latent", &latent},
+              {"scales", &scales},
+              {"zeros", &zeros},
+              {"d_latent", &d_latent},
+              {"d_scales", &d_scales}});
+  const LatentWeight w = latent_weight(op, latent, scales, zeros, bits);
+  const ConstMatrix gradient = const_matrix(op, "dw", dw);
+  const auto of_latent = view<float>(op, "d_latent", d_latent);
+  const auto of_scales = view<float>(op, "d_scales", d_scales);
+  nb::gil_scoped_release release;
+  fake_quantized_grads(gradient, w, of_latent, of_scales);
+}
+
 }  // namespace
 
 void init_ops(nb::module_& m) {
@@ -284,6 +318,8 @@ void init_ops(nb::module_& m) {
   m.def("accumulate_cross", &py_accumulate_cross);
   m.def("gptq_factorize", &py_gptq_factorize);
   m.def("gptq_quantize", &py_gptq_quantize);
+  m.def("add_fake_quantized", &py_add_fake_quantized);
+  m.def("fake_quantized_grads", &py_fake_quantized_grads);
 }
 
 }  // namespace lowbitcore::python

@@ -120,3 +120,15 @@ def gptq_quantize(
     g_idx: Tensor,
     stream: int,
 ) -> float: ...
+def add_fake_quantized(
+    out: Tensor, latent: Tensor, scales: Tensor, zeros: Tensor, bits: int
+) -> None: ...
+def fake_quantized_grads(
+    dw: Tensor,
+    latent: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    d_latent: Tensor,
+    d_scales: Tensor,
+) -> None: ...

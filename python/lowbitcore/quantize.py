@@ -334,7 +334,9 @@ class Engine:
             # Copied before forwards hang their hooks on the block.
             twin = copy.deepcopy(block)
             if tuning:
-                originals = {path: _weight(twin.get_submodule(path)) for path in linears}
+                originals = {
+                    path: _weight(twin.get_submodule(path)).to(self._dtype) for path in linears
+                }
             references = self._forwards(index, twin, calibration.reference, heads)
         forwards = self._forwards(index, block, calibration.hidden, heads)
         waiting: list[Statistics] = []
@@ -382,7 +384,7 @@ class Engine:
 
         def run(states: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             dense = {
-                f"{name}.weight": _as_stored(block.get_submodule(name), weight.to(self._dtype))
+                f"{name}.weight": _as_stored(block.get_submodule(name), weight)
                 for name, weight in weights.items()
             }
 

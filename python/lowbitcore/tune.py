@@ -41,34 +41,39 @@ class Trained(NamedTuple):
 
 
 class _Quantize(torch.autograd.Function):
-    """scales (round(latent) - zeros), with gradients as if nothing were rounded or cut off."""
+    """base + scales (round(latent) - zeros), in the place of the base, with gradients as if nothing
+    were rounded or cut off."""
 
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, scale_logs: Tensor, scales: Tensor, zeros: Tensor, last: int
+        ctx: Any,
+        base: Tensor,
+        latent: Tensor,
+        scale_logs: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bits: int,
     ) -> Tensor:
-        steps = latent.round().clamp_(0, last).sub_(zeros)
         scales = scales * scale_logs.exp()
-        ctx.save_for_backward(steps, scales)
-        return steps * scales
+        ctx.save_for_backward(latent, scales, zeros)
+        ctx.bits = bits
+        ops.add_fake_quantized_(base.view_as(latent), latent, scales, zeros, bits=bits)
+        ctx.mark_dirty(base)
+        return base
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        steps, scales = ctx.saved_tensors
-        return (
-            grads[0] * scales,
-            (grads[0] * steps).sum(-1, keepdim=True) * scales,
-            None,
-            None,
-            None,
-        )
+        latent, scales, zeros = ctx.saved_tensors
+        dw = grads[0].reshape(latent.shape)
+        d_latent, d_scales = ops.fake_quantized_grads(dw, latent, scales, zeros, bits=ctx.bits)
+        return grads[0], d_latent, d_scales * scales, None, None, None
 
 
 class FakeQuantized(nn.Module):
-    """A linear's quantized weight as a function of what trains: `forward()` is [N, K], float32.
+    """A linear's quantized weight as a function of what trains: `forward()` is [N, K].
 
-    `weight` [N, K] is the 16-bit one: within the cell of its integer each latent value starts where
-    the weight less the correction lies.
+    `weight` [N, K] is the 16-bit one, in the dtype to compute in: within the cell of its integer
+    each latent value starts where the weight less the correction lies.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class FakeQuantized(nn.Module):
         stored = linear.canonical()
         codes = ops.unpack_qweight(stored["qweight"], bits=linear.bits)
         groups = len(stored["scales"])
-        self._last_code = 2**linear.bits - 1
+        self._bits, self._dtype = linear.bits, weight.dtype
         # Groups lie side by side, each as wide as the widest.
         self._g_idx = stored["g_idx"]
         index, columns = self._g_idx.long().sort(stable=True)
@@ -108,41 +113,36 @@ class FakeQuantized(nn.Module):
         inside = torch.where(self._scales > 0, steps, nearest)
         self.latent = nn.Parameter(inside.clamp(nearest - room, nearest + room))
 
-    def _grouped(self, matrix: Tensor) -> Tensor:
+    def _padded(self, matrix: Tensor) -> Tensor:
         if self._slots is None:
-            return matrix.reshape(self._shape)
+            return matrix
         n, groups, width = self._shape
         padded = matrix.new_zeros(n, groups * width)
         padded[:, self._slots] = matrix
-        return padded.view(self._shape)
+        return padded
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        return self._padded(matrix).reshape(self._shape)
 
     def _flat(self, grouped: Tensor) -> Tensor:
         flat = grouped.flatten(1)
         return flat if self._slots is None else flat.index_select(1, self._slots)
 
     def forward(self) -> Tensor:
-        weight = self._flat(
-            _Quantize.apply(
-                self.latent, self.scale_logs, self._scales, self._zeros, self._last_code
-            )
+        dtype = self._dtype
+        if self.a is None:
+            base = self.latent.new_zeros(len(self.latent), len(self._g_idx), dtype=dtype)
+        else:
+            base = (self.b * self._scaling).to(dtype) @ self.a.to(dtype)
+        weight: Tensor = _Quantize.apply(
+            self._padded(base), self.latent, self.scale_logs, self._scales, self._zeros, self._bits
         )
-        if self.a is not None:
-            weight = torch.addmm(weight, self.b, self.a, alpha=self._scaling)
-        return weight
+        return self._flat(weight)
 
     @torch.no_grad()
     def keep_in_range(self) -> None:
         """Latent values beyond the ends of the grid would take long to come back."""
-        self.latent.clamp_(-0.5, self._last_code + 0.5)
-
-    def parameter_groups(self) -> list[dict[str, object]]:
-        found: list[dict[str, object]] = [
-            {"params": [self.latent], "lr": _LATENT_RATE},
-            {"params": [self.scale_logs], "lr": _SCALE_RATE},
-        ]
-        if self.a is not None:
-            found.append({"params": [self.a, self.b], "lr": _CORRECTION_RATE})
-        return found
+        self.latent.clamp_(-0.5, 2**self._bits - 0.5)
 
     @torch.no_grad()
     def trained(self) -> Trained:
@@ -150,7 +150,7 @@ class FakeQuantized(nn.Module):
         correction = None
         if self.a is not None:
             correction = LowRankTensors(self.a.detach(), self.b.detach(), self._scaling)
-        codes = self.latent.round().clamp(0, self._last_code)
+        codes = self.latent.round().clamp(0, 2**self._bits - 1)
         return Trained(
             self._flat(codes).to(torch.uint8).contiguous(),
             scales.half().float().contiguous(),
@@ -179,8 +179,14 @@ def train_block(
     windows = [(batch, row) for batch, item in enumerate(inputs) for row in range(len(item))]
     generator = torch.Generator().manual_seed(seed)
     order = [i for _ in range(epochs) for i in torch.randperm(len(windows), generator=generator)]
+    items = linears.values()
+    corrections = [part for item in items if item.a is not None for part in (item.a, item.b)]
     optimizer = torch.optim.AdamW(
-        [group for linear in linears.values() for group in linear.parameter_groups()],
+        [
+            {"params": [item.latent for item in items], "lr": _LATENT_RATE},
+            {"params": [item.scale_logs for item in items], "lr": _SCALE_RATE},
+            {"params": corrections, "lr": _CORRECTION_RATE},
+        ],
         betas=_BETAS,
         eps=_EPS,
         weight_decay=0.0,
@@ -209,7 +215,7 @@ def train_block(
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()  # gradients need not live on through the next forward
-        for linear in linears.values():
+        for linear in items:
             linear.keep_in_range()
         schedule.step()
     return all(bool(torch.isfinite(item).all()) for item in parameters)
@@ -218,8 +224,9 @@ def train_block(
 def block_error(output: Tensor, wanted: Tensor) -> Tensor:
     """The mean of a block's squared error over tokens, relative to what is wanted of each, and of
     its squared error in all relative to what is wanted in all."""
-    error = (output.float() - wanted.float()).square().sum(-1)
-    energy = wanted.float().square().sum(-1)
+    wanted = wanted.float()
+    error = (output.float() - wanted).square().sum(-1)
+    energy = wanted.square().sum(-1)
     # Some tokens hold next to nothing, others, such as a window's first, thousands of times more.
     # By the token, all others outweigh these few, which a block may then lose, and with them what
     # the attention of later blocks rests on; by the whole, these few outweigh all others.

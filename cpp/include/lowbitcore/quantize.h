@@ -24,4 +24,20 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptio
 void dequantize(const QuantWeight& weight, Matrix out, std::int64_t first_output = 0,
                 const Execution& exec = {});
 
+// A weight in training. Rows are groups: `latent` [R,C] counts in steps of the grid, C a multiple
+// of 32; `scales` and `zeros` [R,1]. An integer q is its latent value, rounded (ties to even) and
+// clamped to 0 .. 2^bits - 1.
+struct LatentWeight {
+  View<const float> latent, scales, zeros;
+  int bits = 4;
+};
+
+// out [R,C] += scales (q - zeros). On the CPU.
+void add_fake_quantized(const LatentWeight& weight, Matrix out, const Execution& exec = {});
+
+// From the gradient dw of that sum, as if nothing were rounded or clamped: d_latent [R,C] = dw
+// scales, and d_scales [R,1], the sums of dw (q - zeros). On the CPU.
+void fake_quantized_grads(ConstMatrix dw, const LatentWeight& weight, View<float> d_latent,
+                          View<float> d_scales, const Execution& exec = {});
+
 }  // namespace lowbitcore

@@ -114,7 +114,9 @@ constexpr Backend make_backend(const char* name) {
           accumulate_cross,
           accumulate_cross_workspace,
           gptq,
-          gptq_workspace};
+          gptq_workspace,
+          add_fake_quantized,
+          fake_quantized_grads};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// Round-to-nearest and GPTQ.
+// Round-to-nearest, GPTQ, and weights in training.
 //
-// Rows of these buffers are input columns, lanes are outputs: every output is quantized by the same
-// sequence of exactly rounded operations, whatever the width of a vector.
+// Rows of the buffers of the first two are input columns, lanes are outputs: every output is
+// quantized by the same sequence of exactly rounded operations, whatever the width of a vector.
 #pragma once
 
 #include "common.h"
@@ -289,6 +289,62 @@ void gptq(const GptqProblem& p, const Resources& use) {
                  gptq_strip(p, strip, w, w + p.format.in_features * kLanes,
                             scratch + use.threads * floats + thread * grid_floats(p.format));
                });
+}
+
+// ---- weights in training ----
+
+// Groups that a thread takes at a time.
+constexpr int64_t kLatentRows = 64;
+
+// Calls f(r, latent values, scale, zero) for every group.
+template <typename F>
+inline void for_each_group(const LatentWeight& w, int threads, const F& f) {
+  parallel_for(divide_up(w.latent.rows, kLatentRows), threads, [&](int64_t i, int) {
+    const int64_t end = smaller(w.latent.rows, (i + 1) * kLatentRows);
+    for (int64_t r = i * kLatentRows; r < end; ++r) {
+      f(r, w.latent.data + r * w.latent.stride, Vec::broadcast(w.scales.data[r * w.scales.stride]),
+        Vec::broadcast(w.zeros.data[r * w.zeros.stride]));
+    }
+  });
+}
+
+// q - z. Operands are in the order in which NaN stays NaN.
+inline Vec latent_steps(const float* latent, const Vec& zero, const Vec& max_code) {
+  return min(max_code, max(Vec::broadcast(0.0f), round(Vec::load(latent)))) - zero;
+}
+
+void add_fake_quantized(const LatentWeight& w, Matrix out, const Resources& use) {
+  const Vec max_code = Vec::broadcast(static_cast<float>((1 << w.bits) - 1));
+  for_each_group(w, use.threads,
+                 [&](int64_t r, const float* latent, const Vec& scale, const Vec& zero) {
+                   char* row = const_cast<char*>(row_pointer(out, r));
+                   for (int64_t c = 0; c < out.cols; c += kWidth) {
+                     const Vec before = load_as_float(row, out.dtype, c);
+                     const Vec steps = latent_steps(latent + c, zero, max_code);
+                     store_as(fmadd(scale, steps, before), row, out.dtype, c);
+                   }
+                 });
+}
+
+void fake_quantized_grads(ConstMatrix dw, const LatentWeight& w, View<float> d_latent,
+                          View<float> d_scales, const Resources& use) {
+  const Vec max_code = Vec::broadcast(static_cast<float>((1 << w.bits) - 1));
+  for_each_group(w, use.threads,
+                 [&](int64_t r, const float* latent, const Vec& scale, const Vec& zero) {
+                   const char* row = row_pointer(dw, r);
+                   Vec sum = Vec::broadcast(0.0f);
+                   for (int64_t c = 0; c < dw.cols; c += kWidth) {
+                     const Vec d = load_as_float(row, dw.dtype, c);
+                     (d * scale).store(d_latent.data + r * d_latent.stride + c);
+                     sum = fmadd(d, latent_steps(latent + c, zero, max_code), sum);
+                   }
+                   alignas(64) float lanes[kWidth];
+                   sum.store(lanes);
+                   for (int half = kWidth / 2; half > 0; half /= 2) {
+                     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+                   }
+                   d_scales.data[r * d_scales.stride] = lanes[0];
+                 });
 }
 
 }  // namespace
