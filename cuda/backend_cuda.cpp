@@ -299,7 +299,11 @@ const Backend& cuda_backend() {
                                       nullptr,
                                       nullptr,
                                       cuda::gptq,
-                                      cuda::gptq_workspace_any_threads};
+                                      cuda::gptq_workspace_any_threads,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr};
   return backend;
 }
 

@@ -2,6 +2,7 @@
 // compute.
 #pragma once
 
+#include <lowbitcore/attention.h>
 #include <lowbitcore/gptq.h>
 #include <lowbitcore/qgemm.h>
 #include <lowbitcore/quantize.h>
@@ -56,6 +57,12 @@ struct Backend {
   std::size_t (*accumulate_cross_workspace)(std::int64_t m, std::int64_t k);
   void (*gptq)(const GptqProblem&, const Resources&);
   std::size_t (*gptq_workspace)(const QuantFormat&, int threads);
+  void (*attention)(const AttentionInputs&, Bf16Heads out, View<float> lse, const Resources&);
+  std::size_t (*attention_workspace)(std::int64_t rows, std::int64_t cols, int threads);
+  void (*attention_backward)(ConstBf16Heads d_out, const AttentionInputs&, ConstBf16Heads out,
+                             View<const float> lse, Bf16Heads dq, Bf16Heads dk, Bf16Heads dv,
+                             const Resources&);
+  std::size_t (*attention_backward_workspace)(std::int64_t rows, std::int64_t cols, int threads);
 };
 
 // What a device does with memory, whatever its kernels are.

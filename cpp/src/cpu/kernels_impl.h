@@ -33,6 +33,7 @@
 #include "digits.h"
 #endif
 #ifdef LOWBITCORE_TILES
+#include "attention.h"
 #include "tiles_gemm.h"
 #endif
 
@@ -114,7 +115,18 @@ constexpr Backend make_backend(const char* name) {
           accumulate_cross,
           accumulate_cross_workspace,
           gptq,
-          gptq_workspace};
+          gptq_workspace,
+#ifdef LOWBITCORE_TILES
+          attention,
+          attention_workspace,
+          attention_backward,
+          attention_backward_workspace};
+#else
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
+#endif
 }
 
 }  // namespace
