@@ -22,6 +22,7 @@ from torch.library import opcheck
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DeepseekV32Config,
     FalconConfig,
     LlamaConfig,
     PreTrainedModel,
@@ -30,8 +31,9 @@ from transformers import (
 
 import lowbitcore as lbc
 import reference as ref
-from lowbitcore import ops, runtime
+from lowbitcore import _C, ops, runtime
 from lowbitcore.model import build_skeleton
+from lowbitcore.training import set_checkpointing
 
 F64 = NDArray[np.float64]
 
@@ -400,6 +402,21 @@ def test_generates(level: str, tmp_path: Path, calls: list[tuple[int, ...]]) -> 
     assert calls == [(2, 4, 45, 32)] * 2
 
 
+@pytest.mark.parametrize(("kind", "times"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_checkpoints_keep_it(
+    level: str, kind: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(tmp_path).train()
+    expected = logits_and_gradients(model)
+    calls = []
+    original = _C.attention
+    monkeypatch.setattr(_C, "attention", lambda *given: calls.append(original(*given)))
+    set_checkpointing(model, kind)
+    for name, got in logits_and_gradients(model).items():
+        assert torch.equal(got, expected[name]), name
+    assert len(calls) == times * SIZES["num_hidden_layers"]
+
+
 def test_level_without_it(tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
     with ref.forced_isa("scalar"):
         logits_and_gradients(loaded(tmp_path))
@@ -410,9 +427,10 @@ def test_other_choices_stay() -> None:
     eager = LlamaConfig(**SIZES)
     eager._attn_implementation = "eager"
     assert build_skeleton(eager, torch.bfloat16).config._attn_implementation == "eager"
-    # Its code has ways of its own for torch's attention.
-    falcon = FalconConfig(vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
-    assert build_skeleton(falcon, torch.bfloat16).config._attn_implementation == "sdpa"
+    # The code of these calls torch's attention itself, or asks for it by name.
+    small = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for config in (FalconConfig(**small), DeepseekV32Config(**small)):
+        assert build_skeleton(config, torch.bfloat16).config._attn_implementation == "sdpa"
 
 
 def test_name_is_not_saved(tmp_path: Path) -> None:
