@@ -302,6 +302,10 @@ const Backend& cuda_backend() {
                                       cuda::gptq,
                                       cuda::gptq_workspace_any_threads,
                                       nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
                                       nullptr};
   return backend;
 }

@@ -2,6 +2,7 @@
 // compute.
 #pragma once
 
+#include <lowbitcore/attention.h>
 #include <lowbitcore/gptq.h>
 #include <lowbitcore/qgemm.h>
 #include <lowbitcore/quantize.h>
@@ -59,6 +60,12 @@ struct Backend {
   void (*add_fake_quantized)(const LatentWeight&, Matrix out, const Resources&);
   void (*fake_quantized_grads)(ConstMatrix dw, const LatentWeight&, View<float> d_latent,
                                View<float> d_scales, const Resources&);
+  void (*attention)(const AttentionInputs&, Bf16Heads out, View<float> lse, const Resources&);
+  std::size_t (*attention_workspace)(std::int64_t rows, std::int64_t cols, int threads);
+  void (*attention_backward)(ConstBf16Heads d_out, const AttentionInputs&, ConstBf16Heads out,
+                             View<const float> lse, Bf16Heads dq, Bf16Heads dk, Bf16Heads dv,
+                             const Resources&);
+  std::size_t (*attention_backward_workspace)(std::int64_t rows, std::int64_t cols, int threads);
 };
 
 // What a device does with memory, whatever its kernels are.

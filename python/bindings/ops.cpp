@@ -190,6 +190,39 @@ void py_permute_columns(const Array& x, const Array& order, const Array& y) {
   permute_columns(in, columns, out);
 }
 
+void py_attention(const Array& q, const Array& k, const Array& v, float scale, const Array& out,
+                  const Array& lse) {
+  const char* op = "attention";
+  on_cpu(op, {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}});
+  const AttentionInputs in{heads(op, "q", q), heads(op, "k", k), heads(op, "v", v), scale};
+  const Bf16Heads o = heads(op, "out", out);
+  const auto logs = view<float>(op, "lse", lse);
+  nb::gil_scoped_release release;
+  attention(in, o, logs);
+}
+
+void py_attention_backward(const Array& d_out, const Array& q, const Array& k, const Array& v,
+                           const Array& out, const Array& lse, float scale, const Array& dq,
+                           const Array& dk, const Array& dv) {
+  const char* op = "attention_backward";
+  on_cpu(op, {{"d_out", &d_out},
+              {"q", &q},
+              {"k", &k},
+              {"v", &v},
+              {"out", &out},
+              {"lse", &lse},
+              {"dq", &dq},
+              {"dk", &dk},
+              {"dv", &dv}});
+  const AttentionInputs in{heads(op, "q", q), heads(op, "k", k), heads(op, "v", v), scale};
+  const Bf16Heads g = heads(op, "d_out", d_out), o = heads(op, "out", out);
+  const auto logs = input<float>(op, "lse", lse);
+  const Bf16Heads grad_q = heads(op, "dq", dq);
+  const Bf16Heads grad_k = heads(op, "dk", dk), grad_v = heads(op, "dv", dv);
+  nb::gil_scoped_release release;
+  attention_backward(g, in, o, logs, grad_q, grad_k, grad_v);
+}
+
 void py_quantize_rtn(const Array& weight, int bits, i64 group_size, bool sym, bool mse,
                      const Array& codes, const Array& scales, const Array& zeros,
                      std::uintptr_t stream) {
@@ -313,6 +346,9 @@ void init_ops(nb::module_& m) {
   m.def("qgemm_nn", &py_qgemm_nn);
   m.def("qgemm_grad_scales", &py_qgemm_grad_scales);
   m.def("permute_columns", &py_permute_columns);
+  m.def("has_attention", [] { return has_attention(); });
+  m.def("attention", &py_attention);
+  m.def("attention_backward", &py_attention_backward);
   m.def("quantize_rtn", &py_quantize_rtn);
   m.def("accumulate_hessian", &py_accumulate_hessian);
   m.def("accumulate_cross", &py_accumulate_cross);

@@ -35,6 +35,9 @@ Matrix matrix(const char* op, const char* argument, const Array& array);
 template <typename T>
 View<T> view(const char* op, const char* argument, const Array& array);
 
+// [batch, heads, rows, cols] of bf16, of any strides but the last.
+Bf16Heads heads(const char* op, const char* argument, const Array& array);
+
 // The elements of a contiguous one-dimensional array of `count`.
 template <typename T>
 T* vector(const char* op, const char* argument, const Array& array, std::int64_t count);

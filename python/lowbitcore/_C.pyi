@@ -87,6 +87,20 @@ def qgemm_grad_scales(
     ds: Tensor,
     stream: int,
 ) -> None: ...
+def has_attention() -> bool: ...
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None: ...
+def attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None: ...
 def quantize_rtn(
     weight: Tensor,
     bits: int,

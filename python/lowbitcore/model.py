@@ -33,6 +33,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from lowbitcore.attention import use_own_attention
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
 from lowbitcore.formats.gguf import GgufFile
@@ -215,6 +216,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # inconsistent sizes in config.json
         raise ValueError(f"build_skeleton: config: {_one_line(error)}") from error
+    use_own_attention(model)
     return cast(PreTrainedModel, model.eval())
 
 

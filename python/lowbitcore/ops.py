@@ -36,12 +36,14 @@ __all__ = [
     "accumulate_cross_",
     "accumulate_hessian_",
     "add_fake_quantized_",
+    "attention",
     "check_format",
     "dequantize",
     "fake_quantized_grads",
     "gptq_factorize",
     "gptq_quantize",
     "group_count",
+    "has_attention",
     "pack_qweight",
     "pack_qzeros",
     "packed_size",
@@ -855,6 +857,101 @@ for _name, _setup, _backward in (
     torch.library.register_autograd(
         f"lowbitcore::{_name}", _backward, setup_context=_setup, lib=_library
     )
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def has_attention() -> bool:
+    """Whether the level in use has :func:`attention`: those with tiles do."""
+    return _C.has_attention()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Causal attention, ``softmax(scale q k^T) v``, with as many queries as keys; on the CPU.
+
+    Args:
+        q: bfloat16 [B, H, T, D], D a multiple of 32, at most 256; any strides.
+        k, v: bfloat16 [B, H', T, D], any strides. H' divides H; ``H / H'`` heads of q in a row
+            share one of k and v.
+        scale: above 0; D ** -0.5 by default.
+
+    Returns:
+        bfloat16 [B, H, T, D], a transposed view of [B, T, H, D], as gradients are. Scores, softmax
+        and sums are float32. Differentiable, once, in q, k and v.
+
+    Raises:
+        lowbitcore.Error: the level in use does not have it; see :func:`has_attention`.
+    """
+    _check("attention", q=q, k=k, v=v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_dims("attention", name, tensor, 4)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    kernel = _attention if _is_plain(q, k, v) else torch.ops.lowbitcore.attention
+    out: Tensor = kernel(q, k, v, scale)[0]
+    return out
+
+
+def _heads(tensor: Tensor) -> Tensor:
+    """[B, H, T, D] as the core takes it: columns contiguous."""
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _heads_like(tensor: Tensor) -> Tensor:
+    """Where projections want heads: those of a row together."""
+    b, h, t, d = tensor.shape
+    return tensor.new_empty((b, t, h, d)).transpose(1, 2)
+
+
+@_operator("attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, k, v, scale)
+    _C.attention(_heads(q), _heads(k), _heads(v), scale, out, lse)
+    return out, lse
+
+
+@_fake("attention")
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _heads_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@_operator(
+    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " float scale) -> (Tensor, Tensor, Tensor)"
+)
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _attention_backward_fake(d_out, q, k, v, out, lse, scale)
+    _C.attention_backward(
+        _heads(d_out), _heads(q), _heads(k), _heads(v), _heads(out), _dense(lse), scale, dq, dk, dv
+    )
+    return dq, dk, dv
+
+
+@_fake("attention_backward")
+def _attention_backward_fake(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _heads_like(q), _heads_like(k), _heads_like(v)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _attention_backward(ctx: Any, d_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.lowbitcore.attention_backward(d_out, *ctx.saved_tensors, ctx.scale)
+    return *grads, None
+
+
+torch.library.register_autograd(
+    "lowbitcore::attention", _attention_backward, setup_context=_attention_setup, lib=_library
+)
 
 
 # ---- quantization --------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ def set_checkpointing(model: PreTrainedModel, kind: Checkpointing) -> None:
 
 KEPT = (
     "lowbitcore::qgemm_nt",
+    "lowbitcore::attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",

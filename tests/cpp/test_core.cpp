@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <new>
@@ -116,6 +117,19 @@ void expect_close(double got, double want, double magnitude, const std::string& 
   expect(std::abs(got - want) <= 1e-5 * magnitude + 1e-30, what);
 }
 
+// The host brings memory of exactly the size asked for, and its own thread count.
+template <typename Call>
+void with_workspace(std::size_t bytes, int threads, const Call& call) {
+  constexpr std::align_val_t alignment{64};
+  void* memory = ::operator new(bytes, alignment);
+  call(lbc::Execution{threads, memory, bytes});
+  if (bytes > 64) {
+    expect_error([&] { call(lbc::Execution{threads, memory, bytes - 1}); },
+                 {"workspace_bytes", std::to_string(bytes)});
+  }
+  ::operator delete(memory, alignment);
+}
+
 void products(int bits, std::int64_t group_size, std::int64_t m) {
   const std::int64_t n = 96, k = 160;
   const Layer layer = make_layer(bits, group_size, n, k, bits == 3);
@@ -131,25 +145,16 @@ void products(int bits, std::int64_t group_size, std::int64_t m) {
   const lbc::ConstMatrix xm{x.data(), lbc::DType::f32, m, k, stride};
   const lbc::ConstMatrix dym{dy.data(), lbc::DType::f32, m, n, n};
 
-  // The host brings memory of exactly the size asked for, and its own thread count.
   for (int threads : {1, 3}) {
-    const auto with_workspace = [&](std::size_t bytes, const auto& call) {
-      constexpr std::align_val_t alignment{64};
-      void* memory = ::operator new(bytes, alignment);
-      call(lbc::Execution{threads, memory, bytes});
-      if (bytes > 64) {
-        expect_error([&] { call(lbc::Execution{threads, memory, bytes - 1}); },
-                     {"workspace_bytes", std::to_string(bytes)});
-      }
-      ::operator delete(memory, alignment);
-    };
-    with_workspace(lbc::qgemm_nt_workspace_size(layer.format, m, {threads}), [&](const auto& exec) {
-      lbc::qgemm_nt(xm, w, bias.data(), {y.data(), lbc::DType::f32, m, n, n}, exec);
-    });
-    with_workspace(lbc::qgemm_nn_workspace_size(layer.format, m, {threads}), [&](const auto& exec) {
-      lbc::qgemm_nn(dym, w, {dx.data(), lbc::DType::f32, m, k, k}, exec);
-    });
-    with_workspace(lbc::qgemm_grad_scales_workspace_size(layer.format, m, {threads}),
+    with_workspace(lbc::qgemm_nt_workspace_size(layer.format, m, {threads}), threads,
+                   [&](const auto& exec) {
+                     lbc::qgemm_nt(xm, w, bias.data(), {y.data(), lbc::DType::f32, m, n, n}, exec);
+                   });
+    with_workspace(lbc::qgemm_nn_workspace_size(layer.format, m, {threads}), threads,
+                   [&](const auto& exec) {
+                     lbc::qgemm_nn(dym, w, {dx.data(), lbc::DType::f32, m, k, k}, exec);
+                   });
+    with_workspace(lbc::qgemm_grad_scales_workspace_size(layer.format, m, {threads}), threads,
                    [&](const auto& exec) {
                      lbc::qgemm_grad_scales(dym, xm, w, view(ds, layer.format.groups(), n), exec);
                    });
@@ -299,6 +304,71 @@ void errors() {
                 {nullptr, lbc::DType::f32, 0, 32, 32});
 }
 
+// Contiguous heads of bf16, with an element of another value behind the last.
+struct HeadValues {
+  std::int64_t batch, heads, rows, cols;
+  std::vector<std::uint16_t> data;
+
+  HeadValues(std::int64_t h, std::int64_t t, unsigned seed)
+      : batch(2), heads(h), rows(t), cols(64) {
+    const auto count = static_cast<std::size_t>(batch * heads * rows * cols);
+    for (float value : normal(count + 1, seed)) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      data.push_back(static_cast<std::uint16_t>(bits >> 16));
+    }
+  }
+  lbc::Bf16Heads view() {
+    return {data.data(), batch, heads, rows, cols, heads * rows * cols, rows * cols, cols};
+  }
+};
+
+void attention(std::int64_t rows) {
+  HeadValues q(6, rows, 1), k(2, rows, 2), v(2, rows, 3), d_out(6, rows, 4);
+  const lbc::AttentionInputs in{q.view(), k.view(), v.view(), 0.125f};
+  HeadValues out(6, rows, 5), dq(6, rows, 6), dk(2, rows, 7), dv(2, rows, 8);
+  std::vector<float> lse(static_cast<std::size_t>(12 * rows));
+  if (!lbc::has_attention()) {
+    try {
+      lbc::attention(in, out.view(), view(lse, 12, rows));
+      expect(false, "attention throws where a level lacks it");
+    } catch (const lbc::Error&) {
+    }
+    return;
+  }
+  std::vector<std::vector<std::uint16_t>> first;
+  for (int threads : {1, 3}) {
+    const std::uint16_t behind[] = {out.data.back(), dq.data.back(), dk.data.back(),
+                                    dv.data.back()};
+    with_workspace(
+        lbc::attention_workspace_size(rows, 64, {threads}), threads,
+        [&](const auto& exec) { lbc::attention(in, out.view(), view(lse, 12, rows), exec); });
+    with_workspace(lbc::attention_backward_workspace_size(rows, 64, {threads}), threads,
+                   [&](const auto& exec) {
+                     lbc::attention_backward(d_out.view(), in, out.view(),
+                                             view(std::as_const(lse), 12, rows), dq.view(),
+                                             dk.view(), dv.view(), exec);
+                   });
+    const std::uint16_t still[] = {out.data.back(), dq.data.back(), dk.data.back(), dv.data.back()};
+    expect(std::equal(behind, behind + 4, still), "attention writes its results alone");
+    std::vector<std::vector<std::uint16_t>> results{out.data, dq.data, dk.data, dv.data};
+    if (threads == 1) first = results;
+    expect(results == first, "attention does not depend on threads");
+  }
+  // The first query sees one key: its result is that key's value.
+  for (std::int64_t b = 0; b < 2; ++b) {
+    for (std::int64_t h = 0; h < 6; ++h) {
+      const std::uint16_t *got = out.view().head(b, h), *want = v.view().head(b, h / 3);
+      expect(std::equal(got, got + 64, want), "attention of a first query");
+    }
+  }
+  lbc::Bf16Heads narrow = k.view();
+  narrow.cols = 48;
+  expect_error([&] { lbc::attention({narrow, narrow, narrow}, narrow, view(lse, 4, rows)); },
+               {"attention", "q", "multiple of 32", "48"});
+  expect_error([&] { lbc::attention_backward_workspace_size(-1, 64); }, {"rows", "-1"});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -317,6 +387,7 @@ int main(int argc, char** argv) {
   }
   gptq(true);
   gptq(false);
+  for (std::int64_t rows : {1, 31, 100, 600}) attention(rows);
   errors();
   if (failures == 0) std::printf("all checks hold at level %s\n", level.c_str());
   return failures == 0 ? 0 : 1;

@@ -1,6 +1,7 @@
 // Everything: #include <lowbitcore/lowbitcore.h>, link lowbitcore::lowbitcore.
 #pragma once
 
+#include <lowbitcore/attention.h>
 #include <lowbitcore/columns.h>
 #include <lowbitcore/format.h>
 #include <lowbitcore/gptq.h>

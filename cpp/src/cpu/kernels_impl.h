@@ -33,6 +33,7 @@
 #include "digits.h"
 #endif
 #ifdef LOWBITCORE_TILES
+#include "attention.h"
 #include "tiles_gemm.h"
 #endif
 
@@ -116,7 +117,18 @@ constexpr Backend make_backend(const char* name) {
           gptq,
           gptq_workspace,
           add_fake_quantized,
-          fake_quantized_grads};
+          fake_quantized_grads,
+#ifdef LOWBITCORE_TILES
+          attention,
+          attention_workspace,
+          attention_backward,
+          attention_backward_workspace};
+#else
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
+#endif
 }
 
 }  // namespace

@@ -1,0 +1,94 @@
+"""Attention of transformers' models through the core's operation, wherever that has it.
+
+Importing this registers the implementation ``lowbitcore`` with transformers. It is torch's own,
+``sdpa``, but for causal bf16 on the CPU without a cache: training, calibration, evaluation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lowbitcore import ops
+
+__all__ = ["use_own_attention"]
+
+_NAME = "lowbitcore"
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Our implementation in the place of ``sdpa``; a model that asks for another keeps it.
+
+    transformers leaves the name of an implementation out of a config that it writes.
+    """
+    if model.config._attn_implementation == "sdpa" and not _knows_sdpa(type(model)):
+        model.set_attn_implementation(_NAME)
+
+
+def _knows_sdpa(kind: type[PreTrainedModel]) -> bool:
+    """Whether a model's code calls for one implementation or another itself, or asks which is in
+    use, as some do that have more to mask."""
+    if not kind._can_set_attn_implementation():
+        return True
+    return '"sdpa"' in inspect.getsource(inspect.getmodule(kind) or kind)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # A sliding window narrower than the sequence comes as a mask, like padding.
+    if (
+        causal
+        and attention_mask is None
+        and dropout == 0.0
+        and kwargs.get("position_bias") is None
+        and kwargs.get("softcap") is None
+        and _is_ours(query, key, value)
+    ):
+        out = ops.attention(query, key, value, scale=scaling)
+        return out.transpose(1, 2), None
+    result: tuple[Tensor, None] = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
+    )
+    return result
+
+
+def _is_ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the core has attention for these."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(x.is_cpu and x.dtype == torch.bfloat16 for x in (query, key, value))
+        and query.shape[0] == key.shape[0]
+        and query.shape[2:] == key.shape[2:]
+        and key.shape == value.shape
+        and query.shape[-1] % 32 == 0
+        and query.shape[-1] <= 256
+        and ops.has_attention()
+    )
+
+
+AttentionInterface.register(_NAME, _forward)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
