@@ -97,6 +97,23 @@ def test_gradients_are_those_of_the_dense_weight(
     )
 
 
+def test_corrections_in_sixteen_bits() -> None:
+    torch.manual_seed(0)
+    linear = make_linear(3, 64, 96, 32, 7, permuted=True)
+    correction = LowRankTensors(torch.randn(4, 96), torch.randn(64, 4), 0.5)
+    item = tune.FakeQuantized(linear, correction, torch.randn(64, 96).bfloat16())
+    weight = item()
+    assert weight.dtype == torch.bfloat16
+    expected = linear.dequantize() + peft.product(correction)
+    torch.testing.assert_close(weight.float(), expected, rtol=1e-2, atol=3e-2)
+    d_weight = torch.randn(64, 96).bfloat16()
+    weight.backward(d_weight)
+    d_a = 0.5 * correction.b.T @ d_weight.float()
+    d_b = 0.5 * d_weight.float() @ correction.a.T
+    torch.testing.assert_close(item.a.grad, d_a, rtol=1e-2, atol=0.1)
+    torch.testing.assert_close(item.b.grad, d_b, rtol=1e-2, atol=0.1)
+
+
 def test_integers_move_to_where_they_are_wanted() -> None:
     """Some weights are wanted a whole step away, either way, so that no scale can help."""
     torch.manual_seed(0)

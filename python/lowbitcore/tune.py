@@ -133,6 +133,7 @@ class FakeQuantized(nn.Module):
         if self.a is None:
             base = self.latent.new_zeros(len(self.latent), len(self._g_idx), dtype=dtype)
         else:
+            # In float32 this product and those of its gradient would take twice as long.
             base = (self.b * self._scaling).to(dtype) @ self.a.to(dtype)
         weight: Tensor = _Quantize.apply(
             self._padded(base), self.latent, self.scale_logs, self._scales, self._zeros, self._bits
