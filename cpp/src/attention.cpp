@@ -74,6 +74,7 @@ void attention(const AttentionInputs& in, Bf16Heads out, View<float> lse, const 
   check_shape(op, "out", out, in.q, in.q.heads);
   check::shape(op, "lse", lse, in.q.batch * in.q.heads, in.q.rows);
   const Backend& backend = backend_with_attention(op, exec);
+  if (in.q.rows == 0) return;
   const int threads = resolve_threads(exec.num_threads);
   const Call call(op, exec, backend.attention_workspace(in.q.rows, in.q.cols, threads));
   backend.attention(in, out, lse, call);
@@ -91,6 +92,7 @@ void attention_backward(ConstBf16Heads d_out, const AttentionInputs& in, ConstBf
   check_shape(op, "dk", dk, in.q, in.k.heads);
   check_shape(op, "dv", dv, in.q, in.k.heads);
   const Backend& backend = backend_with_attention(op, exec);
+  if (in.q.rows == 0) return;
   const int threads = resolve_threads(exec.num_threads);
   const Call call(op, exec, backend.attention_backward_workspace(in.q.rows, in.q.cols, threads));
   backend.attention_backward(d_out, in, out, lse, dq, dk, dv, call);

@@ -1,11 +1,12 @@
 // Causal attention of bf16 heads, forward and backward, for training: as many queries as keys.
 //
-//   O = softmax(scale Q K^T) V    for each head of q, rows masked from the diagonal on
+//   O = softmax(scale Q K^T) V    for each head of q; a query sees the keys up to its own
 //
 // Query head h attends to head h / (q.heads / k.heads) of k and v. Scores, their softmax and all
 // sums are fp32; probabilities and the gradients of scores are rounded to bf16 where they are
-// multiplied by values, queries and keys, results once at the end. Results do not depend on the
-// number of threads. Scratch grows with rows, not with their square.
+// multiplied by values, queries and keys, results once at the end. A thread takes a head of k
+// and v with all that attend to it, so results do not depend on the number of threads. Scratch
+// grows with rows, not with their square.
 #pragma once
 
 #include <lowbitcore/types.h>

@@ -257,62 +257,80 @@ size_t attention_workspace(int64_t rows, int64_t cols, int threads) {
          static_cast<size_t>((2 * strips + 1) * strip_words(cols) + strip_sums(cols)) * 4;
 }
 
-void attention(const AttentionInputs& in, Bf16Heads out, View<float> lse, const Resources& use) {
-  const int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kStrip;
-  const int64_t strips = divide_up(rows, kStrip), words = strip_words(cols);
-  const int64_t group = in.q.heads / in.k.heads;
-  const float scale = in.scale * kLog2E;
-  const size_t scratch = attention_workspace(rows, cols, 1);
-  parallel_for(in.k.batch * in.k.heads, use.threads, [&](int64_t item, int thread) {
-    const int64_t b = item / in.k.heads, kv_head = item % in.k.heads;
-    auto* keys = reinterpret_cast<uint32_t*>(static_cast<char*>(use.workspace) +
-                                             static_cast<size_t>(thread) * scratch);
+struct AttentionForward {
+  const AttentionInputs& in;
+  const Bf16Heads& out;
+  const View<float>& lse;
+
+  int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kStrip;
+  int64_t strips = divide_up(rows, kStrip), words = strip_words(cols);
+
+  // A head of k and v, with all that attend to it.
+  void operator()(int64_t b, int64_t kv_head, void* memory) const {
+    auto* keys = static_cast<uint32_t*>(memory);
     uint32_t* values = keys + strips * words;
-    uint32_t* queries = values + strips * words;
-    auto* o = reinterpret_cast<float*>(queries + words);
-    alignas(64) float s[kKeyStrips * kSums];
-    alignas(64) uint32_t p[kKeyStrips * kStepWords];
-    const TileScope scope;
     put_strips(HeadRows(in.k, b, kv_head), 0, strips, put_left, keys);
     put_strips(HeadRows(in.v, b, kv_head), 0, strips, put_transposed_left, values);
+    const int64_t group = in.q.heads / in.k.heads;
     for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-      for (int64_t i = 0; i < strips; ++i) {
-        put_strips(HeadRows(in.q, b, h), i, 1, put_transposed_right, queries);
-        std::memset(o, 0, static_cast<size_t>(panels * kSums) * 4);
-        RunningSoftmax softmax;
-        for (int64_t j = 0; j <= i; j += kKeyStrips) {
-          const int64_t count = smaller(kKeyStrips, i + 1 - j);
-          for (int64_t n = 0; n < count; ++n) {
-            multiply_strips(panels, keys + (j + n) * words, kStepWords, queries, kStepWords,
-                            s + n * kSums, false);
-          }
-          if (j + count > i) hide_later_keys(s + (count - 1) * kSums);
-          __m512 shrink[2];
-          softmax.take(s, count, scale, p, shrink);
-          for (int64_t r = 0; r < panels * kSums; r += 16) {
-            const __m512 sum = _mm512_mul_ps(_mm512_load_ps(o + r), shrink[r / kTileWords % 2]);
-            _mm512_store_ps(o + r, sum);
-          }
-          for (int64_t d = 0; d < panels; ++d) {
-            multiply_strips(count, values + j * words + d * kStepWords, words, p, kStepWords,
-                            o + d * kSums, true);
-          }
-        }
-        const int64_t row = i * kStrip, here = smaller(kStrip, rows - row);
-        alignas(64) float maximum[kStrip], total[kStrip];
-        __m512 inverse[2];
-        for (int half = 0; half < 2; ++half) {
-          _mm512_store_ps(maximum + half * 16, softmax.maximum[half]);
-          _mm512_store_ps(total + half * 16, softmax.total[half]);
-          inverse[half] = _mm512_div_ps(_mm512_set1_ps(1.0f), softmax.total[half]);
-        }
-        store_columns(o, panels, inverse, here, out.head(b, h) + row * out.row_stride,
-                      out.row_stride);
-        float* logs = lse.data + (b * in.q.heads + h) * lse.stride + row;
-        for (int64_t r = 0; r < here; ++r) logs[r] = maximum[r] * kLn2 + ::logf(total[r]);
+      for (int64_t i = 0; i < strips; ++i) queries(b, h, i, keys, values, values + strips * words);
+    }
+  }
+
+  // Strip `i` of a head's queries; behind the operand of these lies room for their sums.
+  void queries(int64_t b, int64_t h, int64_t i, const uint32_t* keys, const uint32_t* values,
+               uint32_t* operand) const {
+    alignas(64) float s[kKeyStrips * kSums];
+    alignas(64) uint32_t p[kKeyStrips * kStepWords];
+    auto* o = reinterpret_cast<float*>(operand + words);
+    put_strips(HeadRows(in.q, b, h), i, 1, put_transposed_right, operand);
+    std::memset(o, 0, static_cast<size_t>(panels * kSums) * 4);
+    RunningSoftmax softmax;
+    for (int64_t j = 0; j <= i; j += kKeyStrips) {
+      const int64_t count = smaller(kKeyStrips, i + 1 - j);
+      for (int64_t n = 0; n < count; ++n) {
+        multiply_strips(panels, keys + (j + n) * words, kStepWords, operand, kStepWords,
+                        s + n * kSums, false);
+      }
+      if (j + count > i) hide_later_keys(s + (count - 1) * kSums);
+      __m512 shrink[2];
+      softmax.take(s, count, in.scale * kLog2E, p, shrink);
+      for (int64_t r = 0; r < panels * kSums; r += 16) {
+        const __m512 sum = _mm512_mul_ps(_mm512_load_ps(o + r), shrink[r / kTileWords % 2]);
+        _mm512_store_ps(o + r, sum);
+      }
+      for (int64_t d = 0; d < panels; ++d) {
+        multiply_strips(count, values + j * words + d * kStepWords, words, p, kStepWords,
+                        o + d * kSums, true);
       }
     }
+    const int64_t row = i * kStrip, here = smaller(kStrip, rows - row);
+    alignas(64) float maximum[kStrip], total[kStrip];
+    __m512 inverse[2];
+    for (int half = 0; half < 2; ++half) {
+      _mm512_store_ps(maximum + half * 16, softmax.maximum[half]);
+      _mm512_store_ps(total + half * 16, softmax.total[half]);
+      inverse[half] = _mm512_div_ps(_mm512_set1_ps(1.0f), softmax.total[half]);
+    }
+    store_columns(o, panels, inverse, here, out.head(b, h) + row * out.row_stride, out.row_stride);
+    float* logs = lse.data + (b * in.q.heads + h) * lse.stride + row;
+    for (int64_t r = 0; r < here; ++r) logs[r] = maximum[r] * kLn2 + ::logf(total[r]);
+  }
+};
+
+// Calls f(batch, head of k and v, memory), with `scratch` bytes of its own for each thread.
+template <typename F>
+void for_each_head(const ConstBf16Heads& k, size_t scratch, const Resources& use, const F& f) {
+  parallel_for(k.batch * k.heads, use.threads, [&](int64_t item, int thread) {
+    const TileScope scope;
+    f(item / k.heads, item % k.heads,
+      static_cast<char*>(use.workspace) + static_cast<size_t>(thread) * scratch);
   });
+}
+
+void attention(const AttentionInputs& in, Bf16Heads out, View<float> lse, const Resources& use) {
+  const size_t scratch = attention_workspace(in.q.rows, in.q.cols, 1);
+  for_each_head(in.k, scratch, use, AttentionForward{in, out, lse});
 }
 
 // ---- backward ----
@@ -500,13 +518,8 @@ struct AttentionBackward {
 void attention_backward(ConstBf16Heads d_out, const AttentionInputs& in, ConstBf16Heads out,
                         View<const float> lse, Bf16Heads dq, Bf16Heads dk, Bf16Heads dv,
                         const Resources& use) {
-  const AttentionBackward backward{d_out, in, out, lse, dq, dk, dv};
   const size_t scratch = attention_backward_workspace(in.q.rows, in.q.cols, 1);
-  parallel_for(in.k.batch * in.k.heads, use.threads, [&](int64_t item, int thread) {
-    const TileScope scope;
-    backward(item / in.k.heads, item % in.k.heads,
-             static_cast<char*>(use.workspace) + static_cast<size_t>(thread) * scratch);
-  });
+  for_each_head(in.k, scratch, use, AttentionBackward{d_out, in, out, lse, dq, dk, dv});
 }
 
 }  // namespace
