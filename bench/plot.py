@@ -36,7 +36,7 @@ def main() -> None:
     cases = [
         item
         for item in cases
-        if (item["N"], item["K"], item["dtype"]) == (n, k, arguments.dtype) and "ms" in item
+        if (item.get("N"), item.get("K"), item["dtype"]) == (n, k, arguments.dtype) and "ms" in item
     ]
     if not cases:
         parser.error(f"{arguments.result}: holds no timings of {n} x {k} in {arguments.dtype}")
