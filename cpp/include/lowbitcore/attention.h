@@ -29,7 +29,8 @@ struct Heads {
   T* head(std::int64_t b, std::int64_t h) const {
     return data + b * batch_stride + h * head_stride;
   }
-  operator Heads<const T>() const {
+  template <typename U>
+  operator Heads<const U>() const {
     return {data, batch, heads, rows, cols, batch_stride, head_stride, row_stride};
   }
 };
