@@ -306,6 +306,12 @@ const Backend& cuda_backend() {
                                       nullptr,
                                       nullptr,
                                       nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
                                       nullptr};
   return backend;
 }

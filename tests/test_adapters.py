@@ -68,12 +68,13 @@ def test_lora_linear_against_float64(bits: int, act_order: str) -> None:
     assert first.a.grad is None and first.b.grad is None  # frozen under the second
 
 
+@pytest.mark.parametrize("width", [13, 96])  # torch's and ours
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dropout(dtype: torch.dtype) -> None:
+def test_dropout(dtype: torch.dtype, width: int) -> None:
     """Keeps a share 1 - p, anywhere, and divides by it; its gradient goes where its values went."""
     torch.manual_seed(0)
     dropout = LowRank(4, 4, rank=1, scaling=1.0, dropout=0.3).dropout
-    x = torch.full((3, 777, 13), 0.7, dtype=dtype, requires_grad=True)
+    x = torch.full((3, 777, width), 0.7, dtype=dtype, requires_grad=True)
     y = dropout(x)
     y.sum().backward()
     kept = y != 0
@@ -82,8 +83,6 @@ def test_dropout(dtype: torch.dtype) -> None:
     for axes in ((), (0, 1), (1, 2)):
         share = kept.float().mean(axes)
         assert ((share - 0.7).abs() < 5 * (0.3 * 0.7 * share.numel() / kept.numel()) ** 0.5).all()
-    for lane in range(4):  # of one random number
-        assert abs(kept.flatten()[lane::4].float().mean() - 0.7) < 0.02
     assert torch.equal(dropout.eval()(x), x)
     assert LowRank(4, 4, rank=1, scaling=1.0, dropout=0.0).dropout(x) is x
 

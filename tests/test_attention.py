@@ -307,7 +307,7 @@ def test_levels_without(isa: str) -> None:
     q = make_case(rows=3).q
     assert ops.has_attention() == (isa in TILES)
     if isa not in TILES:
-        with pytest.raises(lbc.Error, match=f"attention: the level {isa} does not have it"):
+        with pytest.raises(lbc.Error, match=f"attention: {isa} has no kernel for it"):
             ops.attention(q, q, q)
 
 

@@ -18,9 +18,7 @@ std::string dims(std::int64_t batch, std::int64_t heads, std::int64_t rows, std:
 
 const Backend& backend_with_attention(const char* op, const Execution& exec) {
   const Backend& backend = backend_of(exec);
-  if (backend.attention == nullptr) {
-    throw Error(std::string(op) + ": the level " + backend.name + " does not have it");
-  }
+  check_has(op, backend, backend.attention != nullptr);
   return backend;
 }
 

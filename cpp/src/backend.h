@@ -3,7 +3,9 @@
 #pragma once
 
 #include <lowbitcore/attention.h>
+#include <lowbitcore/elementwise.h>
 #include <lowbitcore/gptq.h>
+#include <lowbitcore/losses.h>
 #include <lowbitcore/qgemm.h>
 #include <lowbitcore/quantize.h>
 
@@ -60,6 +62,16 @@ struct Backend {
   void (*add_fake_quantized)(const LatentWeight&, Matrix out, const Resources&);
   void (*fake_quantized_grads)(ConstMatrix dw, const LatentWeight&, View<float> d_latent,
                                View<float> d_scales, const Resources&);
+  void (*rms_norm)(ConstMatrix x, ConstMatrix weight, float eps, Matrix y, const Resources&);
+  void (*rms_norm_backward)(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float eps, Matrix dx,
+                            const Resources&);
+  void (*swiglu)(ConstMatrix gate, ConstMatrix up, Matrix out, const Resources&);
+  void (*swiglu_backward)(ConstMatrix d_out, ConstMatrix gate, ConstMatrix up, Matrix d_gate,
+                          Matrix d_up, const Resources&);
+  void (*dropout)(ConstMatrix x, std::uint64_t seed, std::uint32_t dropped, Matrix y,
+                  const Resources&);
+  void (*token_losses)(ConstMatrix logits, View<const std::int64_t> targets, const LossTerms&,
+                       View<float> losses, Matrix gradient, const Resources&);
   void (*attention)(const AttentionInputs&, Bf16Heads out, View<float> lse, const Resources&);
   std::size_t (*attention_workspace)(std::int64_t rows, std::int64_t cols, int threads);
   void (*attention_backward)(ConstBf16Heads d_out, const AttentionInputs&, ConstBf16Heads out,

@@ -9,9 +9,9 @@
 
 namespace lowbitcore {
 
-// Error where a device's backend lacks an operation.
-inline void check_has(const char* op, bool kernel) {
-  if (!kernel) throw Error(std::string(op) + ": this device has no kernel for it");
+// Error where a backend lacks an operation.
+inline void check_has(const char* op, const Backend& backend, bool kernel) {
+  if (!kernel) throw Error(std::string(op) + ": " + backend.name + " has no kernel for it");
 }
 
 // Threads, stream and `bytes` of scratch of a call: what the host brought, if it is large enough,

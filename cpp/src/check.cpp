@@ -72,6 +72,12 @@ void shape(const char* op, const char* argument, const void* data, std::int64_t 
   if (rows > 0 && cols > 0 && data == nullptr) fail(op, argument, "data", "a null pointer");
 }
 
+void columns(const char* op, const char* argument, std::int64_t cols) {
+  if (cols <= 0 || cols % 32 != 0) {
+    fail(op, argument, "a positive multiple of 32 columns", std::to_string(cols));
+  }
+}
+
 void same_dtype(const char* op, const char* argument, DType got, const char* other,
                 DType expected) {
   if (got != expected) {

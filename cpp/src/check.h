@@ -30,6 +30,9 @@ inline void shape(const char* op, const char* argument, const ConstMatrix& matri
   shape(op, argument, matrix.data, matrix.rows, matrix.cols, matrix.stride, rows, cols);
 }
 
+// What vectors run over: a positive multiple of 32.
+void columns(const char* op, const char* argument, std::int64_t cols);
+
 void same_dtype(const char* op, const char* argument, DType got, const char* other, DType expected);
 
 // Every entry finite. Reads the matrix once.

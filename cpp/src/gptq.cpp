@@ -35,7 +35,7 @@ void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exe
   check::shape(op, "x", x, x.rows, hessian.rows);
   if (x.rows == 0) return;
   const Backend& backend = backend_of(exec);
-  check_has(op, backend.accumulate_hessian != nullptr);
+  check_has(op, backend, backend.accumulate_hessian != nullptr);
   const Call call(op, exec, backend.accumulate_hessian_workspace(x.rows, x.cols));
   backend.accumulate_hessian(x, hessian, call);
 }
@@ -47,7 +47,7 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Exe
   check::shape(op, "b", b, a.rows, cross.rows);
   if (a.rows == 0) return;
   const Backend& backend = backend_of(exec);
-  check_has(op, backend.accumulate_cross != nullptr);
+  check_has(op, backend, backend.accumulate_cross != nullptr);
   const Call call(op, exec, backend.accumulate_cross_workspace(a.rows, a.cols));
   backend.accumulate_cross(a, b, cross, call);
 }

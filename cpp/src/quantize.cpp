@@ -49,9 +49,7 @@ namespace {
 
 void check_latent(const char* op, const LatentWeight& w) {
   check::bits(op, w.bits);
-  if (w.latent.cols <= 0 || w.latent.cols % 32 != 0) {
-    check::fail(op, "latent", "a positive multiple of 32 columns", std::to_string(w.latent.cols));
-  }
+  check::columns(op, "latent", w.latent.cols);
   check::shape(op, "latent", w.latent, w.latent.rows, w.latent.cols);
   check::shape(op, "scales", w.scales, w.latent.rows, 1);
   check::shape(op, "zeros", w.zeros, w.latent.rows, 1);
@@ -64,7 +62,7 @@ void add_fake_quantized(const LatentWeight& weight, Matrix out, const Execution&
   check_latent(op, weight);
   check::shape(op, "out", out, weight.latent.rows, weight.latent.cols);
   const Backend& backend = backend_of(exec);
-  check_has(op, backend.add_fake_quantized != nullptr);
+  check_has(op, backend, backend.add_fake_quantized != nullptr);
   backend.add_fake_quantized(weight, out, Call(op, exec, 0));
 }
 
@@ -76,7 +74,7 @@ void fake_quantized_grads(ConstMatrix dw, const LatentWeight& weight, View<float
   check::shape(op, "d_latent", d_latent, weight.latent.rows, weight.latent.cols);
   check::shape(op, "d_scales", d_scales, weight.latent.rows, 1);
   const Backend& backend = backend_of(exec);
-  check_has(op, backend.fake_quantized_grads != nullptr);
+  check_has(op, backend, backend.fake_quantized_grads != nullptr);
   backend.fake_quantized_grads(dw, weight, d_latent, d_scales, Call(op, exec, 0));
 }
 

@@ -330,6 +330,76 @@ void py_fake_quantized_grads(const Array& dw, const Array& latent, const Array& 
   fake_quantized_grads(gradient, w, of_latent, of_scales);
 }
 
+void py_rms_norm(const Array& x, const Array& weight, float eps, const Array& y) {
+  const char* op = "rms_norm";
+  on_cpu(op, {{"x", &x}, {"weight", &weight}, {"y", &y}});
+  const ConstMatrix in = const_matrix(op, "x", x), w = const_matrix(op, "weight", weight);
+  const Matrix out = matrix(op, "y", y);
+  nb::gil_scoped_release release;
+  rms_norm(in, w, eps, out);
+}
+
+void py_rms_norm_backward(const Array& dy, const Array& x, const Array& weight, float eps,
+                          const Array& dx) {
+  const char* op = "rms_norm_backward";
+  on_cpu(op, {{"dy", &dy}, {"x", &x}, {"weight", &weight}, {"dx", &dx}});
+  const ConstMatrix grad = const_matrix(op, "dy", dy), in = const_matrix(op, "x", x);
+  const ConstMatrix w = const_matrix(op, "weight", weight);
+  const Matrix out = matrix(op, "dx", dx);
+  nb::gil_scoped_release release;
+  rms_norm_backward(grad, in, w, eps, out);
+}
+
+void py_swiglu(const Array& gate, const Array& up, const Array& out) {
+  const char* op = "swiglu";
+  on_cpu(op, {{"gate", &gate}, {"up", &up}, {"out", &out}});
+  const ConstMatrix g = const_matrix(op, "gate", gate), u = const_matrix(op, "up", up);
+  const Matrix product = matrix(op, "out", out);
+  nb::gil_scoped_release release;
+  swiglu(g, u, product);
+}
+
+void py_swiglu_backward(const Array& d_out, const Array& gate, const Array& up, const Array& d_gate,
+                        const Array& d_up) {
+  const char* op = "swiglu_backward";
+  on_cpu(op, {{"d_out", &d_out},
+              {"gate", &gate},
+              {"up", &up},
+              {"d_gate", &d_gate},
+              {"d_up", &d_up}});
+  const ConstMatrix grad = const_matrix(op, "d_out", d_out);
+  const ConstMatrix g = const_matrix(op, "gate", gate), u = const_matrix(op, "up", up);
+  const Matrix of_gate = matrix(op, "d_gate", d_gate), of_up = matrix(op, "d_up", d_up);
+  nb::gil_scoped_release release;
+  swiglu_backward(grad, g, u, of_gate, of_up);
+}
+
+void py_dropout(const Array& x, std::uint64_t seed, std::uint32_t dropped, const Array& y) {
+  const char* op = "dropout";
+  on_cpu(op, {{"x", &x}, {"y", &y}});
+  const ConstMatrix in = const_matrix(op, "x", x);
+  const Matrix out = matrix(op, "y", y);
+  nb::gil_scoped_release release;
+  dropout(in, seed, dropped, out);
+}
+
+void py_token_losses(const Array& logits, const Array& targets, float lambda_ce,
+                     const OptionalArray& teacher, float lambda_kl, bool reverse,
+                     const Array& losses, const OptionalArray& gradient) {
+  const char* op = "token_losses";
+  on_cpu(op, {{"logits", &logits}, {"targets", &targets}, {"losses", &losses}});
+  if (teacher) on_cpu(op, {{"teacher", present(teacher)}});
+  if (gradient) on_cpu(op, {{"gradient", present(gradient)}});
+  const ConstMatrix in = const_matrix(op, "logits", logits);
+  const auto wanted = input<i64>(op, "targets", targets);
+  LossTerms terms{lambda_ce, {}, lambda_kl, reverse};
+  if (teacher) terms.teacher = const_matrix(op, "teacher", *teacher);
+  const auto values = view<float>(op, "losses", losses);
+  const Matrix out = gradient ? matrix(op, "gradient", *gradient) : Matrix{};
+  nb::gil_scoped_release release;
+  token_losses(in, wanted, terms, values, out);
+}
+
 }  // namespace
 
 void init_ops(nb::module_& m) {
@@ -356,6 +426,12 @@ void init_ops(nb::module_& m) {
   m.def("gptq_quantize", &py_gptq_quantize);
   m.def("add_fake_quantized", &py_add_fake_quantized);
   m.def("fake_quantized_grads", &py_fake_quantized_grads);
+  m.def("rms_norm", &py_rms_norm);
+  m.def("rms_norm_backward", &py_rms_norm_backward);
+  m.def("swiglu", &py_swiglu);
+  m.def("swiglu_backward", &py_swiglu_backward);
+  m.def("dropout", &py_dropout);
+  m.def("token_losses", &py_token_losses);
 }
 
 }  // namespace lowbitcore::python

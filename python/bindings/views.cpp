@@ -151,6 +151,7 @@ T* vector(const char* op, const char* argument, const Array& a, std::int64_t cou
 
 template View<float> view(const char*, const char*, const Array&);
 template View<std::int32_t> view(const char*, const char*, const Array&);
+template View<std::int64_t> view(const char*, const char*, const Array&);
 template View<std::uint8_t> view(const char*, const char*, const Array&);
 template float* vector(const char*, const char*, const Array&, std::int64_t);
 template std::int32_t* vector(const char*, const char*, const Array&, std::int64_t);

@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from lowbitcore.attention import use_own_attention
+from lowbitcore.elementwise import use_own_elementwise
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
 from lowbitcore.formats.gguf import GgufFile
@@ -217,6 +218,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     except Exception as error:  # inconsistent sizes in config.json
         raise ValueError(f"build_skeleton: config: {_one_line(error)}") from error
     use_own_attention(model)
+    use_own_elementwise(model)
     return cast(PreTrainedModel, model.eval())
 
 

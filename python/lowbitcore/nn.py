@@ -391,19 +391,13 @@ def _device_after(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> torch.devic
 
 
 class _Dropout(nn.Dropout):
-    """torch's own, at a third of its time on CPUs: four decisions from each random number.
-
-    A probability is rounded to a multiple of 2^-16.
-    """
+    """torch's own, but for the core's on the CPU, which is several times as fast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        threshold = round(self.p * 2**16)
-        if not self.training or threshold == 0:
+        if not self.training or self.p == 0:
             return x
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        draws = words.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
-        kept = x.masked_fill(draws < threshold - 2**15, 0)
-        return kept * (2**16 / (2**16 - threshold))
+        ours = x.is_cpu and x.shape[-1] % 32 == 0 and not torch.compiler.is_compiling()
+        return ops.dropout(x, self.p) if ours else super().forward(x)
 
 
 class LowRank(nn.Module):

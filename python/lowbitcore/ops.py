@@ -39,6 +39,7 @@ __all__ = [
     "attention",
     "check_format",
     "dequantize",
+    "dropout",
     "fake_quantized_grads",
     "gptq_factorize",
     "gptq_quantize",
@@ -53,6 +54,9 @@ __all__ = [
     "qgemm_nn",
     "qgemm_nt",
     "quantize_rtn",
+    "rms_norm",
+    "swiglu",
+    "token_losses",
     "trivial_g_idx",
     "unpack",
     "unpack_qweight",
@@ -178,6 +182,13 @@ def _rows(tensor: Tensor) -> Tensor:
     if flat.stride(1) != 1 or flat.stride(0) < flat.shape[1]:
         flat = flat.contiguous()
     return flat
+
+
+def _rows_of(result: Tensor) -> Tensor:
+    """A new result as the core takes it, which may be empty."""
+    if result.numel():
+        return result
+    return result.new_empty(result.shape[:-1].numel(), result.shape[-1])
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -581,7 +592,7 @@ def _qgemm_nt(
         group_size,
         k,
         n,
-        y if y.numel() else y.new_empty(0, n),
+        _rows_of(y),
         _stream(x),
     )
     return y
@@ -857,6 +868,252 @@ for _name, _setup, _backward in (
     torch.library.register_autograd(
         f"lowbitcore::{_name}", _backward, setup_context=_setup, lib=_library
     )
+
+
+# ---- between products ----------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """``weight * (x / sqrt(mean(x^2) + eps))`` (Zhang and Sennrich, arXiv 1910.07467), on the CPU.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., D], D a multiple of 32, any strides.
+        weight: [D], of the type of ``x``. It may not ask for a gradient.
+        eps: 0 or more.
+
+    Returns:
+        [..., D] in the type of ``x``, to which the quotient and the product are rounded, as
+        transformers does it; between them all is float32. Differentiable, once, in x.
+    """
+    _check("rms_norm", x=x, weight=weight)
+    _check_dims("rms_norm", "weight", weight, 1)
+    if x.dim() == 0:
+        _fail("rms_norm", "x", "at least 1 dimension", tuple(x.shape))
+    if weight.requires_grad and torch.is_grad_enabled():
+        _fail("rms_norm", "weight", "one that does not ask for a gradient", "one that does")
+    kernel = _rms_norm if _is_plain(x, weight) else torch.ops.lowbitcore.rms_norm
+    y: Tensor = kernel(x, weight, eps)
+    return y
+
+
+@_operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.new_empty(x.shape)
+    _C.rms_norm(_rows(x), _dense(weight), eps, _rows_of(y))
+    return y
+
+
+@_operator("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor")
+def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dx = x.new_empty(x.shape)
+    _C.rms_norm_backward(_rows(dy), _rows(x), _dense(weight), eps, _rows_of(dx))
+    return dx
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer, arXiv 2002.05202) with ``silu(g) = g / (1 + exp(-g))``, on the
+    CPU.
+
+    Args:
+        gate, up: float32, bfloat16 or float16 [..., D], of one type and shape, D a multiple of 32,
+            any strides.
+
+    Returns:
+        Their shape and type, to which silu(gate) and the product are rounded, as torch does it.
+        Differentiable, once.
+    """
+    _check("swiglu", gate=gate, up=up)
+    if gate.dim() == 0:
+        _fail("swiglu", "gate", "at least 1 dimension", tuple(gate.shape))
+    if gate.shape != up.shape:
+        _fail("swiglu", "up", f"shape {list(gate.shape)}, as gate", list(up.shape))
+    kernel = _swiglu if _is_plain(gate, up) else torch.ops.lowbitcore.swiglu
+    out: Tensor = kernel(gate, up)
+    return out
+
+
+@_operator("swiglu(Tensor gate, Tensor up) -> Tensor")
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    out = gate.new_empty(gate.shape)
+    _C.swiglu(_rows(gate), _rows(up), _rows_of(out))
+    return out
+
+
+@_operator("swiglu_backward(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)")
+def _(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    _C.swiglu_backward(_rows(d_out), _rows(gate), _rows(up), _rows_of(d_gate), _rows_of(d_up))
+    return d_gate, d_up
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """``x`` with elements zeroed at random, each with a probability of ``p``, and the others over
+    ``1 - p``; on the CPU.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., D], D a multiple of 32, any strides.
+        p: 0 or more and below 1, rounded to a multiple of 2^-16.
+
+    Returns:
+        The shape and type of ``x``. Differentiable. What it draws from torch's generator is one
+        number, from which the elements to zero follow: backward asks for no mask.
+    """
+    _check("dropout", x=x)
+    if x.dim() == 0:
+        _fail("dropout", "x", "at least 1 dimension", tuple(x.shape))
+    dropped = round(p * 2**16)
+    if not 0 <= dropped < 2**16:
+        _fail("dropout", "p", "0 or more and below 1", p)
+    seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None)
+    y: Tensor = torch.ops.lowbitcore.dropout(x, seed, dropped)
+    return y
+
+
+@_operator("dropout(Tensor x, Tensor seed, int dropped) -> Tensor")
+def _(x: Tensor, seed: Tensor, dropped: int) -> Tensor:
+    y = x.new_empty(x.shape)
+    _C.dropout(_rows(x), int(seed) % 2**64, dropped, _rows_of(y))
+    return y
+
+
+@_fake("dropout")
+def _(x: Tensor, seed: Tensor, dropped: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("rms_norm_backward")
+def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("swiglu")
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@_fake("swiglu_backward")
+def _(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.lowbitcore.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def _swiglu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate, d_up = torch.ops.lowbitcore.swiglu_backward(d_out, *ctx.saved_tensors)
+    return d_gate, d_up
+
+
+def _dropout_setup(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    _, seed, ctx.dropped = inputs
+    ctx.save_for_backward(seed)
+
+
+def _dropout_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.lowbitcore.dropout(dy, *ctx.saved_tensors, ctx.dropped), None, None
+
+
+for _name, _setup, _backward in (
+    ("dropout", _dropout_setup, _dropout_backward),
+    ("rms_norm", _rms_norm_setup, _rms_norm_backward),
+    ("swiglu", _swiglu_setup, _swiglu_backward),
+):
+    torch.library.register_autograd(
+        f"lowbitcore::{_name}", _backward, setup_context=_setup, lib=_library
+    )
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def token_losses(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    lambda_ce: float = 1.0,
+    teacher: Tensor | None = None,
+    lambda_kl: float = 0.0,
+    reverse: bool = False,
+    differentiate: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """``lambda_kl KL + lambda_ce CE`` of each token (arXiv 2306.08162, equations 2 and 3), and its
+    gradient in the logits; on the CPU.
+
+    Args:
+        logits: float32, bfloat16 or float16 [t, V], V a multiple of 32, any strides.
+        targets: int64 [t], from 0 to V - 1.
+        teacher: the teacher's logits, as the student's; None: no KL.
+        reverse: KL(student, teacher) in place of KL(teacher, student).
+
+    Returns:
+        Losses float32 [t], and unless ``differentiate`` is false the gradient of their sum, of the
+        type of ``logits``. Between them all is float32. What comes out is not differentiable.
+    """
+    _check("token_losses", logits=logits, targets=targets)
+    if teacher is not None:
+        _check("token_losses", logits=logits, teacher=teacher)
+    _check_dims("token_losses", "logits", logits, 2)
+    losses, gradient = torch.ops.lowbitcore.token_losses(
+        logits.detach(), targets, lambda_ce, teacher, lambda_kl, reverse, differentiate
+    )
+    return losses, gradient if differentiate else None
+
+
+@_operator(
+    "token_losses(Tensor logits, Tensor targets, float lambda_ce, Tensor? teacher, float lambda_kl,"
+    " bool reverse, bool differentiate) -> (Tensor, Tensor)"
+)
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    lambda_ce: float,
+    teacher: Tensor | None,
+    lambda_kl: float,
+    reverse: bool,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor]:
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    gradient = logits.new_empty(logits.shape if differentiate else 0)
+    _C.token_losses(
+        _rows(logits),
+        _dense(targets),
+        lambda_ce,
+        None if teacher is None else _rows(teacher),
+        lambda_kl,
+        reverse,
+        losses,
+        _rows_of(gradient) if differentiate else None,
+    )
+    return losses, gradient
+
+
+@_fake("token_losses")
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    lambda_ce: float,
+    teacher: Tensor | None,
+    lambda_kl: float,
+    reverse: bool,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor]:
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    return losses, logits.new_empty(logits.shape if differentiate else 0)
 
 
 # ---- attention -----------------------------------------------------------------------------------

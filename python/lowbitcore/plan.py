@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowbitcore import ops
+from lowbitcore.attention import use_own_attention
+from lowbitcore.elementwise import use_own_elementwise
 from lowbitcore.head import chunk_tokens
 from lowbitcore.lora import prepare_lora
 from lowbitcore.model import find_blocks, linear_shape, quantizable, set_module
@@ -142,6 +144,8 @@ def _packed(
     config: PretrainedConfig, bits: int, group_size: int, dtype: torch.dtype
 ) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    use_own_attention(model)
+    use_own_elementwise(model)
     blocks = find_blocks(model).modules
     for path, linear in quantizable(blocks).items():
         in_features, out_features = linear_shape(linear)

@@ -3,8 +3,10 @@
 
 #include <lowbitcore/attention.h>
 #include <lowbitcore/columns.h>
+#include <lowbitcore/elementwise.h>
 #include <lowbitcore/format.h>
 #include <lowbitcore/gptq.h>
+#include <lowbitcore/losses.h>
 #include <lowbitcore/pack.h>
 #include <lowbitcore/qgemm.h>
 #include <lowbitcore/quantize.h>

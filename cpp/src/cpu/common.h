@@ -28,6 +28,7 @@ using std::int64_t;
 using std::size_t;
 using std::uint16_t;
 using std::uint32_t;
+using std::uint64_t;
 using std::uint8_t;
 
 constexpr int64_t kPanel = 32;  // outputs that one thread computes at a time

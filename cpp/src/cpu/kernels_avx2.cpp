@@ -90,6 +90,14 @@ struct VecI {
   Vec as_float() const { return {_mm256_castsi256_ps(v)}; }
 };
 
+inline VecI as_int(const Vec& a) { return {_mm256_castps_si256(a.v)}; }
+inline Vec round_bf16(const Vec& a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return {_mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-65536)))};
+}
+
 inline VecI and_or(const VecI& a, const VecI& mask, const VecI& b) {
   return {_mm256_or_si256(_mm256_and_si256(a.v, mask.v), b.v)};
 }

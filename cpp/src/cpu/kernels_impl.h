@@ -3,8 +3,10 @@
 //
 //   Vec    kWidth floats: load, store, broadcast, from_bytes (kWidth uint8), load_bf16, load_f16,
 //          store_bf16, store_f16, + - * /, madd(a,b,c) ~ a*b+c, fmadd and fnmadd (exactly fused),
-//          min, max, round (ties to even), select_less(a,b,x,y) = a < b ? x : y, round_f16
+//          min, max, round (ties to even), select_less(a,b,x,y) = a < b ? x : y, round_f16,
+//          round_bf16 (of NaN: of those that bf16 or an operation has)
 //   VecI   kWidth 32-bit integers: load, right and left by a constant, |, as_float (of its bits)
+//   as_int(a)             the bits of a Vec
 //   and_or(a,b,c)         a & b | c of VecI
 //   kRows, kCols          the register tile of the GEMM: kRows rows by kCols floats
 //   kDirectRows           up to this many rows, X W^T goes straight from the packed integers
@@ -26,7 +28,9 @@
 // levels must never let code of the higher one serve the lower (see CONTRIBUTING).
 
 #include "direct.h"
+#include "elementwise.h"
 #include "gemm.h"
+#include "losses.h"
 #include "outer.h"
 #include "quantization.h"
 #ifdef LOWBITCORE_PAIRS
@@ -118,6 +122,12 @@ constexpr Backend make_backend(const char* name) {
           gptq_workspace,
           add_fake_quantized,
           fake_quantized_grads,
+          rms_norm,
+          rms_norm_backward,
+          swiglu,
+          swiglu_backward,
+          dropout,
+          token_losses,
 #ifdef LOWBITCORE_TILES
           attention,
           attention_workspace,

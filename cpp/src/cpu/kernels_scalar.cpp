@@ -92,6 +92,11 @@ inline Vec round(const Vec& a) {
   LOWBITCORE_LANES r.v[i] = __builtin_nearbyintf(a.v[i]);
   return r;
 }
+inline Vec round_bf16(const Vec& a) {
+  Vec r;
+  LOWBITCORE_LANES r.v[i] = bf16_to_float(float_to_bf16(a.v[i]));
+  return r;
+}
 inline Vec round_f16(const Vec& a) {
   Vec r;
   LOWBITCORE_LANES r.v[i] = f16_to_float(float_to_f16(a.v[i]));
@@ -135,6 +140,11 @@ struct VecI {
   }
 };
 
+inline VecI as_int(const Vec& a) {
+  VecI r;
+  std::memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
 inline VecI and_or(const VecI& a, const VecI& mask, const VecI& b) {
   VecI r;
   LOWBITCORE_LANES r.v[i] = (a.v[i] & mask.v[i]) | b.v[i];

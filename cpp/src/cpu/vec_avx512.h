@@ -88,6 +88,14 @@ struct VecI {
   Vec as_float() const { return {_mm512_castsi512_ps(v)}; }
 };
 
+inline VecI as_int(const Vec& a) { return {_mm512_castps_si512(a.v)}; }
+inline Vec round_bf16(const Vec& a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return {_mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(-65536)))};
+}
+
 inline VecI and_or(const VecI& a, const VecI& mask, const VecI& b) {
   return {_mm512_ternarylogic_epi32(a.v, mask.v, b.v, 0xea)};
 }
