@@ -46,7 +46,7 @@ def build(size: str, bits: int) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from lowbitcore.lora import block_linears, linear_features
-    from lowbitcore.model import set_module
+    from lowbitcore.model import set_module, use_own_operations
 
     hidden, intermediate, layers, heads = SHAPES[size]
     config = LlamaConfig(
@@ -58,6 +58,7 @@ def build(size: str, bits: int) -> torch.nn.Module:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    use_own_operations(model)  # as in a model that is loaded
     for path, linear in block_linears(model).items():
         in_features, out_features = linear_features(linear)
         packed = random_linear(in_features, out_features, bits=bits, group_size=GROUP_SIZE)
@@ -77,7 +78,7 @@ def build(size: str, bits: int) -> torch.nn.Module:
 
 def measure(size: str, bits: int, checkpointing: str) -> dict[str, float]:
     import lowbitcore as lbc
-    from lowbitcore.heap import return_tensors_at_once
+    from lowbitcore.heap import keep_heap_small
     from lowbitcore.training import TrainedModel, set_checkpointing
 
     model = build(size, bits)
@@ -85,7 +86,7 @@ def measure(size: str, bits: int, checkpointing: str) -> dict[str, float]:
     lbc.prepare_lora(model, rank=RANK, alpha=2 * RANK)
     set_checkpointing(model, checkpointing)
     if checkpointing == "full":  # as the commands do
-        return_tensors_at_once()
+        keep_heap_small()
     trained = TrainedModel(model).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(32000, (1, 256))

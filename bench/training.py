@@ -67,7 +67,7 @@ def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Los
 
     import lowbitcore as lbc
     from lowbitcore.head import run_body
-    from lowbitcore.heap import return_tensors_at_once
+    from lowbitcore.heap import keep_heap_small
     from lowbitcore.lrec import LrecTrainer
     from lowbitcore.model import quantized_linears
     from lowbitcore.training import TrainedModel, set_checkpointing
@@ -103,7 +103,7 @@ def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Los
     lbc.prepare_lora(packed, rank=RANK, alpha=2 * RANK, dropout=0.05)
     set_checkpointing(packed, contender)  # type: ignore[arg-type]
     if contender == "full":  # as the commands do
-        return_tensors_at_once()
+        keep_heap_small()
     model = TrainedModel(packed).train()
     return model, lambda ids, step: model(input_ids=ids, labels=ids)["loss"]
 

@@ -312,6 +312,7 @@ const Backend& cuda_backend() {
                                       nullptr,
                                       nullptr,
                                       nullptr,
+                                      nullptr,
                                       nullptr};
   return backend;
 }

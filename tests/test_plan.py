@@ -93,7 +93,7 @@ import resource, sys
 import torch
 from transformers import LlamaConfig, AutoModelForCausalLM
 import lowbitcore as lbc
-from lowbitcore.heap import return_tensors_at_once
+from lowbitcore.heap import keep_heap_small
 from lowbitcore.plan import plan
 from lowbitcore.training import TrainedModel, set_checkpointing
 
@@ -123,7 +123,7 @@ else:
     lbc.prepare_lora(model, rank=8)
 set_checkpointing(model, kind)
 if kind == "full":
-    return_tensors_at_once()
+    keep_heap_small()
 trained = TrainedModel(model).train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 for step in range(3):

@@ -65,6 +65,8 @@ struct Backend {
   void (*rms_norm)(ConstMatrix x, ConstMatrix weight, float eps, Matrix y, const Resources&);
   void (*rms_norm_backward)(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float eps, Matrix dx,
                             const Resources&);
+  void (*rotate)(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matrix y,
+                 const Resources&);
   void (*swiglu)(ConstMatrix gate, ConstMatrix up, Matrix out, const Resources&);
   void (*swiglu_backward)(ConstMatrix d_out, ConstMatrix gate, ConstMatrix up, Matrix d_gate,
                           Matrix d_up, const Resources&);

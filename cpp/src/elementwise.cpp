@@ -53,6 +53,27 @@ void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float 
   backend.rms_norm_backward(dy, x, weight, eps, dx, Call(op, exec, 0));
 }
 
+void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matrix y,
+            const Execution& exec) {
+  const char* op = "rotate";
+  check::shape(op, "x", x, x.rows, x.cols);
+  check_like(op, "y", y, "x", x);
+  if (cos.cols <= 0 || cos.cols % 64 != 0 || x.cols % cos.cols != 0) {
+    check::fail(op, "cos", "a multiple of 64 columns that divides x's " + std::to_string(x.cols),
+                std::to_string(cos.cols));
+  }
+  if (cos.rows <= 0 || x.rows % cos.rows != 0) {
+    check::fail(op, "cos", "a number of rows that divides x's " + std::to_string(x.rows),
+                std::to_string(cos.rows));
+  }
+  check::shape(op, "cos", cos, cos.rows, cos.cols);
+  check::same_dtype(op, "cos", cos.dtype, "x", x.dtype);
+  check_like(op, "sin", sin, "cos", cos);
+  const Backend& backend = backend_of(exec);
+  check_has(op, backend, backend.rotate != nullptr);
+  backend.rotate(x, cos, sin, inverse, y, Call(op, exec, 0));
+}
+
 void swiglu(ConstMatrix gate, ConstMatrix up, Matrix out, const Execution& exec) {
   const char* op = "swiglu";
   check_gate(op, gate, up);

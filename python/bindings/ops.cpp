@@ -350,6 +350,16 @@ void py_rms_norm_backward(const Array& dy, const Array& x, const Array& weight, 
   rms_norm_backward(grad, in, w, eps, out);
 }
 
+void py_rotate(const Array& x, const Array& cos, const Array& sin, bool inverse, const Array& y) {
+  const char* op = "rotate";
+  on_cpu(op, {{"x", &x}, {"cos", &cos}, {"sin", &sin}, {"y", &y}});
+  const ConstMatrix in = const_matrix(op, "x", x);
+  const ConstMatrix c = const_matrix(op, "cos", cos), s = const_matrix(op, "sin", sin);
+  const Matrix out = matrix(op, "y", y);
+  nb::gil_scoped_release release;
+  rotate(in, c, s, inverse, out);
+}
+
 void py_swiglu(const Array& gate, const Array& up, const Array& out) {
   const char* op = "swiglu";
   on_cpu(op, {{"gate", &gate}, {"up", &up}, {"out", &out}});
@@ -428,6 +438,7 @@ void init_ops(nb::module_& m) {
   m.def("fake_quantized_grads", &py_fake_quantized_grads);
   m.def("rms_norm", &py_rms_norm);
   m.def("rms_norm_backward", &py_rms_norm_backward);
+  m.def("rotate", &py_rotate);
   m.def("swiglu", &py_swiglu);
   m.def("swiglu_backward", &py_swiglu_backward);
   m.def("dropout", &py_dropout);

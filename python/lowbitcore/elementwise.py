@@ -1,4 +1,4 @@
-"""Norms and gated MLPs of transformers' models through the core's operations.
+"""Norms, rotary positions and gated MLPs of transformers' models through the core's operations.
 
 Each makes one pass over memory of what is a pass for each of half a dozen operators otherwise, and
 keeps its inputs alone for its backward.
@@ -7,13 +7,21 @@ keeps its inputs alone for its backward.
 from __future__ import annotations
 
 import inspect
-from typing import cast
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    rotate_half,
+)
 
 from lowbitcore import ops
 
@@ -32,19 +40,21 @@ def use_own_elementwise(model: PreTrainedModel) -> None:
             module.__class__ = RmsNorm
         elif _computes_as(module, LlamaMLP) and isinstance(module.act_fn, _SILU):
             module.__class__ = SwigluMlp
+        elif (rotated := _with_own_rotary(type(module))) is not None:
+            module.__class__ = rotated
 
 
 def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
     """transformers gives each model a copy of its own of such classes."""
-    kind = type(module)
-    return kind is known or _code(kind) == _code(known)
+    return _code(type(module).forward) == _code(known.forward)
 
 
-def _code(kind: type[nn.Module]) -> str | None:
+@cache
+def _code(function: Callable[..., Any]) -> str:
     try:
-        return inspect.getsource(kind.forward)
+        return inspect.getsource(function)
     except (OSError, TypeError):  # defined where there is no file
-        return None
+        return repr(function)
 
 
 class RmsNorm(LlamaRMSNorm):  # type: ignore[misc]
@@ -72,6 +82,46 @@ class SwigluMlp(LlamaMLP):  # type: ignore[misc]
         else:
             product = self.act_fn(gate) * up
         return cast(Tensor, self.down_proj(product))
+
+
+@cache
+def _with_own_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """An attention whose forward calls our `_rotated` where it has called LLaMA's function, a global
+    of its module; None for what does not."""
+    forward = inspect.unwrap(kind.forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    scope = getattr(forward, "__globals__", {})
+    for known in (apply_rotary_pos_emb, rotate_half):
+        if _code(scope.get(known.__name__, kind)) != _code(known):
+            return None
+    if apply_rotary_pos_emb.__name__ not in names:
+        return None
+    own = FunctionType(
+        forward.__code__,
+        {**scope, apply_rotary_pos_emb.__name__: _rotated},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return type(kind.__name__, (kind,), {"forward": own, "__module__": kind.__module__})
+
+
+def _rotated(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    if (
+        _is_ours(q, k, cos, sin)
+        and unsqueeze_dim == 1
+        and {q.dtype, k.dtype, sin.dtype} == {cos.dtype}
+        and cos.shape == sin.shape
+        and cos.shape[-1] % 64 == 0
+        and all(x.shape[-1] == cos.shape[-1] and x.shape[2] == cos.shape[1] for x in (q, k))
+        and not (cos.requires_grad or sin.requires_grad)
+    ):
+        return ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
+    found: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    return found
 
 
 def _is_ours(*tensors: Tensor) -> bool:

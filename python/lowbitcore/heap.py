@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+# malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 def return_freed_memory() -> None:
@@ -20,12 +22,14 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def return_tensors_at_once() -> None:
-    """From now on freed memory of 1 MB and more goes back to the system at once.
+def keep_heap_small() -> None:
+    """From now on freed memory of 4 MB and more goes back to the system at once, and the heap's end
+    where 32 MB of it are free.
 
-    A training's peak comes down to what it needs (LLaMA-7B in 4 bits: 5.3 to 4.9 GB; a model of
-    135 M: 1.1 to 0.8 GB), and new tensors cost page faults: steps take 1.2 to 1.5 times as long.
+    Left to itself, the C library raises the first to 32 MB as a training goes on. To return smaller
+    tensors, too, gained another 2% of LLaMA-7B's memory and cost a fourth more time, in page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 32 << 20)

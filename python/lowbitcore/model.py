@@ -217,9 +217,15 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # inconsistent sizes in config.json
         raise ValueError(f"build_skeleton: config: {_one_line(error)}") from error
+    use_own_operations(model)
+    return cast(PreTrainedModel, model.eval())
+
+
+def use_own_operations(model: PreTrainedModel) -> None:
+    """The core's attention, norms, rotary positions and gates in the place of transformers', where
+    they compute the same."""
     use_own_attention(model)
     use_own_elementwise(model)
-    return cast(PreTrainedModel, model.eval())
 
 
 _RENAMINGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()

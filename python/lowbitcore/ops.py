@@ -19,11 +19,13 @@ first called).
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +57,7 @@ __all__ = [
     "qgemm_nt",
     "quantize_rtn",
     "rms_norm",
+    "rotate",
     "swiglu",
     "token_losses",
     "trivial_g_idx",
@@ -189,6 +192,30 @@ def _rows_of(result: Tensor) -> Tensor:
     if result.numel():
         return result
     return result.new_empty(result.shape[:-1].numel(), result.shape[-1])
+
+
+# From here on results have memory of their own; smaller ones are quicker to get from torch.
+_OWN_BYTES = 1 << 16
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """A new result of the type of `like`, on its device.
+
+    torch asks the C library for aligned memory. glibc before 2.38 serves no such request from what
+    an equal one has freed, and a training's heap then grows to several times what is in use; from
+    memory without a demand it does.
+    """
+    count = math.prod(shape) * like.element_size()
+    if not like.is_cpu or count < _OWN_BYTES:
+        return like.new_empty(shape)
+    alignment = 64
+    memory = torch.from_numpy(np.empty(count + alignment, np.uint8))
+    start = -memory.data_ptr() % alignment
+    result = memory[start : start + count].view(like.dtype).view(shape)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic and torch.utils.deterministic.fill_uninitialized_memory:
+        result.fill_(math.nan)  # as torch fills its own
+    return result
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -556,7 +583,7 @@ def _qgemm_nt(
     _C.check_format("qgemm_nt", bits, group_size, 32, 32)
     k = _stored_in_features("qgemm_nt", packed, scales, bits, group_size)
     n = scales.shape[1]
-    y = x.new_empty((*x.shape[:-1], n))
+    y = _empty(x, *x.shape[:-1], n)
     if _by_dequantizing("qgemm_nt", x, g_idx, n * k):
         if x.shape[-1] != k:
             _fail("qgemm_nt", "x", f"shape [..., {k}]", list(x.shape))
@@ -662,7 +689,7 @@ def _(
     group_size: int,
     in_features: int,
 ) -> Tensor:
-    dx = _qgemm_nn_fake(dy, packed, scales, g_idx, bits, group_size, in_features)
+    dx = _empty(dy, *dy.shape[:-1], in_features)
     if _by_dequantizing("qgemm_nn", dy, g_idx, scales.shape[1] * in_features):
         weight = _dequantize(packed, scales, g_idx, bits, group_size, in_features, dy.dtype)
         torch.mm(dy.reshape(-1, len(weight)), weight, out=dx.view(-1, in_features))
@@ -898,16 +925,64 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 @_operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = _empty(x, *x.shape)
     _C.rms_norm(_rows(x), _dense(weight), eps, _rows_of(y))
     return y
 
 
 @_operator("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor")
 def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dx = x.new_empty(x.shape)
+    dx = _empty(x, *x.shape)
     _C.rms_norm_backward(_rows(dy), _rows(x), _dense(weight), eps, _rows_of(dx))
     return dx
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al., arXiv 2104.09864), as transformers' LLaMA has them, on the CPU:
+    with the halves x1, x2 of a head, ``(x1, x2) cos + (-x2, x1) sin``.
+
+    Args:
+        x: float32, bfloat16 or float16 [B, H, T, D], D a multiple of 64, any strides.
+        cos, sin: [1 or B, T, D], of the type of ``x``.
+
+    Returns:
+        [B, H, T, D], a transposed view of [B, T, H, D]; products and their sum are rounded to the
+        type of ``x``, as torch does it. Differentiable in x.
+    """
+    _check("rotate", x=x, cos=cos, sin=sin)
+    _check_dims("rotate", "x", x, 4)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        _check_dims("rotate", name, tensor, 3)
+        if tensor.shape[0] not in (1, x.shape[0]) or tensor.shape[1:] != x.shape[2:]:
+            wanted = f"shape [1 or {x.shape[0]}, {x.shape[2]}, {x.shape[3]}]"
+            _fail("rotate", name, wanted, list(tensor.shape))
+    kernel = _rotate if _is_plain(x, cos, sin) else torch.ops.lowbitcore.rotate
+    y: Tensor = kernel(x, cos, sin, False)
+    return y
+
+
+@_operator("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor")
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    y = _empty_heads_like(x)
+    if y.numel():
+        flat, result = (heads.transpose(1, 2).flatten(2) for heads in (x, y))
+        _C.rotate(_rows(flat), _rows(cos), _rows(sin), inverse, result)
+    return y
+
+
+@_fake("rotate")
+def _(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return _heads_like(x)
+
+
+def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotate_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    dx = torch.ops.lowbitcore.rotate(dy, *ctx.saved_tensors, not ctx.inverse)
+    return dx, None, None, None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -934,14 +1009,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @_operator("swiglu(Tensor gate, Tensor up) -> Tensor")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    out = gate.new_empty(gate.shape)
+    out = _empty(gate, *gate.shape)
     _C.swiglu(_rows(gate), _rows(up), _rows_of(out))
     return out
 
 
 @_operator("swiglu_backward(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)")
 def _(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    d_gate, d_up = _empty(gate, *gate.shape), _empty(up, *up.shape)
     _C.swiglu_backward(_rows(d_out), _rows(gate), _rows(up), _rows_of(d_gate), _rows_of(d_up))
     return d_gate, d_up
 
@@ -971,7 +1046,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 @_operator("dropout(Tensor x, Tensor seed, int dropped) -> Tensor")
 def _(x: Tensor, seed: Tensor, dropped: int) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = _empty(x, *x.shape)
     _C.dropout(_rows(x), int(seed) % 2**64, dropped, _rows_of(y))
     return y
 
@@ -1031,6 +1106,7 @@ def _dropout_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
 for _name, _setup, _backward in (
     ("dropout", _dropout_setup, _dropout_backward),
     ("rms_norm", _rms_norm_setup, _rms_norm_backward),
+    ("rotate", _rotate_setup, _rotate_backward),
     ("swiglu", _swiglu_setup, _swiglu_backward),
 ):
     torch.library.register_autograd(
@@ -1162,9 +1238,14 @@ def _heads_like(tensor: Tensor) -> Tensor:
     return tensor.new_empty((b, t, h, d)).transpose(1, 2)
 
 
+def _empty_heads_like(tensor: Tensor) -> Tensor:
+    b, h, t, d = tensor.shape
+    return _empty(tensor, b, t, h, d).transpose(1, 2)
+
+
 @_operator("attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fake(q, k, v, scale)
+    out, lse = _empty_heads_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     _C.attention(_heads(q), _heads(k), _heads(v), scale, out, lse)
     return out, lse
 
@@ -1181,7 +1262,7 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
 def _(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _attention_backward_fake(d_out, q, k, v, out, lse, scale)
+    dq, dk, dv = _empty_heads_like(q), _empty_heads_like(k), _empty_heads_like(v)
     _C.attention_backward(
         _heads(d_out), _heads(q), _heads(k), _heads(v), _heads(out), _dense(lse), scale, dq, dk, dv
     )

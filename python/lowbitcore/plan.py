@@ -18,11 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowbitcore import ops
-from lowbitcore.attention import use_own_attention
-from lowbitcore.elementwise import use_own_elementwise
 from lowbitcore.head import chunk_tokens
 from lowbitcore.lora import prepare_lora
-from lowbitcore.model import find_blocks, linear_shape, quantizable, set_module
+from lowbitcore.model import (
+    find_blocks,
+    linear_shape,
+    quantizable,
+    set_module,
+    use_own_operations,
+)
 from lowbitcore.nn import QuantLinear
 from lowbitcore.peqa import prepare_peqa, thaw_scales
 from lowbitcore.training import KEPT, Checkpointing
@@ -30,7 +34,7 @@ from lowbitcore.training import KEPT, Checkpointing
 Method = Literal["peqa", "emef", "lrec"]
 
 # What glibc's heap holds beside live tensors, as a share of those that come and go, where freed
-# memory is not returned at once (measured on two models: 0.4 to 0.7).
+# memory is not returned (measured on two models: 0.4 to 0.7).
 _HELD_SHARE = 0.55
 
 # A gradient and AdamW's two moments, float32, beside each trained float32 parameter.
@@ -105,7 +109,7 @@ def plan(
     copies = 3 if method == "lrec" else 2
     loss = chunk_tokens(model) * model.config.get_text_config().vocab_size * copies * dtype.itemsize
     runtime = _resident()
-    # Only then does training return freed memory at once.
+    # Only then does training keep the heap small.
     held = 0.0 if checkpointing == "full" else _HELD_SHARE
     slope = two - one
     activation = one + (micro_batch - 1) * slope
@@ -144,8 +148,7 @@ def _packed(
     config: PretrainedConfig, bits: int, group_size: int, dtype: torch.dtype
 ) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    use_own_attention(model)
-    use_own_elementwise(model)
+    use_own_operations(model)
     blocks = find_blocks(model).modules
     for path, linear in quantizable(blocks).items():
         in_features, out_features = linear_shape(linear)

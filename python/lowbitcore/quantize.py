@@ -50,6 +50,7 @@ from lowbitcore.model import (
     quantizable,
     quantized_linears,
     set_module,
+    use_own_operations,
 )
 from lowbitcore.nn import QuantLinear
 from lowbitcore.runtime import free_memory, resolve_device, synchronize
@@ -757,6 +758,7 @@ def quantize_model(
     # Here and not block by block: an error should leave the caller's model as it was.
     for index, block in enumerate(layout.modules):
         check_weights(f"{layout.prefix}.{index}", quantizable(block))
+    use_own_operations(model)
     dtype = compute_dtype(model.dtype, device)
     report = Report(tokens=windows.numel())
     training = model.training

@@ -34,7 +34,7 @@ from lowbitcore.data import TrainingSet
 from lowbitcore.evaluate import perplexity
 from lowbitcore.formats import checkpoint, peft, scales
 from lowbitcore.formats.checkpoint import atomic_path
-from lowbitcore.heap import return_tensors_at_once
+from lowbitcore.heap import keep_heap_small
 from lowbitcore.lora import prepare_lora
 from lowbitcore.lrec import LrecTrainer, TeacherCache
 from lowbitcore.peqa import prepare_peqa, thaw_scales
@@ -157,7 +157,7 @@ def train(
     schedule = recipe.schedule
     device = training_device(recipe.device)
     if schedule.checkpointing == "full":
-        return_tensors_at_once()  # whoever asks for it is short of memory
+        keep_heap_small()  # whoever asks for it is short of memory
     if schedule.minutes is not None and _processes() > 1:
         raise ValueError("--minutes: expected --steps or --tokens where several processes train")
     if schedule.minutes is not None and recipe.teacher is not None and recipe.teacher.cache:

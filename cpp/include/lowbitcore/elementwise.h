@@ -1,6 +1,6 @@
 // What the blocks of a LLaMA-like model and its adapters compute between their products, each in
-// one pass over memory: the root mean square norm and the gate of an MLP, forward and backward, and
-// dropout.
+// one pass over memory: the root mean square norm, rotary positions and the gate of an MLP, forward
+// and backward, and dropout.
 //
 // Matrices of a call are of one type and one shape, their columns a multiple of 32. Values are
 // computed in fp32 and rounded where transformers' modules round them, so that results differ from
@@ -19,6 +19,13 @@ void rms_norm(ConstMatrix x, ConstMatrix weight, float eps, Matrix y, const Exec
 // The gradient of x from that of y.
 void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float eps, Matrix dx,
                        const Execution& exec = {});
+
+// Rotary positions: with halves x1, x2 of a head's columns, y = (x1, x2) * cos + (-x2, x1) * sin,
+// each product rounded to the type. x, y: [batch * rows, heads * head_cols] of heads side by side;
+// cos, sin: [batch * rows, head_cols] or, the same for every batch, [rows, head_cols], of the type
+// of x; head_cols a multiple of 64. The gradient of x is that of y, `inverse`.
+void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matrix y,
+            const Execution& exec = {});
 
 // out = silu(gate) * up with silu(g) = g / (1 + exp(-g)), which is rounded to the type.
 void swiglu(ConstMatrix gate, ConstMatrix up, Matrix out, const Execution& exec = {});

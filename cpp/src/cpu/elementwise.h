@@ -127,6 +127,32 @@ void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float 
   });
 }
 
+void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matrix y,
+            const Resources& use) {
+  const int64_t half = cos.cols / 2;
+  with_dtype(x.dtype, [&](auto type) {
+    constexpr DType dtype = decltype(type)::value;
+    for_each_row(x, use, [&](int64_t row) {
+      const char *a = row_pointer(cos, row % cos.rows), *b = row_pointer(sin, row % cos.rows);
+      const char* in = row_pointer(x, row);
+      char* out = row_pointer(y, row);
+      for (int64_t first = 0; first < x.cols; first += cos.cols) {
+        for (int64_t c = 0; c < half; c += kWidth) {
+          const Vec x1 = load_as_float(in, dtype, first + c);
+          const Vec x2 = load_as_float(in, dtype, first + half + c);
+          const Vec cos1 = load_as_float(a, dtype, c), cos2 = load_as_float(a, dtype, half + c);
+          const Vec sin1 = load_as_float(b, dtype, c), sin2 = load_as_float(b, dtype, half + c);
+          const Vec s1 = rounded<dtype>(x2 * (inverse ? sin2 : sin1));
+          const Vec s2 = rounded<dtype>(x1 * (inverse ? sin1 : sin2));
+          const Vec c1 = rounded<dtype>(x1 * cos1), c2 = rounded<dtype>(x2 * cos2);
+          store_as(inverse ? c1 + s1 : c1 - s1, out, dtype, first + c);
+          store_as(inverse ? c2 - s2 : c2 + s2, out, dtype, first + half + c);
+        }
+      }
+    });
+  });
+}
+
 void swiglu(ConstMatrix gate, ConstMatrix up, Matrix out, const Resources& use) {
   with_dtype(gate.dtype, [&](auto type) {
     constexpr DType dtype = decltype(type)::value;

@@ -124,6 +124,7 @@ constexpr Backend make_backend(const char* name) {
           fake_quantized_grads,
           rms_norm,
           rms_norm_backward,
+          rotate,
           swiglu,
           swiglu_backward,
           dropout,
