@@ -208,7 +208,10 @@ def test_operators_are_what_torch_expects() -> None:
     [
         (lambda: ops.rms_norm(torch.ones(2, 33), torch.ones(33), eps=EPS), "x: .* multiple of 32"),
         (lambda: ops.rms_norm(torch.ones(2, 64), torch.ones(32), eps=EPS), "weight: .*64.*, got"),
-        (lambda: ops.rms_norm(torch.ones(2, 64), torch.ones(64).half(), eps=EPS), "weight: .*float32"),
+        (
+            lambda: ops.rms_norm(torch.ones(2, 64), torch.ones(64).half(), eps=EPS),
+            "weight: .*float32",
+        ),
         (lambda: ops.rms_norm(torch.ones(2, 64), torch.ones(64), eps=-1.0), "eps: .* 0 or more"),
         (
             lambda: ops.rms_norm(torch.ones(2, 64), torch.nn.Parameter(torch.ones(64)), eps=EPS),

@@ -372,11 +372,8 @@ void py_swiglu(const Array& gate, const Array& up, const Array& out) {
 void py_swiglu_backward(const Array& d_out, const Array& gate, const Array& up, const Array& d_gate,
                         const Array& d_up) {
   const char* op = "swiglu_backward";
-  on_cpu(op, {{"d_out", &d_out},
-              {"gate", &gate},
-              {"up", &up},
-              {"d_gate", &d_gate},
-              {"d_up", &d_up}});
+  on_cpu(op,
+         {{"d_out", &d_out}, {"gate", &gate}, {"up", &up}, {"d_gate", &d_gate}, {"d_up", &d_up}});
   const ConstMatrix grad = const_matrix(op, "d_out", d_out);
   const ConstMatrix g = const_matrix(op, "gate", gate), u = const_matrix(op, "up", up);
   const Matrix of_gate = matrix(op, "d_gate", d_gate), of_up = matrix(op, "d_up", d_up);

@@ -7,7 +7,7 @@ keeps its inputs alone for its backward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Hashable
 from functools import cache
 from types import FunctionType
 from typing import Any, cast
@@ -40,8 +40,9 @@ def use_own_elementwise(model: PreTrainedModel) -> None:
             module.__class__ = RmsNorm
         elif _computes_as(module, LlamaMLP) and isinstance(module.act_fn, _SILU):
             module.__class__ = SwigluMlp
-        elif (rotated := _with_own_rotary(type(module))) is not None:
-            module.__class__ = rotated
+        else:
+            kind: Hashable = type(module)
+            module.__class__ = _with_own_rotary(kind) or type(module)
 
 
 def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
@@ -50,9 +51,9 @@ def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
 
 
 @cache
-def _code(function: Callable[..., Any]) -> str:
+def _code(function: Hashable) -> str:
     try:
-        return inspect.getsource(function)
+        return inspect.getsource(cast(FunctionType, function))
     except (OSError, TypeError):  # defined where there is no file
         return repr(function)
 
@@ -85,9 +86,9 @@ class SwigluMlp(LlamaMLP):  # type: ignore[misc]
 
 
 @cache
-def _with_own_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """An attention whose forward calls our `_rotated` where it has called LLaMA's function, a global
-    of its module; None for what does not."""
+def _with_own_rotary(kind: Any) -> type[nn.Module] | None:
+    """An attention whose forward calls our `_rotated` where it has called LLaMA's function, a
+    global of its module; None for what does not."""
     forward = inspect.unwrap(kind.forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     scope = getattr(forward, "__globals__", {})

@@ -27,7 +27,8 @@ def keep_heap_small() -> None:
     where 32 MB of it are free.
 
     Left to itself, the C library raises the first to 32 MB as a training goes on. To return smaller
-    tensors, too, gained another 2% of LLaMA-7B's memory and cost a fourth more time, in page faults.
+    tensors, too, gained another 2% of LLaMA-7B's memory and cost a fourth more time: every new
+    tensor then faults its pages in.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

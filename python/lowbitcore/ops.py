@@ -212,8 +212,9 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     memory = torch.from_numpy(np.empty(count + alignment, np.uint8))
     start = -memory.data_ptr() % alignment
     result = memory[start : start + count].view(like.dtype).view(shape)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if deterministic and torch.utils.deterministic.fill_uninitialized_memory:
+    if torch.are_deterministic_algorithms_enabled() and getattr(
+        torch.utils.deterministic, "fill_uninitialized_memory", False
+    ):
         result.fill_(math.nan)  # as torch fills its own
     return result
 
@@ -1103,12 +1104,13 @@ def _dropout_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.lowbitcore.dropout(dy, *ctx.saved_tensors, ctx.dropped), None, None
 
 
-for _name, _setup, _backward in (
+_differentiable: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("dropout", _dropout_setup, _dropout_backward),
     ("rms_norm", _rms_norm_setup, _rms_norm_backward),
     ("rotate", _rotate_setup, _rotate_backward),
     ("swiglu", _swiglu_setup, _swiglu_backward),
-):
+)
+for _name, _setup, _backward in _differentiable:
     torch.library.register_autograd(
         f"lowbitcore::{_name}", _backward, setup_context=_setup, lib=_library
     )
