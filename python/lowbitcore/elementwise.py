@@ -41,8 +41,8 @@ def use_own_elementwise(model: PreTrainedModel) -> None:
         elif _computes_as(module, LlamaMLP) and isinstance(module.act_fn, _SILU):
             module.__class__ = SwigluMlp
         else:
-            kind: Hashable = type(module)
-            module.__class__ = _with_own_rotary(kind) or type(module)
+            kind: Any = type(module)
+            module.__class__ = _with_own_rotary(kind) or kind
 
 
 def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
