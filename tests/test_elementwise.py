@@ -3,6 +3,7 @@ own, and models that compute through them."""
 
 from __future__ import annotations
 
+import pickle
 from copy import deepcopy
 from typing import Any
 
@@ -331,7 +332,9 @@ def test_models_can_be_copied_and_quantized() -> None:
     ids = torch.randint(96, (2, 12))
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
-        assert torch.equal(deepcopy(model)(input_ids=ids).logits, wanted)
+        for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copy(input_ids=ids).logits, wanted)
+            assert list(map(type, copy.modules())) == list(map(type, model.modules()))
     own = plain(model, model.config, torch.float32)
     lbc.quantize_model(
         own, None, None, lbc.QuantConfig(group_size=32, method="rtn"), progress=False

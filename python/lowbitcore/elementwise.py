@@ -40,9 +40,8 @@ def use_own_elementwise(model: PreTrainedModel) -> None:
             module.__class__ = RmsNorm
         elif _computes_as(module, LlamaMLP) and isinstance(module.act_fn, _SILU):
             module.__class__ = SwigluMlp
-        else:
-            kind: Any = type(module)
-            module.__class__ = _with_own_rotary(kind) or kind
+        elif own := _with_own_rotary(cast(Any, type(module))):
+            module.__class__ = own
 
 
 def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
@@ -105,7 +104,18 @@ def _with_own_rotary(kind: Any) -> type[nn.Module] | None:
         forward.__closure__,
     )
     own.__kwdefaults__ = forward.__kwdefaults__
-    return type(kind.__name__, (kind,), {"forward": own, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"forward": own, "__reduce_ex__": _reduce})
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickles cannot name a class that is made here: they say what it is made of."""
+    return _empty_of, (type(module).__bases__[0],), module.__dict__
+
+
+def _empty_of(kind: Any) -> nn.Module:
+    own = _with_own_rotary(kind)
+    assert own is not None
+    return own.__new__(own)
 
 
 def _rotated(
