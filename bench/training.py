@@ -34,7 +34,11 @@ EMEF = {
     "selective": "packed, selective",
     "none": "packed, none",
 }
-LREC = {"naive": "naive loop, bf16", "lrec": "packed, selective"}
+LREC = {
+    "naive": "naive loop, bf16",
+    "lrec-selective": "packed, selective",
+    "lrec-none": "packed, none",
+}
 
 Loss = Callable[[torch.Tensor, int], torch.Tensor]  # of a batch and the step it belongs to
 
@@ -89,7 +93,7 @@ def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Los
             return kl + 0.1 * functional.nll_loss(found.flatten(0, 1), ids[:, 1:].flatten())
 
         return model, distil
-    if contender == "lrec":
+    if contender in LREC:
         teacher = dense_model().eval()
         with torch.no_grad():  # as a cache on disk would have them
             batches = [batch(packed.config.vocab_size, step) for step in range(steps + 1)]
@@ -97,7 +101,9 @@ def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Los
         teacher.model.layers = torch.nn.ModuleList()  # a cache needs its head alone
         lbc.prepare_lora(packed, rank=RANK, alpha=RANK, targets=None)
         settings = TrainingArguments(tempfile.gettempdir(), report_to="none", use_cpu=True)
-        trained = LrecTrainer(packed, settings, [], teacher=teacher).model.train()
+        kind: Any = contender.removeprefix("lrec-")
+        trainer = LrecTrainer(packed, settings, [], teacher=teacher, checkpointing=kind)
+        trained = trainer.model.train()
         return trained, lambda ids, step: trained(
             input_ids=ids, labels=ids, teacher_hidden=states[step]
         )["loss"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 # Elements of a chunk of logits: 16 MB in bfloat16.
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 23
 
 
 def run_body(model: PreTrainedModel, **inputs: Tensor | None) -> Any:
