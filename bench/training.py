@@ -59,8 +59,8 @@ def with_peft(dense: Any, targets: Any, dropout: float) -> Any:
 
 
 def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Loss]:
-    """What trains, and the loss of a batch. Every contender has transformers' Trainer imported (80
-    MB), which ours cannot do without, and which PEFT's users train with."""
+    """What trains, and the loss of a batch. Every contender has transformers' Trainer imported,
+    which ours cannot do without, and which PEFT's users train with."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noqa: F401
 
     def dense_model() -> Any:

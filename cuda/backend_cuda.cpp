@@ -278,42 +278,31 @@ void gptq(const GptqProblem& problem, const Resources& use) {
 
 std::size_t gptq_workspace_any_threads(const QuantFormat& f, int) { return gptq_workspace(f); }
 
+// Products of two dense matrices, and what is done to their elements, are left to what the caller
+// has on the device.
+constexpr Backend make_backend() {
+  Backend backend{};
+  backend.name = "cuda";
+  backend.qgemm_nt = qgemm_nt;
+  backend.qgemm_nn = qgemm_nn;
+  backend.qgemm_grad_scales = qgemm_grad_scales;
+  backend.qgemm_nt_workspace = product_workspace<Op::nt>;
+  backend.qgemm_nn_workspace = product_workspace<Op::nn>;
+  backend.qgemm_grad_scales_workspace = qgemm_grad_scales_workspace;
+  backend.dequantize = dequantize;
+  backend.quantize_rtn = quantize_rtn;
+  backend.quantize_rtn_workspace = no_workspace;
+  backend.gptq = gptq;
+  backend.gptq_workspace = gptq_workspace_any_threads;
+  return backend;
+}
+
 }  // namespace
 
 }  // namespace cuda
 
 const Backend& cuda_backend() {
-  // Products of two dense matrices, and what is done to their elements, are left to what the caller
-  // has on the device.
-  static constexpr Backend backend = {"cuda",
-                                      cuda::qgemm_nt,
-                                      cuda::qgemm_nn,
-                                      cuda::qgemm_grad_scales,
-                                      cuda::product_workspace<cuda::Op::nt>,
-                                      cuda::product_workspace<cuda::Op::nn>,
-                                      cuda::qgemm_grad_scales_workspace,
-                                      cuda::dequantize,
-                                      cuda::quantize_rtn,
-                                      cuda::no_workspace,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      cuda::gptq,
-                                      cuda::gptq_workspace_any_threads,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      nullptr};
+  static constexpr Backend backend = cuda::make_backend();
   return backend;
 }
 

@@ -118,7 +118,7 @@ def test_torchs_way_is_the_same(kl: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         ]
 
     ours = all_of_them()
-    monkeypatch.setattr(losses, "_is_ours", lambda logits: False)
+    monkeypatch.setattr(ops, "serves", lambda *tensors: False)
     for found, wanted in zip(ours, all_of_them(), strict=True):
         assert found.dtype == wanted.dtype
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -175,7 +175,10 @@ def test_the_operator_is_what_torch_expects() -> None:
         (lambda x, t: ops.token_losses(x, t.int()), "targets: .*int64, got int32"),
         (lambda x, t: ops.token_losses(x, t, teacher=x[:2]), "teacher: .*, got"),
         (lambda x, t: ops.token_losses(x, t, teacher=x.half()), "teacher: .*float32"),
-        (lambda x, t: ops.token_losses(x, t, lambda_ce=float("nan")), "lambda: a number|lambda"),
+        (
+            lambda x, t: ops.token_losses(x, t, lambda_ce=float("nan")),
+            "lambda_ce: expected a number, got nan",
+        ),
         (lambda x, t: ops.token_losses(x[0], t), "logits: .*2 dimensions"),
     ],
 )

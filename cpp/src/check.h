@@ -30,10 +30,23 @@ inline void shape(const char* op, const char* argument, const ConstMatrix& matri
   shape(op, argument, matrix.data, matrix.rows, matrix.cols, matrix.stride, rows, cols);
 }
 
-// What vectors run over: a positive multiple of 32.
+void same_dtype(const char* op, const char* argument, DType got, const char* other, DType expected);
+
 void columns(const char* op, const char* argument, std::int64_t cols);
 
-void same_dtype(const char* op, const char* argument, DType got, const char* other, DType expected);
+// Rows that vectors run over: a positive multiple of 32 columns.
+template <typename M>
+void vectors(const char* op, const char* argument, const M& matrix) {
+  columns(op, argument, matrix.cols);
+  shape(op, argument, matrix, matrix.rows, matrix.cols);
+}
+
+// The shape and the type of another argument.
+inline void like(const char* op, const char* argument, const ConstMatrix& matrix, const char* other,
+                 const ConstMatrix& expected) {
+  shape(op, argument, matrix, expected.rows, expected.cols);
+  same_dtype(op, argument, matrix.dtype, other, expected.dtype);
+}
 
 // Every entry finite. Reads the matrix once.
 void finite(const char* op, const char* argument, const char* expected, const ConstMatrix& matrix);

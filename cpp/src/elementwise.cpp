@@ -9,15 +9,8 @@ namespace lowbitcore {
 
 namespace {
 
-void check_like(const char* op, const char* argument, const ConstMatrix& matrix, const char* other,
-                const ConstMatrix& like) {
-  check::shape(op, argument, matrix, like.rows, like.cols);
-  check::same_dtype(op, argument, matrix.dtype, other, like.dtype);
-}
-
 void check_norm(const char* op, const ConstMatrix& x, const ConstMatrix& weight, float eps) {
-  check::columns(op, "x", x.cols);
-  check::shape(op, "x", x, x.rows, x.cols);
+  check::vectors(op, "x", x);
   check::shape(op, "weight", weight, 1, x.cols);
   check::same_dtype(op, "weight", weight.dtype, "x", x.dtype);
   if (!(eps >= 0.0f) || !std::isfinite(eps)) {
@@ -26,9 +19,8 @@ void check_norm(const char* op, const ConstMatrix& x, const ConstMatrix& weight,
 }
 
 void check_gate(const char* op, const ConstMatrix& gate, const ConstMatrix& up) {
-  check::columns(op, "gate", gate.cols);
-  check::shape(op, "gate", gate, gate.rows, gate.cols);
-  check_like(op, "up", up, "gate", gate);
+  check::vectors(op, "gate", gate);
+  check::like(op, "up", up, "gate", gate);
 }
 
 }  // namespace
@@ -36,7 +28,7 @@ void check_gate(const char* op, const ConstMatrix& gate, const ConstMatrix& up) 
 void rms_norm(ConstMatrix x, ConstMatrix weight, float eps, Matrix y, const Execution& exec) {
   const char* op = "rms_norm";
   check_norm(op, x, weight, eps);
-  check_like(op, "y", y, "x", x);
+  check::like(op, "y", y, "x", x);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.rms_norm != nullptr);
   backend.rms_norm(x, weight, eps, y, Call(op, exec, 0));
@@ -46,8 +38,8 @@ void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float 
                        const Execution& exec) {
   const char* op = "rms_norm_backward";
   check_norm(op, x, weight, eps);
-  check_like(op, "dy", dy, "x", x);
-  check_like(op, "dx", dx, "x", x);
+  check::like(op, "dy", dy, "x", x);
+  check::like(op, "dx", dx, "x", x);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.rms_norm_backward != nullptr);
   backend.rms_norm_backward(dy, x, weight, eps, dx, Call(op, exec, 0));
@@ -57,7 +49,7 @@ void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matri
             const Execution& exec) {
   const char* op = "rotate";
   check::shape(op, "x", x, x.rows, x.cols);
-  check_like(op, "y", y, "x", x);
+  check::like(op, "y", y, "x", x);
   if (cos.cols <= 0 || cos.cols % 64 != 0 || x.cols % cos.cols != 0) {
     check::fail(op, "cos", "a multiple of 64 columns that divides x's " + std::to_string(x.cols),
                 std::to_string(cos.cols));
@@ -68,7 +60,7 @@ void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matri
   }
   check::shape(op, "cos", cos, cos.rows, cos.cols);
   check::same_dtype(op, "cos", cos.dtype, "x", x.dtype);
-  check_like(op, "sin", sin, "cos", cos);
+  check::like(op, "sin", sin, "cos", cos);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.rotate != nullptr);
   backend.rotate(x, cos, sin, inverse, y, Call(op, exec, 0));
@@ -77,7 +69,7 @@ void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matri
 void swiglu(ConstMatrix gate, ConstMatrix up, Matrix out, const Execution& exec) {
   const char* op = "swiglu";
   check_gate(op, gate, up);
-  check_like(op, "out", out, "gate", gate);
+  check::like(op, "out", out, "gate", gate);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.swiglu != nullptr);
   backend.swiglu(gate, up, out, Call(op, exec, 0));
@@ -87,9 +79,9 @@ void swiglu_backward(ConstMatrix d_out, ConstMatrix gate, ConstMatrix up, Matrix
                      Matrix d_up, const Execution& exec) {
   const char* op = "swiglu_backward";
   check_gate(op, gate, up);
-  check_like(op, "d_out", d_out, "gate", gate);
-  check_like(op, "d_gate", d_gate, "gate", gate);
-  check_like(op, "d_up", d_up, "gate", gate);
+  check::like(op, "d_out", d_out, "gate", gate);
+  check::like(op, "d_gate", d_gate, "gate", gate);
+  check::like(op, "d_up", d_up, "gate", gate);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.swiglu_backward != nullptr);
   backend.swiglu_backward(d_out, gate, up, d_gate, d_up, Call(op, exec, 0));
@@ -98,9 +90,8 @@ void swiglu_backward(ConstMatrix d_out, ConstMatrix gate, ConstMatrix up, Matrix
 void dropout(ConstMatrix x, std::uint64_t seed, std::uint32_t dropped, Matrix y,
              const Execution& exec) {
   const char* op = "dropout";
-  check::columns(op, "x", x.cols);
-  check::shape(op, "x", x, x.rows, x.cols);
-  check_like(op, "y", y, "x", x);
+  check::vectors(op, "x", x);
+  check::like(op, "y", y, "x", x);
   if (dropped >= 1u << 16) check::fail(op, "dropped", "less than 65536", std::to_string(dropped));
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.dropout != nullptr);

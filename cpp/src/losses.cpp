@@ -7,23 +7,25 @@
 
 namespace lowbitcore {
 
+namespace {
+
+void check_lambda(const char* op, const char* argument, float value) {
+  if (!std::isfinite(value)) check::fail(op, argument, "a number", std::to_string(value));
+}
+
+}  // namespace
+
 void token_losses(ConstMatrix logits, View<const std::int64_t> targets, const LossTerms& terms,
                   View<float> losses, Matrix gradient, const Execution& exec) {
   const char* op = "token_losses";
   const std::int64_t tokens = logits.rows, vocabulary = logits.cols;
-  check::columns(op, "logits", vocabulary);
-  check::shape(op, "logits", logits, tokens, vocabulary);
+  check::vectors(op, "logits", logits);
   check::shape(op, "targets", targets, 1, tokens);
   check::shape(op, "losses", losses, 1, tokens);
-  for (const ConstMatrix& other : {terms.teacher, ConstMatrix(gradient)}) {
-    if (other.data == nullptr) continue;
-    const char* name = other.data == gradient.data ? "gradient" : "teacher";
-    check::shape(op, name, other, tokens, vocabulary);
-    check::same_dtype(op, name, other.dtype, "logits", logits.dtype);
-  }
-  for (const float lambda : {terms.lambda_ce, terms.lambda_kl}) {
-    if (!std::isfinite(lambda)) check::fail(op, "lambda", "a number", std::to_string(lambda));
-  }
+  if (terms.teacher.data != nullptr) check::like(op, "teacher", terms.teacher, "logits", logits);
+  if (gradient.data != nullptr) check::like(op, "gradient", gradient, "logits", logits);
+  check_lambda(op, "lambda_ce", terms.lambda_ce);
+  check_lambda(op, "lambda_kl", terms.lambda_kl);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.token_losses != nullptr);
   for (std::int64_t i = 0; i < tokens; ++i) {

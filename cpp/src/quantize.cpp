@@ -49,8 +49,7 @@ namespace {
 
 void check_latent(const char* op, const LatentWeight& w) {
   check::bits(op, w.bits);
-  check::columns(op, "latent", w.latent.cols);
-  check::shape(op, "latent", w.latent, w.latent.rows, w.latent.cols);
+  check::vectors(op, "latent", w.latent);
   check::shape(op, "scales", w.scales, w.latent.rows, 1);
   check::shape(op, "zeros", w.zeros, w.latent.rows, 1);
 }

@@ -394,9 +394,11 @@ void py_token_losses(const Array& logits, const Array& targets, float lambda_ce,
                      const OptionalArray& teacher, float lambda_kl, bool reverse,
                      const Array& losses, const OptionalArray& gradient) {
   const char* op = "token_losses";
-  on_cpu(op, {{"logits", &logits}, {"targets", &targets}, {"losses", &losses}});
-  if (teacher) on_cpu(op, {{"teacher", present(teacher)}});
-  if (gradient) on_cpu(op, {{"gradient", present(gradient)}});
+  on_cpu(op, {{"logits", &logits},
+              {"targets", &targets},
+              {"teacher", present(teacher)},
+              {"losses", &losses},
+              {"gradient", present(gradient)}});
   const ConstMatrix in = const_matrix(op, "logits", logits);
   const auto wanted = input<i64>(op, "targets", targets);
   LossTerms terms{lambda_ce, {}, lambda_kl, reverse};

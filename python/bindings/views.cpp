@@ -93,6 +93,7 @@ Execution on_one_device(const char* op, std::uintptr_t stream,
 
 void on_cpu(const char* op, std::initializer_list<Argument> arguments) {
   for (const Argument& argument : arguments) {
+    if (argument.array == nullptr) continue;
     if (argument.array->device_type() != nb::device::cpu::value) {
       fail(op, argument.name, "a tensor on the CPU", "one on another device");
     }

@@ -64,7 +64,7 @@ class RmsNorm(LlamaRMSNorm):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight
         if (
-            _is_ours(hidden_states, weight)
+            ops.serves(hidden_states, weight)
             and hidden_states.dtype == weight.dtype
             and not (weight.requires_grad and torch.is_grad_enabled())
         ):
@@ -77,7 +77,7 @@ class SwigluMlp(LlamaMLP):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if _is_ours(gate, up) and gate.dtype == up.dtype:
+        if ops.serves(gate, up) and gate.dtype == up.dtype:
             product = ops.swiglu(gate, up)
         else:
             product = self.act_fn(gate) * up
@@ -88,17 +88,16 @@ class SwigluMlp(LlamaMLP):  # type: ignore[misc]
 def _with_own_rotary(kind: Any) -> type[nn.Module] | None:
     """An attention whose forward calls our `_rotated` where it has called LLaMA's function, a
     global of its module; None for what does not."""
-    forward = inspect.unwrap(kind.forward)
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    scope = getattr(forward, "__globals__", {})
-    for known in (apply_rotary_pos_emb, rotate_half):
-        if _code(scope.get(known.__name__, kind)) != _code(known):
-            return None
-    if apply_rotary_pos_emb.__name__ not in names:
+    forward, name = inspect.unwrap(kind.forward), apply_rotary_pos_emb.__name__
+    if not isinstance(forward, FunctionType) or name not in forward.__code__.co_names:
         return None
+    scope = forward.__globals__
+    for known in (apply_rotary_pos_emb, rotate_half):
+        if _code(scope.get(known.__name__)) != _code(known):
+            return None
     own = FunctionType(
         forward.__code__,
-        {**scope, apply_rotary_pos_emb.__name__: _rotated},
+        {**scope, name: _rotated},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -122,7 +121,7 @@ def _rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     if (
-        _is_ours(q, k, cos, sin)
+        ops.serves(q, k, cos, sin)
         and unsqueeze_dim == 1
         and {q.dtype, k.dtype, sin.dtype} == {cos.dtype}
         and cos.shape == sin.shape
@@ -133,12 +132,3 @@ def _rotated(
         return ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
     found: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
     return found
-
-
-def _is_ours(*tensors: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and all(
-        x.is_cpu
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.shape[-1] % 32 == 0
-        for x in tensors
-    )

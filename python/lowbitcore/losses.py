@@ -23,7 +23,7 @@ _CACHED_ELEMENTS = 1 << 17
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed -log p(target), float64, without a gradient."""
-    if _is_ours(logits):
+    if ops.serves(logits):
         losses, _ = ops.token_losses(logits, targets, differentiate=False)
         return losses.double().sum()
     size = _rows_at_once(logits)
@@ -35,7 +35,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed -log p(target), the loss of EMEF and PEQA, and its gradient in the logits."""
-    if _is_ours(logits):
+    if ops.serves(logits):
         return _summed(ops.token_losses(logits, targets))
 
     def kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def distillation(
 ) -> tuple[Tensor, Tensor]:
     """lambda_kl KL + lambda_ce CE (INT2.1, 2306.08162, equations 2 and 3) summed over tokens, and
     its gradient in the student's `logits`; `teacher` are the teacher's."""
-    if _is_ours(logits) and teacher.dtype == logits.dtype:
+    if ops.serves(logits) and teacher.dtype == logits.dtype:
         return _summed(
             ops.token_losses(
                 logits,
@@ -90,14 +90,6 @@ def distillation(
         return loss, gradient
 
     return _by_rows(kernel, logits, teacher, targets)
-
-
-def _is_ours(logits: Tensor) -> bool:
-    return (
-        logits.is_cpu
-        and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and logits.shape[1] % 32 == 0
-    )
 
 
 def _summed(found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:

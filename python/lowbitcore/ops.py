@@ -58,6 +58,7 @@ __all__ = [
     "quantize_rtn",
     "rms_norm",
     "rotate",
+    "serves",
     "swiglu",
     "token_losses",
     "trivial_g_idx",
@@ -66,6 +67,7 @@ __all__ = [
     "unpack_qzeros",
 ]
 
+_ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library("lowbitcore", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -127,14 +129,14 @@ def _fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
 
 def _check(op: str, bits: object = 4, group_size: object = -1, **tensors: Tensor | None) -> None:
     """What must hold before torch picks a kernel: integers that are such, and tensors, all on one
-    device that has kernels. Only ``g_idx`` and ``bias`` may be missing."""
+    device that has kernels. Only ``g_idx``, ``bias`` and ``teacher`` may be missing."""
     if type(bits) is not int or bits not in (2, 3, 4, 8):
         _fail(op, "bits", "2, 3, 4 or 8", repr(bits))
     if type(group_size) is not int or group_size == 0 or group_size < -1:
         _fail(op, "group_size", "-1 or a positive multiple of 32", repr(group_size))
     device = None
     for name, tensor in tensors.items():
-        if tensor is None and name in ("g_idx", "bias"):
+        if tensor is None and name in ("g_idx", "bias", "teacher"):
             continue
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             _fail(op, name, "a dense tensor", getattr(tensor, "layout", type(tensor).__name__))
@@ -148,7 +150,7 @@ def _check(op: str, bits: object = 4, group_size: object = -1, **tensors: Tensor
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors of the CPU's memory that nobody watches: torch does not
+    """Whether these are data in the CPU's memory that nobody watches: torch does not
     differentiate, trace, transform or record what is done with them. Its dispatcher, which takes
     longer than a small product, then has nothing to add."""
     return not (
@@ -159,7 +161,12 @@ def _is_plain(*tensors: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
-    ) and all(tensor.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    ) and all(map(_in_memory, tensors))
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    """Whether it is data in the CPU's memory, not one of the stand-ins that torch traces with."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu
 
 
 def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
@@ -169,8 +176,16 @@ def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
 
 def _check_activations(op: str, name: str, tensor: Tensor) -> None:
     """The core's rule for their type, where torch computes in its place."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if tensor.dtype not in _ACTIVATIONS:
         _fail(op, name, "float32, bfloat16 or float16", tensor.dtype)
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether what lies between products, and losses, can be left to the core: on the CPU, of a
+    type and a width [..., D] that it takes, and not under ``torch.compile``."""
+    return not torch.compiler.is_compiling() and all(
+        x.is_cpu and x.dtype in _ACTIVATIONS and x.shape[-1] % 32 == 0 for x in tensors
+    )
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -199,14 +214,14 @@ _OWN_BYTES = 1 << 16
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """A new result of the type of `like`, on its device.
+    """A new result of the type of `like`, on its device; a stand-in of a stand-in.
 
     torch asks the C library for aligned memory. glibc before 2.38 serves no such request from what
     an equal one has freed, and a training's heap then grows to several times what is in use; from
     memory without a demand it does.
     """
-    count = math.prod(shape) * like.element_size()
-    if not like.is_cpu or count < _OWN_BYTES:
+    count = math.prod(shape) * like.element_size() if _in_memory(like) else 0
+    if count < _OWN_BYTES:
         return like.new_empty(shape)
     alignment = 64
     memory = torch.from_numpy(np.empty(count + alignment, np.uint8))
@@ -217,6 +232,10 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     ):
         result.fill_(math.nan)  # as torch fills its own
     return result
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return _empty(tensor, *tensor.shape)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -464,7 +483,7 @@ def dequantize(
     """
     _check("dequantize", bits, group_size, packed=packed, scales=scales, g_idx=g_idx)
     _check_dims("dequantize", "scales", scales, 2)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in _ACTIVATIONS:
         _fail("dequantize", "dtype", "float32, bfloat16 or float16", repr(dtype))
     check_format(
         "dequantize",
@@ -690,7 +709,7 @@ def _(
     group_size: int,
     in_features: int,
 ) -> Tensor:
-    dx = _empty(dy, *dy.shape[:-1], in_features)
+    dx = _qgemm_nn_fake(dy, packed, scales, g_idx, bits, group_size, in_features)
     if _by_dequantizing("qgemm_nn", dy, g_idx, scales.shape[1] * in_features):
         weight = _dequantize(packed, scales, g_idx, bits, group_size, in_features, dy.dtype)
         torch.mm(dy.reshape(-1, len(weight)), weight, out=dx.view(-1, in_features))
@@ -704,7 +723,7 @@ def _(
         group_size,
         in_features,
         scales.shape[1],
-        dx.view(-1, in_features) if dx.numel() else dx.new_empty(0, in_features),
+        _rows_of(dx),
         _stream(dy),
     )
     return dx
@@ -722,7 +741,7 @@ def _qgemm_nn_fake(
 ) -> Tensor:
     if dy.shape[-1] != scales.shape[1]:
         _fail("qgemm_nn", "dy", f"shape [..., {scales.shape[1]}]", list(dy.shape))
-    return dy.new_empty((*dy.shape[:-1], in_features))
+    return _empty(dy, *dy.shape[:-1], in_features)
 
 
 def qgemm_grad_scales(
@@ -926,14 +945,14 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 @_operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = _empty(x, *x.shape)
+    y = _empty_like(x)
     _C.rms_norm(_rows(x), _dense(weight), eps, _rows_of(y))
     return y
 
 
 @_operator("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor")
 def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dx = _empty(x, *x.shape)
+    dx = _empty_like(x)
     _C.rms_norm_backward(_rows(dy), _rows(x), _dense(weight), eps, _rows_of(dx))
     return dx
 
@@ -964,7 +983,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @_operator("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    y = _empty_heads_like(x)
+    y = _heads_like(x)
     if y.numel():
         flat, result = (heads.transpose(1, 2).flatten(2) for heads in (x, y))
         _C.rotate(_rows(flat), _rows(cos), _rows(sin), inverse, result)
@@ -1010,14 +1029,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @_operator("swiglu(Tensor gate, Tensor up) -> Tensor")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    out = _empty(gate, *gate.shape)
+    out = _empty_like(gate)
     _C.swiglu(_rows(gate), _rows(up), _rows_of(out))
     return out
 
 
 @_operator("swiglu_backward(Tensor d_out, Tensor gate, Tensor up) -> (Tensor, Tensor)")
 def _(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    d_gate, d_up = _empty(gate, *gate.shape), _empty(up, *up.shape)
+    d_gate, d_up = _empty_like(gate), _empty_like(up)
     _C.swiglu_backward(_rows(d_out), _rows(gate), _rows(up), _rows_of(d_gate), _rows_of(d_up))
     return d_gate, d_up
 
@@ -1047,34 +1066,34 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 @_operator("dropout(Tensor x, Tensor seed, int dropped) -> Tensor")
 def _(x: Tensor, seed: Tensor, dropped: int) -> Tensor:
-    y = _empty(x, *x.shape)
+    y = _empty_like(x)
     _C.dropout(_rows(x), int(seed) % 2**64, dropped, _rows_of(y))
     return y
 
 
 @_fake("dropout")
 def _(x: Tensor, seed: Tensor, dropped: int) -> Tensor:
-    return x.new_empty(x.shape)
+    return _empty_like(x)
 
 
 @_fake("rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return _empty_like(x)
 
 
 @_fake("rms_norm_backward")
 def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return _empty_like(x)
 
 
 @_fake("swiglu")
 def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
+    return _empty_like(gate)
 
 
 @_fake("swiglu_backward")
 def _(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+    return _empty_like(gate), _empty_like(up)
 
 
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1142,9 +1161,7 @@ def token_losses(
         Losses float32 [t], and unless ``differentiate`` is false the gradient of their sum, of the
         type of ``logits``. Between them all is float32. What comes out is not differentiable.
     """
-    _check("token_losses", logits=logits, targets=targets)
-    if teacher is not None:
-        _check("token_losses", logits=logits, teacher=teacher)
+    _check("token_losses", logits=logits, targets=targets, teacher=teacher)
     _check_dims("token_losses", "logits", logits, 2)
     losses, gradient = torch.ops.lowbitcore.token_losses(
         logits.detach(), targets, lambda_ce, teacher, lambda_kl, reverse, differentiate
@@ -1165,8 +1182,7 @@ def _(
     reverse: bool,
     differentiate: bool,
 ) -> tuple[Tensor, Tensor]:
-    losses = logits.new_empty(len(logits), dtype=torch.float32)
-    gradient = logits.new_empty(logits.shape if differentiate else 0)
+    losses, gradient = _token_losses_fake(logits, targets, differentiate)
     _C.token_losses(
         _rows(logits),
         _dense(targets),
@@ -1181,15 +1197,8 @@ def _(
 
 
 @_fake("token_losses")
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    lambda_ce: float,
-    teacher: Tensor | None,
-    lambda_kl: float,
-    reverse: bool,
-    differentiate: bool,
-) -> tuple[Tensor, Tensor]:
+def _token_losses_fake(logits: Tensor, targets: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+    *_, differentiate = terms
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     return losses, logits.new_empty(logits.shape if differentiate else 0)
 
@@ -1237,17 +1246,12 @@ def _heads(tensor: Tensor) -> Tensor:
 def _heads_like(tensor: Tensor) -> Tensor:
     """Where projections want heads: those of a row together."""
     b, h, t, d = tensor.shape
-    return tensor.new_empty((b, t, h, d)).transpose(1, 2)
-
-
-def _empty_heads_like(tensor: Tensor) -> Tensor:
-    b, h, t, d = tensor.shape
     return _empty(tensor, b, t, h, d).transpose(1, 2)
 
 
 @_operator("attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_heads_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    out, lse = _attention_fake(q, k, v, scale)
     _C.attention(_heads(q), _heads(k), _heads(v), scale, out, lse)
     return out, lse
 
@@ -1264,7 +1268,7 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
 def _(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _empty_heads_like(q), _empty_heads_like(k), _empty_heads_like(v)
+    dq, dk, dv = _attention_backward_fake(d_out, q, k, v, out, lse, scale)
     _C.attention_backward(
         _heads(d_out), _heads(q), _heads(k), _heads(v), _heads(out), _dense(lse), scale, dq, dk, dv
     )

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     """Bytes of what is in memory at the peak of a training step, and what goes to disk.
 
     `runtime_bytes` is this very process: Python and the libraries that training imports;
-    `held_bytes` is what the C library's heap keeps of freed tensors, if it may.
+    `held_bytes` is what the C library's heap keeps of freed tensors.
     `cache_bytes` is LREC's teacher cache for `tokens`; 0 for other methods.
     """
 

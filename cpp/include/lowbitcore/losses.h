@@ -1,8 +1,8 @@
-// The loss of each token from its logits, and its gradient, in closed form and without anything in
-// between: two passes over a row for the loss, one more for the gradient.
+// The loss of each token from its logits, and its gradient, in closed form: a few passes over a
+// row, which the cache holds, and nothing stored between them.
 //
-//   CE = -log p(target)      KL = sum_v p_t (log p_t - log p), or, reversed, sum_v p (log p - log
-//   p_t)
+//   CE = -log p(target)      KL = sum_v p_t (log p_t - log p)
+//   reversed:                KL = sum_v p (log p - log p_t)
 //
 // with p and p_t the softmax of the logits and of a teacher's. In fp32; gradients are rounded once.
 // They do not depend on the number of threads. On the CPU; elsewhere Error.

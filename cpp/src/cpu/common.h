@@ -45,6 +45,10 @@ inline const char* row_pointer(const ConstMatrix& m, int64_t row) {
   return static_cast<const char*>(m.data) + row * m.stride * (m.dtype == DType::f32 ? 4 : 2);
 }
 
+inline char* row_pointer(const Matrix& m, int64_t row) {
+  return const_cast<char*>(row_pointer(ConstMatrix(m), row));
+}
+
 inline Vec load_as_float(const char* row, DType dtype, int64_t col) {
   switch (dtype) {
     case DType::f32:
@@ -87,7 +91,7 @@ inline void load_columns(const ConstMatrix& x, int64_t first, int64_t rows, int6
 inline void store_outputs(const float* sums, int64_t rows, int64_t cols, const float* bias,
                           const Matrix& y, int64_t first_row, int64_t first_col) {
   for (int64_t r = 0; r < rows; ++r) {
-    char* row = const_cast<char*>(row_pointer(y, first_row + r));
+    char* row = row_pointer(y, first_row + r);
     for (int64_t c = 0; c < cols; c += kWidth) {
       Vec v = Vec::load(sums + r * cols + c);
       if (bias != nullptr) v = v + Vec::load(bias + first_col + c);

@@ -1,4 +1,4 @@
-// Norms, gates and dropout: a row at a time, in one pass over memory.
+// Norms, rotary positions, gates and dropout: a row at a time, in one pass over memory.
 #pragma once
 
 #include "common.h"
@@ -15,10 +15,6 @@ void for_each_row(const ConstMatrix& m, const Resources& use, const F& f) {
     const int64_t end = smaller(m.rows, (part + 1) * step);
     for (int64_t row = part * step; row < end; ++row) f(row);
   });
-}
-
-inline char* row_pointer(const Matrix& m, int64_t row) {
-  return const_cast<char*>(row_pointer(ConstMatrix(m), row));
 }
 
 // The type of the activations becomes a constant of the loop.

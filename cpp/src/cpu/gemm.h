@@ -257,7 +257,7 @@ void dequantize(const QuantWeight& w, Matrix out, int64_t first_output, const Re
         alignas(64) float rows[kBlockN * kTileK];
         dequantize_transposed(block, tile, rows);
         for (int64_t r = 0; r < kBlockN; ++r) {
-          char* y = const_cast<char*>(row_pointer(out, n * kBlockN + r));
+          char* y = row_pointer(out, n * kBlockN + r);
           for (int64_t c = 0; c < kTileK; c += kWidth) {
             store_as(Vec::load(rows + r * kTileK + c), y, out.dtype, tile * kTileK + c);
           }

@@ -14,6 +14,14 @@ constexpr int kRows = 6;  // 6 x 2 accumulators, 2 of b and 1 of a: 15 registers
 constexpr int kCols = 16;
 constexpr int kDirectRows = 8;
 
+// The bits of v, moved so that to cut off their lower half rounds to bf16, ties to even; not of
+// NaN.
+inline __m256i before_cut_to_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+
 struct Vec {
   __m256 v;
 
@@ -33,9 +41,7 @@ struct Vec {
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_bf16(std::uint16_t* p) const {
     const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(
-        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i rounded = _mm256_srli_epi32(before_cut_to_bf16(v), 16);
     const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i half = _mm256_blendv_epi8(rounded, quiet, nan);
@@ -92,10 +98,8 @@ struct VecI {
 
 inline VecI as_int(const Vec& a) { return {_mm256_castps_si256(a.v)}; }
 inline Vec round_bf16(const Vec& a) {
-  const __m256i bits = _mm256_castps_si256(a.v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  return {_mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-65536)))};
+  const __m256i top = _mm256_set1_epi32(-65536);
+  return {_mm256_castsi256_ps(_mm256_and_si256(before_cut_to_bf16(a.v), top))};
 }
 
 inline VecI and_or(const VecI& a, const VecI& mask, const VecI& b) {

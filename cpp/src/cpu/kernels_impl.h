@@ -104,42 +104,39 @@ size_t qgemm_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
 }
 
 constexpr Backend make_backend(const char* name) {
-  return {name,
-          qgemm_nt,
-          qgemm_nn,
-          qgemm_grad_scales,
-          qgemm_nt_workspace,
-          qgemm_nn_workspace,
-          qgemm_grad_scales_workspace,
-          dequantize,
-          quantize_rtn,
-          quantize_rtn_workspace,
-          accumulate_hessian,
-          accumulate_hessian_workspace,
-          accumulate_cross,
-          accumulate_cross_workspace,
-          gptq,
-          gptq_workspace,
-          add_fake_quantized,
-          fake_quantized_grads,
-          rms_norm,
-          rms_norm_backward,
-          rotate,
-          swiglu,
-          swiglu_backward,
-          dropout,
-          token_losses,
+  Backend backend{};
+  backend.name = name;
+  backend.qgemm_nt = qgemm_nt;
+  backend.qgemm_nn = qgemm_nn;
+  backend.qgemm_grad_scales = qgemm_grad_scales;
+  backend.qgemm_nt_workspace = qgemm_nt_workspace;
+  backend.qgemm_nn_workspace = qgemm_nn_workspace;
+  backend.qgemm_grad_scales_workspace = qgemm_grad_scales_workspace;
+  backend.dequantize = dequantize;
+  backend.quantize_rtn = quantize_rtn;
+  backend.quantize_rtn_workspace = quantize_rtn_workspace;
+  backend.accumulate_hessian = accumulate_hessian;
+  backend.accumulate_hessian_workspace = accumulate_hessian_workspace;
+  backend.accumulate_cross = accumulate_cross;
+  backend.accumulate_cross_workspace = accumulate_cross_workspace;
+  backend.gptq = gptq;
+  backend.gptq_workspace = gptq_workspace;
+  backend.add_fake_quantized = add_fake_quantized;
+  backend.fake_quantized_grads = fake_quantized_grads;
+  backend.rms_norm = rms_norm;
+  backend.rms_norm_backward = rms_norm_backward;
+  backend.rotate = rotate;
+  backend.swiglu = swiglu;
+  backend.swiglu_backward = swiglu_backward;
+  backend.dropout = dropout;
+  backend.token_losses = token_losses;
 #ifdef LOWBITCORE_TILES
-          attention,
-          attention_workspace,
-          attention_backward,
-          attention_backward_workspace};
-#else
-          nullptr,
-          nullptr,
-          nullptr,
-          nullptr};
+  backend.attention = attention;
+  backend.attention_workspace = attention_workspace;
+  backend.attention_backward = attention_backward;
+  backend.attention_backward_workspace = attention_backward_workspace;
 #endif
+  return backend;
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ void store_gradient(int64_t cols, int64_t target, float lambda_ce, char* out, co
 
 void token_losses(ConstMatrix logits, View<const int64_t> targets, const LossTerms& terms,
                   View<float> losses, Matrix gradient, const Resources& use) {
-  const float ce = terms.lambda_ce, kl = terms.teacher.data == nullptr ? 0.0f : terms.lambda_kl;
+  const float ce = terms.lambda_ce, kl = terms.lambda_kl;
   const int64_t cols = logits.cols;
   with_dtype(logits.dtype, [&](auto type) {
     constexpr DType dtype = decltype(type)::value;

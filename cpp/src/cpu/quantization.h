@@ -317,7 +317,7 @@ void add_fake_quantized(const LatentWeight& w, Matrix out, const Resources& use)
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << w.bits) - 1));
   for_each_group(w, use.threads,
                  [&](int64_t r, const float* latent, const Vec& scale, const Vec& zero) {
-                   char* row = const_cast<char*>(row_pointer(out, r));
+                   char* row = row_pointer(out, r);
                    for (int64_t c = 0; c < out.cols; c += kWidth) {
                      const Vec before = load_as_float(row, out.dtype, c);
                      const Vec steps = latent_steps(latent + c, zero, max_code);

@@ -473,7 +473,7 @@ LOWBITCORE_INLINE void prefetch_outputs(const Matrix& out, int64_t first, int64_
 // Two registers of results as one line of bf16.
 LOWBITCORE_INLINE void store_line(const Vec& low, const Vec& high, const Matrix& out, int64_t row,
                                   int64_t col) {
-  char* to = const_cast<char*>(row_pointer(out, row)) + col * 2;
+  char* to = row_pointer(out, row) + col * 2;
   _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
 }
 

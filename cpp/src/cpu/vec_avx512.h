@@ -12,6 +12,14 @@ constexpr int kWidth = 16;
 constexpr int kRows = 12;  // 12 x 2 accumulators, 2 of b and 1 of a: 27 registers of 32
 constexpr int kCols = 32;
 
+// The bits of v, moved so that to cut off their lower half rounds to bf16, ties to even; not of
+// NaN.
+inline __m512i before_cut_to_bf16(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+
 struct Vec {
   __m512 v;
 
@@ -30,11 +38,8 @@ struct Vec {
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_bf16(std::uint16_t* p) const {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i top = _mm512_srli_epi32(bits, 16);
-    const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(
-        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i top = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+    const __m512i rounded = _mm512_srli_epi32(before_cut_to_bf16(v), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i half = _mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(half));
@@ -90,10 +95,8 @@ struct VecI {
 
 inline VecI as_int(const Vec& a) { return {_mm512_castps_si512(a.v)}; }
 inline Vec round_bf16(const Vec& a) {
-  const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return {_mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32(-65536)))};
+  const __m512i top = _mm512_set1_epi32(-65536);
+  return {_mm512_castsi512_ps(_mm512_and_si512(before_cut_to_bf16(a.v), top))};
 }
 
 inline VecI and_or(const VecI& a, const VecI& mask, const VecI& b) {
