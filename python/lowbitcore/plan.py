@@ -77,7 +77,7 @@ def plan(
     tokens: int = 0,
     memory: int,
     dtype: torch.dtype = torch.bfloat16,
-    checkpointing: Checkpointing = "selective",
+    checkpointing: Checkpointing = "none",
 ) -> Plan:
     """Plans a training of the model that `config` describes, with its blocks' linears packed.
 

@@ -75,7 +75,7 @@ class Schedule:
     seed: int = 0
     mask_prompt: bool = False
     eval_text: str | None = None
-    checkpointing: Checkpointing = "selective"
+    checkpointing: Checkpointing = "none"
 
     def __post_init__(self) -> None:
         given = [self.steps, self.tokens, self.minutes]

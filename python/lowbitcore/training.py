@@ -38,7 +38,7 @@ from lowbitcore.lora import newest_adapters
 from lowbitcore.losses import cross_entropy
 from lowbitcore.model import check_kind
 
-Checkpointing = Literal["selective", "full", "none"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 # --- Losses ----------------------------------------------------------------------------------
@@ -144,9 +144,10 @@ class TrainedModel(nn.Module):
 def set_checkpointing(model: PreTrainedModel, kind: Checkpointing) -> None:
     """What of a block's forward is kept for its backward.
 
-    "selective" keeps the outputs of packed products and of attention and computes the rest again,
-    which is cheap: a frozen packed linear needs none of its inputs for its backward. "full" keeps
-    a block's input alone and runs its forward twice; "none" keeps everything.
+    "none" keeps all that the backward wants, which of a frozen packed linear is nothing.
+    "selective" keeps the outputs of packed products and of attention and computes the rest again;
+    on the CPU that saves next to nothing, as the core's operations keep their inputs alone. "full"
+    keeps a block's input alone and runs its forward twice.
     """
     if kind == "none":
         model.activation_checkpointing_disable()
@@ -155,7 +156,7 @@ def set_checkpointing(model: PreTrainedModel, kind: Checkpointing) -> None:
     if kind == "selective":
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     elif kind != "full":
-        raise ValueError(f"checkpointing: expected selective, full or none, got {kind!r}")
+        raise ValueError(f"checkpointing: expected none, selective or full, got {kind!r}")
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     # Wanted by PEFT and by reentrant checkpoints; here it would only differentiate the first block
     # as far as the embeddings.
@@ -205,7 +206,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         train_dataset: Dataset[Any],
         *,
         evaluation: Callable[[PreTrainedModel], float] | None = None,
-        checkpointing: Checkpointing = "selective",
+        checkpointing: Checkpointing = "none",
         scales_lr: float | None = None,
         **kwargs: Any,
     ) -> None:

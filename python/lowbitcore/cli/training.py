@@ -41,11 +41,12 @@ Under = Annotated[
 ]
 Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
 Checkpoints = Annotated[
-    Literal["selective", "full", "none"],
+    Literal["none", "selective", "full"],
     typer.Option(
         "--checkpointing",
-        help="What of a forward is kept for its backward: products and attention; next to nothing, "
-        "for the least memory; all, for the most speed.",
+        help="What of a forward is not kept but computed again for its backward: none of it; with "
+        "selective, what lies between products, which saves memory on a GPU; or the full block, "
+        "for the least memory.",
     ),
 ]
 
@@ -93,7 +94,7 @@ def peqa(
     eval_text: EvalText = None,
     resume: Resume = False,
     adapter: Under = None,
-    checkpointing: Checkpoints = "selective",
+    checkpointing: Checkpoints = "none",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -143,7 +144,7 @@ def emef(
     eval_text: EvalText = None,
     resume: Resume = False,
     adapter: Under = None,
-    checkpointing: Checkpoints = "selective",
+    checkpointing: Checkpoints = "none",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -241,7 +242,7 @@ def lrec(
     eval_text: EvalText = None,
     resume: Resume = False,
     adapter: Under = None,
-    checkpointing: Checkpoints = "selective",
+    checkpointing: Checkpoints = "none",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -300,7 +301,7 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(metavar="8GB", help="What there is (default: this machine's).")
     ] = None,
-    checkpointing: Checkpoints = "selective",
+    checkpointing: Checkpoints = "none",
     as_json: Json = False,
 ) -> None:
     """What a training will need, before anything is loaded."""
