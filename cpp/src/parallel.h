@@ -27,4 +27,27 @@ inline void parallel_for(std::int64_t count, int threads, const Body& body) {
   for (std::int64_t i = 0; i < count; ++i) body(i, 0);
 }
 
+struct Range {
+  std::int64_t first, end;
+};
+
+// Calls body(range, thread) for each thread's share of [0, count), which is the same one in each
+// call: rows that a thread has written lie in its cache.
+template <typename Body>
+inline void parallel_ranges(std::int64_t count, int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && count > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const std::int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
+      const Range share = {count * thread / team, count * (thread + 1) / team};
+      if (share.first < share.end) body(share, static_cast<int>(thread));
+    }
+    return;
+  }
+#endif
+  (void)threads;
+  if (count > 0) body(Range{0, count}, 0);
+}
+
 }  // namespace lowbitcore

@@ -690,9 +690,8 @@ def qgemm_nn(
         in_features=in_features,
         out_features=scales.shape[1],
     )
-    result: Tensor = torch.ops.lowbitcore.qgemm_nn(
-        dy, packed, scales, g_idx, bits, group_size, in_features
-    )
+    kernel = _qgemm_nn if _is_plain(dy, packed, scales) else torch.ops.lowbitcore.qgemm_nn
+    result: Tensor = kernel(dy, packed, scales, g_idx, bits, group_size, in_features)
     return result
 
 
@@ -700,7 +699,7 @@ def qgemm_nn(
     "qgemm_nn(Tensor dy, Tensor packed, Tensor scales, Tensor? g_idx, int bits, int group_size,"
     " int in_features) -> Tensor"
 )
-def _(
+def _qgemm_nn(
     dy: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -765,7 +764,12 @@ def qgemm_grad_scales(
     for name, tensor in (("dy", dy), ("x", x)):
         if tensor.dim() == 0:
             _fail("qgemm_grad_scales", name, "at least 1 dimension", tuple(tensor.shape))
-    result: Tensor = torch.ops.lowbitcore.qgemm_grad_scales(dy, x, packed, g_idx, bits, group_size)
+    kernel = (
+        _qgemm_grad_scales
+        if _is_plain(dy, x, packed)
+        else torch.ops.lowbitcore.qgemm_grad_scales
+    )
+    result: Tensor = kernel(dy, x, packed, g_idx, bits, group_size)
     return result
 
 
@@ -773,7 +777,7 @@ def qgemm_grad_scales(
     "qgemm_grad_scales(Tensor dy, Tensor x, Tensor packed, Tensor? g_idx, int bits,"
     " int group_size) -> Tensor"
 )
-def _(
+def _qgemm_grad_scales(
     dy: Tensor, x: Tensor, packed: Tensor, g_idx: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     k, n = x.shape[-1], dy.shape[-1]

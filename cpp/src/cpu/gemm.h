@@ -122,7 +122,7 @@ template <int B>
 void dequantize_tile(const Block<B>& block, int64_t tile, float* out, int64_t step) {
   for (int lane = 0; lane < kBlockN; lane += kWidth) {
     for_each_weight(block, tile, lane,
-                    [&](int i, const Vec& w) { w.store(out + i * step + lane); });
+                    [&](int i, const Vec& w) LOWBITCORE_LAMBDA { w.store(out + i * step + lane); });
   }
 }
 
@@ -132,7 +132,7 @@ template <int B>
 void dequantize_tile(const Block<B>& block, int64_t tile, uint32_t* out, int64_t step) {
   for (int lane = 0; lane < kBlockN; lane += kWidth) {
     Vec even;
-    for_each_weight(block, tile, lane, [&](int i, const Vec& w) {
+    for_each_weight(block, tile, lane, [&](int i, const Vec& w) LOWBITCORE_LAMBDA {
       if (i % 2 == 0) {
         even = w;
       } else {

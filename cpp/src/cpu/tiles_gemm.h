@@ -10,6 +10,7 @@
 // these rows' packed activations a piece of the reduction, which all of these panels meet before
 // the next piece; the first level holds a panel's piece, dequantised there. Of small ones it holds
 // many panels at their whole depth, and rows come by, a strip's piece at a time in the first level.
+// There weights are the right operand of X W^T, too, so that rows are used as they lie.
 #pragma once
 
 #include "gemm.h"
@@ -28,10 +29,11 @@ constexpr int64_t kPieceWords = kPieceSteps * kStepWords;
 constexpr int64_t kMostRows = 448;            // of activations at once: 448 KB of a piece
 constexpr int64_t kMostSums = (3 << 18) / 4;  // that a thread holds: 768 KB
 constexpr int64_t kRowAhead = 512;  // bytes; rows lie beyond what the processor prefetches itself
-constexpr int64_t kPanelsTogether = 4;      // of dY W, whose groups lie across panels
-constexpr int64_t kMostResident = 1 << 18;  // words of dequantised panels: 1 MB
-constexpr int64_t kFewestResident = 8;      // panels, or rows would come by too often
-constexpr int64_t kFewestStrips = 16;       // of a thread
+constexpr int64_t kPanelsTogether = 4;       // of dY W, whose groups lie across panels
+constexpr int64_t kMostResident = 1 << 18;   // words of a thread's dequantised panels: 1 MB
+constexpr int64_t kMostCopies = 3 << 18;     // of all threads' together
+constexpr int64_t kFewestResident = 8;       // panels, or rows would come by too often
+constexpr int64_t kFewestRowsToShare = 512;  // that threads share; of fewer they share the outputs
 
 // ---- integers ----
 
@@ -344,23 +346,32 @@ void pack_right(const ConstMatrix& x, int64_t first, int64_t rows, int64_t step,
 
 // ---- products ----
 
-// The operand that is too large for the first-level cache.
-enum class Streams { weights, activations };
+// Where the tiles of a left operand are, in bytes: `step` from one to the next of the reduction,
+// `lower` to the second one of a step; their rows are `stride` apart.
+struct LeftTiles {
+  const char* first;
+  int64_t stride, step, lower;
 
-// What a product asks for on behalf of later ones.
-struct Ahead {
-  const char* lines;
-  int64_t count;  // of them, a step
+  explicit LeftTiles(const uint32_t* packed)
+      : first(reinterpret_cast<const char*>(packed)),
+        stride(64),
+        step(kStepWords * 4),
+        lower(kTileWords * 4) {}
+
+  // Of rows as they lie, from a step of the reduction on.
+  LeftTiles(const ConstMatrix& x, int64_t row, int64_t from)
+      : first(row_pointer(x, row) + from * 64),
+        stride(x.stride * 2),
+        step(64),
+        lower(16 * stride) {}
 };
 
 // c (+)= a b; Lower and Right say whether the second tiles of a and of b count, LeftStreams which
 // operand the first-level cache is not to keep, as it would displace the other. That one is loaded
-// first: its tiles take longer. The sums behind c are the next product's.
-template <bool LeftStreams, bool Lower, bool Right>
-void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* c, bool accumulate,
-                    Ahead ahead) {
-  const char* next_sums = reinterpret_cast<const char*>(c + 4 * kTileWords);
-  const int64_t sum_lines = divide_up(4 * kTileWords / 16, steps);
+// first: its tiles take longer. between() comes before each step.
+template <bool LeftStreams, bool Lower, bool Right, typename Between>
+void multiply_tiles(int64_t steps, LeftTiles a, const uint32_t* b, float* c, bool accumulate,
+                    const Between& between) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -371,21 +382,18 @@ void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* 
     if (Lower) _tile_loadd(2, c + 2 * kTileWords, 64);
     if (Lower && Right) _tile_loadd(3, c + 3 * kTileWords, 64);
   }
-  for (int64_t s = 0; s < steps; ++s, a += kStepWords, b += kStepWords) {
-    for (int64_t i = 0; i < sum_lines; ++i, next_sums += 64) __builtin_prefetch(next_sums);
-    for (int64_t i = 0; i < ahead.count; ++i, ahead.lines += 64) {
-      __builtin_prefetch(ahead.lines, 0, 2);
-    }
+  for (int64_t s = 0; s < steps; ++s, a.first += a.step, b += kStepWords) {
+    between();
     if (LeftStreams) {
-      _tile_stream_loadd(4, a, 64);
-      if (Lower) _tile_stream_loadd(5, a + kTileWords, 64);
+      _tile_stream_loadd(4, a.first, a.stride);
+      if (Lower) _tile_stream_loadd(5, a.first + a.lower, a.stride);
       _tile_loadd(6, b, 64);
       if (Right) _tile_loadd(7, b + kTileWords, 64);
     } else {
       _tile_stream_loadd(6, b, 64);
       if (Right) _tile_stream_loadd(7, b + kTileWords, 64);
-      _tile_loadd(4, a, 64);
-      if (Lower) _tile_loadd(5, a + kTileWords, 64);
+      _tile_loadd(4, a.first, a.stride);
+      if (Lower) _tile_loadd(5, a.first + a.lower, a.stride);
     }
     _tile_dpbf16ps(0, 4, 6);
     if (Right) _tile_dpbf16ps(1, 4, 7);
@@ -397,6 +405,17 @@ void multiply_tiles(int64_t steps, const uint32_t* a, const uint32_t* b, float* 
   if (Lower) _tile_stored(2, c + 2 * kTileWords, 64);
   if (Lower && Right) _tile_stored(3, c + 3 * kTileWords, 64);
 }
+
+// Asks for `each` lines, and the same number of those behind them the next time.
+struct Ahead {
+  const char* lines;
+  int64_t each;
+
+  template <int Level>
+  LOWBITCORE_INLINE void ask() {
+    for (int64_t i = 0; i < each; ++i, lines += 64) __builtin_prefetch(lines, 0, Level);
+  }
+};
 
 // Of a piece of the reduction: even ones, as sums travel once a piece.
 constexpr int64_t piece_steps(int64_t depth) {
@@ -424,37 +443,39 @@ struct Blocks {
   int64_t sums() const { return panels * kPanel * rows; }
 };
 
-// How the product of a small weight is cut.
+// How the product of a small weight is cut. Each thread dequantises what it multiplies by itself:
+// what another one has written takes longer to fetch than to compute.
 struct Resident {
-  int64_t panels;         // that are dequantised
+  int64_t panels;         // that a thread has at a time
   int64_t steps, pieces;  // of the reduction
 
-  Resident(int64_t depth, int64_t outputs) : steps(piece_steps(depth)) {
-    const int64_t all = outputs / kPanel;
+  Resident(int64_t depth, int64_t outputs, int threads) : steps(piece_steps(depth)) {
     pieces = divide_up(depth / kStrip, steps);
-    const int64_t most = larger(kMostResident / (pieces * kPieceWords), 1);
+    const int64_t all = outputs / kPanel;
+    const int64_t most = most_panels(depth, smaller(kMostResident, kMostCopies / threads));
     panels = divide_up(all, divide_up(all, most));
   }
 
-  // Threads share the rows, and read each other's panels once: there have to be enough rows.
-  bool serves(int64_t m, int64_t outputs, int threads) const {
-    return panels >= smaller(kFewestResident, outputs / kPanel) &&
-           divide_up(m, kStrip) >= kFewestStrips * threads;
+  // Says the same for any number of rows and threads: sums are added up in another order here.
+  static bool serves(int64_t depth, int64_t outputs) {
+    return most_panels(depth, kMostResident) >= smaller(kFewestResident, outputs / kPanel);
   }
 
   int64_t weight_words() const { return pieces * panels * kPieceWords; }
-  int64_t strip_words() const { return pieces * kPieceWords; }
-  int64_t sums() const { return panels * kStrip * kPanel; }
+  int64_t sums() const { return (pieces == 1 ? 2 : panels) * kStrip * kPanel; }
+  int64_t words() const { return weight_words() + kPieceWords + sums(); }
+
+ private:
+  static int64_t most_panels(int64_t depth, int64_t words) {
+    return larger(words / (divide_up(depth / kStrip, piece_steps(depth)) * kPieceWords), 1);
+  }
 };
 
 inline size_t tiles_workspace(int64_t m, int64_t depth, int64_t outputs, int64_t together,
                               int threads) {
   if (m == 0) return 0;
-  const Resident resident(depth, outputs);
-  if (resident.serves(m, outputs, threads)) {
-    return static_cast<size_t>(resident.weight_words() +
-                               threads * (resident.strip_words() + resident.sums())) *
-           4;
+  if (Resident::serves(depth, outputs)) {
+    return static_cast<size_t>(threads * Resident(depth, outputs, threads).words()) * 4;
   }
   const Blocks blocks(m, depth, outputs, together, threads);
   return static_cast<size_t>(blocks.activation_words(depth) +
@@ -479,8 +500,8 @@ LOWBITCORE_INLINE void store_line(const Vec& low, const Vec& high, const Matrix&
 
 // Product::pack(first row, rows, first step, steps, out) packs a strip of activations;
 // fill(panel, panels, first step, steps, out) dequantises a piece of panels, [panels][kPieceSteps];
-// multiply<Streams>(rows, ...) is multiply_tiles for a strip of so many rows; store(c, rows, row,
-// panel) takes a strip's result.
+// multiply(rows, ...) is multiply_tiles for a strip of so many rows, of which the first-level cache
+// is not to keep the activations; store(c, rows, row, panel) takes a strip's result.
 template <typename Product>
 void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
                 const Resources& use, const Product& product) {
@@ -515,17 +536,22 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
         const int64_t steps = smaller(blocks.steps, all_steps - step), end = step + steps;
         // The next piece of activations comes from beyond the second level: each product asks for
         // a part of it.
-        const char* next = reinterpret_cast<const char*>(strip_of(end == all_steps ? 0 : end, 0));
-        const int64_t lines = divide_up(kStepWords / 16, panels);
+        Ahead activations = {reinterpret_cast<const char*>(strip_of(end == all_steps ? 0 : end, 0)),
+                             divide_up(kStepWords / 16, panels)};
         for (int64_t first = 0; first < panels; first += blocks.together) {
           const int64_t together = smaller(blocks.together, panels - first);
           product.fill(panel0 + first, together, step, steps, w);
           for (int64_t p = first; p < first + together; ++p) {
             const uint32_t* piece = w + (p - first) * kPieceWords;
-            for (int64_t strip = 0; strip < strips; ++strip, next += steps * lines * 64) {
-              product.template multiply<Streams::activations>(
-                  smaller(kStrip, rows - strip * kStrip), steps, strip_of(step, strip), piece,
-                  sums_of(p, strip), step > 0, Ahead{next, lines});
+            for (int64_t strip = 0; strip < strips; ++strip) {
+              float* sums = sums_of(p, strip);
+              Ahead next_sums = {reinterpret_cast<const char*>(sums + kStrip * kPanel),
+                                 divide_up(kStrip * kPanel / 16, steps)};
+              product.multiply(smaller(kStrip, rows - strip * kStrip), steps, strip_of(step, strip),
+                               piece, sums, step > 0, [&] {
+                                 next_sums.ask<3>();
+                                 activations.ask<2>();
+                               });
             }
           }
         }
@@ -542,44 +568,90 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
   }
 }
 
+// Sums [2][2 tiles][16][16] of a row: its columns of the second tile lie kTileWords behind.
+inline const float* row_of_sums(const float* c, int64_t row) {
+  return c + row / 16 * 2 * kTileWords + row % 16 * 16;
+}
+
+// Whether tiles are read from rows as they lie: in whole lines, which the first-level cache does
+// not hold to a few of its sets.
+inline bool tiles_as_they_lie(const ConstMatrix& x) {
+  const auto address = reinterpret_cast<std::uintptr_t>(x.data);
+  return address % 64 == 0 && x.stride % 32 == 0 && x.stride % 1024 != 0;
+}
+
+// The same for resident weights, which fill dequantises as the right operand: a thread's share of
+// strips and panels.
 template <typename Product>
-void tiles_gemm_resident(int64_t m, int64_t depth, int64_t outputs, const Resident& resident,
-                         int64_t most_together, const Resources& use, const Product& product) {
-  auto* weights = static_cast<uint32_t*>(use.workspace);
+void multiply_resident(const ConstMatrix& x, const Resident& resident, Range strips,
+                       Range all_panels, int64_t most_together, uint32_t* weights,
+                       const Product& product) {
+  const TileScope scope;
   uint32_t* packed = weights + resident.weight_words();
-  auto* results = reinterpret_cast<float*>(packed + use.threads * resident.strip_words());
-  const int64_t all_steps = depth / kStrip, all_panels = outputs / kPanel;
+  auto* results = reinterpret_cast<float*>(packed + kPieceWords);
   const int64_t pieces = resident.pieces;
+  const auto step_of = [&](int64_t piece) { return piece * resident.steps; };
   const auto steps_of = [&](int64_t piece) {
-    return smaller(resident.steps, all_steps - piece * resident.steps);
+    return smaller(resident.steps, x.cols / kStrip - step_of(piece));
   };
-  for (int64_t panel0 = 0; panel0 < all_panels; panel0 += resident.panels) {
-    const int64_t panels = smaller(resident.panels, all_panels - panel0);
+  for (int64_t panel0 = all_panels.first; panel0 < all_panels.end; panel0 += resident.panels) {
+    const int64_t panels = smaller(resident.panels, all_panels.end - panel0);
     const auto weights_of = [&](int64_t piece, int64_t panel) {
       return weights + (piece * panels + panel) * kPieceWords;
     };
-    const int64_t runs = divide_up(panels, most_together);
-    parallel_for(pieces * runs, use.threads, [&](int64_t i, int) {
-      const int64_t piece = i / runs, first = i % runs * most_together;
-      product.fill(panel0 + first, smaller(most_together, panels - first), piece * resident.steps,
-                   steps_of(piece), weights_of(piece, first));
-    });
-    parallel_for(divide_up(m, kStrip), use.threads, [&](int64_t strip, int thread) {
-      const TileScope scope;
-      const int64_t row = strip * kStrip, rows = smaller(kStrip, m - row);
-      uint32_t* x = packed + thread * resident.strip_words();
-      float* c = results + thread * resident.sums();
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        uint32_t* xp = x + piece * kPieceWords;
-        product.pack(row, rows, piece * resident.steps, steps_of(piece), xp);
-        for (int64_t p = 0; p < panels; ++p) {
-          float* sums = c + p * kStrip * kPanel;
-          product.template multiply<Streams::weights>(
-              rows, steps_of(piece), xp, weights_of(piece, p), sums, piece > 0, Ahead{nullptr, 0});
-          if (piece + 1 == pieces) product.store(sums, rows, row, panel0 + p);
-        }
+    const auto sums_of = [&](int64_t panel) {
+      return results + (pieces == 1 ? panel % 2 : panel) * kStrip * kPanel;
+    };
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      for (int64_t first = 0; first < panels; first += most_together) {
+        product.fill(panel0 + first, smaller(most_together, panels - first), step_of(piece),
+                     steps_of(piece), weights_of(piece, first));
       }
-    });
+    }
+    for (int64_t strip = strips.first; strip < strips.end; ++strip) {
+      const int64_t row = strip * kStrip, rows = smaller(kStrip, x.rows - row);
+      const bool direct = rows == kStrip && tiles_as_they_lie(x);
+      // The next strip, where rows follow each other in memory.
+      Ahead next = {nullptr, 0};
+      if (strip + 1 < strips.end && x.stride == x.cols) {
+        next = {row_pointer(x, row + kStrip), divide_up(kStrip, panels)};
+      }
+      const auto between = [&] { next.ask<2>(); };
+      const auto multiply = rows > 16 ? multiply_tiles<false, true, true, decltype(between)>
+                                      : multiply_tiles<false, false, true, decltype(between)>;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t step = step_of(piece), steps = steps_of(piece);
+        if (!direct) pack_left(x, row, rows, step, steps, packed);
+        const LeftTiles left = direct ? LeftTiles(x, row, step) : LeftTiles(packed);
+        const bool last = piece + 1 == pieces;
+        for (int64_t p = 0; p < panels; ++p) {
+          multiply(steps, left, weights_of(piece, p), sums_of(p), piece > 0, between);
+          // Those of the panel before, as this one's are still on their way.
+          if (last && p > 0) product.store(sums_of(p - 1), rows, row, panel0 + p - 1);
+        }
+        if (last) product.store(sums_of(panels - 1), rows, row, panel0 + panels - 1);
+      }
+    }
+  }
+}
+
+template <typename Product>
+void tiles_gemm_resident(const ConstMatrix& x, int64_t outputs, int64_t most_together,
+                         const Resources& use, const Product& product) {
+  const Resident resident(x.cols, outputs, use.threads);
+  const Range strips = {0, divide_up(x.rows, kStrip)}, panels = {0, outputs / kPanel};
+  const auto multiply = [&](Range some_strips, Range some_panels, int thread) {
+    multiply_resident(x, resident, some_strips, some_panels, most_together,
+                      static_cast<uint32_t*>(use.workspace) + thread * resident.words(), product);
+  };
+  // By rows the next operation, if it does so too, finds its own in the cache of its thread. Of few
+  // rows the weights cost more, and each thread takes some.
+  if (x.rows >= kFewestRowsToShare) {
+    parallel_ranges(strips.end, use.threads,
+                    [&](Range share, int thread) { multiply(share, panels, thread); });
+  } else {
+    parallel_ranges(panels.end, use.threads,
+                    [&](Range share, int thread) { multiply(strips, share, thread); });
   }
 }
 
@@ -630,14 +702,15 @@ struct Forward {
     }
   }
 
-  template <Streams S>
+  template <typename Between>
   void multiply(int64_t rows, int64_t steps, const uint32_t* activations, const uint32_t* weights,
-                float* c, bool accumulate, Ahead ahead) const {
-    constexpr bool kLeft = S == Streams::weights;
+                float* c, bool accumulate, const Between& between) const {
     if (rows > 16) {
-      multiply_tiles<kLeft, true, true>(steps, weights, activations, c, accumulate, ahead);
+      multiply_tiles<false, true, true>(steps, LeftTiles(weights), activations, c, accumulate,
+                                        between);
     } else {
-      multiply_tiles<kLeft, true, false>(steps, weights, activations, c, accumulate, ahead);
+      multiply_tiles<false, true, false>(steps, LeftTiles(weights), activations, c, accumulate,
+                                         between);
     }
   }
 
@@ -658,6 +731,35 @@ struct Forward {
       for (int64_t i = 0; i < smaller(16, rows - first); ++i) {
         store_line(Vec{low[i]} + b[0], Vec{high[i]} + b[1], out, row + first + i, n);
       }
+    }
+  }
+};
+
+// Of resident weights.
+template <int B>
+struct ResidentForward {
+  const QuantWeight& w;
+  const float* bias;
+  Matrix out;
+
+  void fill(int64_t panel, int64_t, int64_t step, int64_t steps, uint32_t* out) const {
+    for (int64_t half = 0; half < 2; ++half) {
+      const Block<B> block(w, panel * 2 + half);
+      for (int64_t s = 0; s < steps; ++s) {
+        dequantize_tile(block, step + s, out + s * kStepWords + half * kTileWords, 16);
+      }
+    }
+  }
+
+  void store(const float* c, int64_t rows, int64_t row, int64_t panel) const {
+    const int64_t n = panel * kPanel;
+    Vec b[2] = {Vec::broadcast(0.0f), Vec::broadcast(0.0f)};
+    if (bias != nullptr) {
+      for (int half = 0; half < 2; ++half) b[half] = Vec::load(bias + n + half * 16);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* left = row_of_sums(c, r);
+      store_line(Vec::load(left) + b[0], Vec::load(left + kTileWords) + b[1], out, row + r, n);
     }
   }
 };
@@ -683,21 +785,22 @@ struct Backward {
     }
   }
 
-  template <Streams S>
+  template <typename Between>
   void multiply(int64_t rows, int64_t steps, const uint32_t* activations, const uint32_t* weights,
-                float* c, bool accumulate, Ahead ahead) const {
-    constexpr bool kLeft = S == Streams::activations;
+                float* c, bool accumulate, const Between& between) const {
     if (rows > 16) {
-      multiply_tiles<kLeft, true, true>(steps, activations, weights, c, accumulate, ahead);
+      multiply_tiles<true, true, true>(steps, LeftTiles(activations), weights, c, accumulate,
+                                       between);
     } else {
-      multiply_tiles<kLeft, false, true>(steps, activations, weights, c, accumulate, ahead);
+      multiply_tiles<true, false, true>(steps, LeftTiles(activations), weights, c, accumulate,
+                                        between);
     }
   }
 
   void store(const float* c, int64_t rows, int64_t row, int64_t panel) const {
     static constexpr Lanes32 kColumns[2] = {columns<B>(0), columns<B>(1)};
     for (int64_t r = 0; r < rows; ++r) {
-      const float* left = c + r / 16 * 2 * kTileWords + r % 16 * 16;
+      const float* left = row_of_sums(c, r);
       const __m512 a = _mm512_load_ps(left), b = _mm512_load_ps(left + kTileWords);
       Vec v[2];
       for (int half = 0; half < 2; ++half) {
@@ -774,28 +877,27 @@ inline size_t tiles_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
   return tiles_workspace(m, f.out_features, f.in_features, kPanelsTogether, threads);
 }
 
-template <typename Product>
-void tiles_product(int64_t m, int64_t depth, int64_t outputs, int64_t together,
-                   const Resources& use, const Product& product) {
-  const Resident resident(depth, outputs);
-  if (resident.serves(m, outputs, use.threads)) {
-    tiles_gemm_resident(m, depth, outputs, resident, together, use, product);
-  } else {
-    const Blocks blocks(m, depth, outputs, together, use.threads);
-    tiles_gemm(m, depth, outputs, blocks, use, product);
-  }
-}
-
 template <int B>
 void tiles_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
               const Resources& use) {
   if (x.rows <= kFewRows) return tiles_nt_few<B>(x, w, bias, y, use);
-  tiles_product(x.rows, x.cols, y.cols, 1, use, Forward<B>{x, w, bias, y});
+  if (Resident::serves(x.cols, y.cols)) {
+    tiles_gemm_resident(x, y.cols, 1, use, ResidentForward<B>{w, bias, y});
+  } else {
+    const Blocks blocks(x.rows, x.cols, y.cols, 1, use.threads);
+    tiles_gemm(x.rows, x.cols, y.cols, blocks, use, Forward<B>{x, w, bias, y});
+  }
 }
 
 template <int B>
 void tiles_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
-  tiles_product(dy.rows, dy.cols, dx.cols, kPanelsTogether, use, Backward<B>{dy, w, dx});
+  const Backward<B> product{dy, w, dx};
+  if (Resident::serves(dy.cols, dx.cols)) {
+    tiles_gemm_resident(dy, dx.cols, kPanelsTogether, use, product);
+  } else {
+    const Blocks blocks(dy.rows, dy.cols, dx.cols, kPanelsTogether, use.threads);
+    tiles_gemm(dy.rows, dy.cols, dx.cols, blocks, use, product);
+  }
 }
 
 }  // namespace
