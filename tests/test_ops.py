@@ -189,15 +189,43 @@ def test_whoever_watches_sees_the_operator(
     weight, factors = packed(), scales()
     seen = watch(lambda given: ops.qgemm_nt(given, weight, factors, **LAYOUT))
     assert "lowbitcore" in seen and "qgemm_nt" in seen
+    seen = watch(lambda given: ops.qgemm_nn(given[:, :N], weight, factors, in_features=K, **LAYOUT))
+    assert "lowbitcore" in seen and "qgemm_nn" in seen
 
 
 def test_the_way_around_the_dispatcher_gives_the_same() -> None:
-    for given in (x(), x(dtype=torch.bfloat16), x(layout="strided"), x().reshape(5, 1, K), x(0)):
-        arguments = (given, packed(), scales(), g_idx(), bias(), 4, GROUP)
-        expected = torch.ops.lowbitcore.qgemm_nt(*arguments)
+    torch_ops, layout = torch.ops.lowbitcore, {"g_idx": g_idx(), **LAYOUT}
+    for options in ({}, {"dtype": torch.bfloat16}, {"layout": "strided"}, {"rows": 0}):
+        given, gradient = x(**options), dy(**options)
+        expected = (
+            torch_ops.qgemm_nt(given, packed(), scales(), g_idx(), bias(), 4, GROUP),
+            torch_ops.qgemm_nn(gradient, packed(), scales(), g_idx(), 4, GROUP, K),
+            torch_ops.qgemm_grad_scales(gradient, given, packed(), g_idx(), 4, GROUP),
+        )
         with torch.no_grad():
-            found = ops.qgemm_nt(given, packed(), scales(), g_idx=g_idx(), bias=bias(), **LAYOUT)
-        assert torch.equal(found, expected)
+            found = (
+                ops.qgemm_nt(given, packed(), scales(), bias=bias(), **layout),
+                ops.qgemm_nn(gradient, packed(), scales(), in_features=K, **layout),
+                ops.qgemm_grad_scales(gradient, given, packed(), **layout),
+            )
+        assert all(map(torch.equal, found, expected))
+
+
+def test_gradients_that_are_no_data() -> None:
+    """Zeros that torch does not write out, and several at once."""
+    weight, factors = packed(), scales().requires_grad_()
+    given = x().requires_grad_()
+    y = ops.qgemm_nt(given, weight, factors, **LAYOUT)
+    torch.sgn(y).sum().backward(retain_graph=True)
+    for leaf in (given, factors):
+        assert leaf.grad is not None and not leaf.grad.any()
+    gradients = torch.stack([dy(), -3 * dy()])
+    batched = torch.autograd.grad(
+        y, (given, factors), gradients, retain_graph=True, is_grads_batched=True
+    )
+    for i, gradient in enumerate(gradients):
+        alone = torch.autograd.grad(y, (given, factors), gradient, retain_graph=True)
+        assert all(torch.equal(many[i], one) for many, one in zip(batched, alone, strict=True))
 
 
 def test_opcheck_more_dimensions_and_strides() -> None:

@@ -465,6 +465,7 @@ def test_same_bits_for_any_number_of_threads(
     for n, k, rows in (
         *((288, 352, rows) for rows in (1, 3, 130, 600)),
         *((n, k, 130) for n, k in ((288, 2080), (2080, 288))),
+        *((n, k, 600) for n, k in ((320, 1184), (1184, 320))),
     ):
         problem = ref.random_problem(
             20, bits=bits, group_size=64, out_features=n, in_features=k, g_idx=g_idx

@@ -159,6 +159,7 @@ def _is_plain(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # of is_grads_batched
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
     ) and all(map(_in_memory, tensors))
@@ -166,7 +167,18 @@ def _is_plain(*tensors: Tensor) -> bool:
 
 def _in_memory(tensor: Tensor) -> bool:
     """Whether it is data in the CPU's memory, not one of the stand-ins that torch traces with."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.is_cpu
+        and not tensor._is_zerotensor()  # as autograd makes them of gradients known to be zeros
+    )
+
+
+def _kernel_or_operator(
+    name: str, kernel: Callable[..., Any], *tensors: Tensor
+) -> Callable[..., Any]:
+    """The operator of this name, or of plain tensors the kernel it ends up in."""
+    return kernel if _is_plain(*tensors) else getattr(torch.ops.lowbitcore, name)
 
 
 def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:
@@ -292,8 +304,8 @@ def check_format(
     """Raise ``ValueError`` in the name of ``op`` unless there is such a format."""
     _check(op, bits, group_size)
     for name, value in (("in_features", in_features), ("out_features", out_features)):
-        if isinstance(value, torch.SymInt):
-            return  # traced with symbolic shapes: the kernel will see the number
+        if isinstance(value, torch.SymInt) or torch._C._get_tracing_state():
+            return  # shapes are symbols, or tensors: the kernel will see the number
         if type(value) is not int or not 0 < value < 2**62:
             _fail(op, name, "a positive multiple of 32", repr(value))
     _C.check_format(op, bits, group_size, in_features, out_features)
@@ -582,7 +594,7 @@ def qgemm_nt(
     _check_dims("qgemm_nt", "scales", scales, 2)
     if x.dim() == 0:
         _fail("qgemm_nt", "x", "at least 1 dimension", tuple(x.shape))
-    kernel = _qgemm_nt if _is_plain(x, packed, scales) else torch.ops.lowbitcore.qgemm_nt
+    kernel = _kernel_or_operator("qgemm_nt", _qgemm_nt, x, packed, scales)
     result: Tensor = kernel(x, packed, scales, g_idx, bias, bits, group_size)
     return result
 
@@ -690,7 +702,7 @@ def qgemm_nn(
         in_features=in_features,
         out_features=scales.shape[1],
     )
-    kernel = _qgemm_nn if _is_plain(dy, packed, scales) else torch.ops.lowbitcore.qgemm_nn
+    kernel = _kernel_or_operator("qgemm_nn", _qgemm_nn, dy, packed, scales)
     result: Tensor = kernel(dy, packed, scales, g_idx, bits, group_size, in_features)
     return result
 
@@ -764,11 +776,7 @@ def qgemm_grad_scales(
     for name, tensor in (("dy", dy), ("x", x)):
         if tensor.dim() == 0:
             _fail("qgemm_grad_scales", name, "at least 1 dimension", tuple(tensor.shape))
-    kernel = (
-        _qgemm_grad_scales
-        if _is_plain(dy, x, packed)
-        else torch.ops.lowbitcore.qgemm_grad_scales
-    )
+    kernel = _kernel_or_operator("qgemm_grad_scales", _qgemm_grad_scales, dy, x, packed)
     result: Tensor = kernel(dy, x, packed, g_idx, bits, group_size)
     return result
 
@@ -811,7 +819,7 @@ def permute_columns(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     _check("permute_columns", x=x, order=order, inverse=inverse)
     if x.dim() == 0:
         _fail("permute_columns", "x", "at least 1 dimension", tuple(x.shape))
-    kernel = _permute_columns if _is_plain(x, order) else torch.ops.lowbitcore.permute_columns
+    kernel = _kernel_or_operator("permute_columns", _permute_columns, x, order)
     result: Tensor = kernel(x, order, inverse)
     return result
 
@@ -942,7 +950,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         _fail("rms_norm", "x", "at least 1 dimension", tuple(x.shape))
     if weight.requires_grad and torch.is_grad_enabled():
         _fail("rms_norm", "weight", "one that does not ask for a gradient", "one that does")
-    kernel = _rms_norm if _is_plain(x, weight) else torch.ops.lowbitcore.rms_norm
+    kernel = _kernel_or_operator("rms_norm", _rms_norm, x, weight)
     y: Tensor = kernel(x, weight, eps)
     return y
 
@@ -980,7 +988,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if tensor.shape[0] not in (1, x.shape[0]) or tensor.shape[1:] != x.shape[2:]:
             wanted = f"shape [1 or {x.shape[0]}, {x.shape[2]}, {x.shape[3]}]"
             _fail("rotate", name, wanted, list(tensor.shape))
-    kernel = _rotate if _is_plain(x, cos, sin) else torch.ops.lowbitcore.rotate
+    kernel = _kernel_or_operator("rotate", _rotate, x, cos, sin)
     y: Tensor = kernel(x, cos, sin, False)
     return y
 
@@ -1026,7 +1034,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         _fail("swiglu", "gate", "at least 1 dimension", tuple(gate.shape))
     if gate.shape != up.shape:
         _fail("swiglu", "up", f"shape {list(gate.shape)}, as gate", list(up.shape))
-    kernel = _swiglu if _is_plain(gate, up) else torch.ops.lowbitcore.swiglu
+    kernel = _kernel_or_operator("swiglu", _swiglu, gate, up)
     out: Tensor = kernel(gate, up)
     return out
 
@@ -1236,7 +1244,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         _check_dims("attention", name, tensor, 4)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    kernel = _attention if _is_plain(q, k, v) else torch.ops.lowbitcore.attention
+    kernel = _kernel_or_operator("attention", _attention, q, k, v)
     out: Tensor = kernel(q, k, v, scale)[0]
     return out
 

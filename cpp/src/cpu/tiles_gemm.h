@@ -19,7 +19,7 @@ namespace lowbitcore {
 namespace {
 
 // Operands lie as [steps][2 tiles][16][16] words of two bf16; a step is 32 terms of the reduction,
-// the tiles are 32 rows of the left operand or 32 columns of the right one. Results: [2][2 tiles].
+// the tiles are 32 rows of the left operand or 32 columns of the right one.
 constexpr int64_t kTileWords = 256;
 constexpr int64_t kStepWords = 2 * kTileWords;
 constexpr int64_t kStrip = 32;
@@ -29,11 +29,11 @@ constexpr int64_t kPieceWords = kPieceSteps * kStepWords;
 constexpr int64_t kMostRows = 448;            // of activations at once: 448 KB of a piece
 constexpr int64_t kMostSums = (3 << 18) / 4;  // that a thread holds: 768 KB
 constexpr int64_t kRowAhead = 512;  // bytes; rows lie beyond what the processor prefetches itself
-constexpr int64_t kPanelsTogether = 4;       // of dY W, whose groups lie across panels
-constexpr int64_t kMostResident = 1 << 18;   // words of a thread's dequantised panels: 1 MB
-constexpr int64_t kMostCopies = 3 << 18;     // of all threads' together
-constexpr int64_t kFewestResident = 8;       // panels, or rows would come by too often
-constexpr int64_t kFewestRowsToShare = 512;  // that threads share; of fewer they share the outputs
+constexpr int64_t kPanelsTogether = 4;      // of dY W, whose groups lie across panels
+constexpr int64_t kMostResident = 1 << 18;  // words of a thread's dequantised panels: 1 MB
+constexpr int64_t kMostCopies = 3 << 18;    // of all threads' together
+constexpr int64_t kFewestResident = 8;      // panels, or rows would come by too often
+constexpr int64_t kFewestStrips = 8;        // of a thread; of fewer rows threads share the outputs
 
 // ---- integers ----
 
@@ -366,12 +366,26 @@ struct LeftTiles {
         lower(16 * stride) {}
 };
 
+// Results of a strip and a panel are [2][2 tiles] whose halves lie kLowerSums apart, and those of
+// the next strip or panel between them: a load waits for earlier stores that agree with it in the
+// low 12 bits of their addresses, and so it meets none of the product before.
+constexpr int64_t kLowerSums = 4 * kTileWords;
+
+constexpr int64_t sums_at(int64_t i) { return i / 2 * 2 * kLowerSums + i % 2 * 2 * kTileWords; }
+constexpr int64_t sums_of_all(int64_t count) { return round_up(count, 2) * kLowerSums; }
+
+// A row of such results: its columns of the second tile lie kTileWords behind.
+inline const float* row_of_sums(const float* c, int64_t row) {
+  return c + row / 16 * kLowerSums + row % 16 * 16;
+}
+
 // c (+)= a b; Lower and Right say whether the second tiles of a and of b count, LeftStreams which
 // operand the first-level cache is not to keep, as it would displace the other. That one is loaded
-// first: its tiles take longer. between() comes before each step.
-template <bool LeftStreams, bool Lower, bool Right, typename Between>
+// first: its tiles take longer. between() comes before each step, meanwhile() before results are
+// stored, which wait for the last step.
+template <bool LeftStreams, bool Lower, bool Right, typename Between, typename Meanwhile>
 void multiply_tiles(int64_t steps, LeftTiles a, const uint32_t* b, float* c, bool accumulate,
-                    const Between& between) {
+                    const Between& between, const Meanwhile& meanwhile) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -379,8 +393,8 @@ void multiply_tiles(int64_t steps, LeftTiles a, const uint32_t* b, float* c, boo
   if (accumulate) {
     _tile_loadd(0, c, 64);
     if (Right) _tile_loadd(1, c + kTileWords, 64);
-    if (Lower) _tile_loadd(2, c + 2 * kTileWords, 64);
-    if (Lower && Right) _tile_loadd(3, c + 3 * kTileWords, 64);
+    if (Lower) _tile_loadd(2, c + kLowerSums, 64);
+    if (Lower && Right) _tile_loadd(3, c + kLowerSums + kTileWords, 64);
   }
   for (int64_t s = 0; s < steps; ++s, a.first += a.step, b += kStepWords) {
     between();
@@ -400,10 +414,11 @@ void multiply_tiles(int64_t steps, LeftTiles a, const uint32_t* b, float* c, boo
     if (Lower) _tile_dpbf16ps(2, 5, 6);
     if (Lower && Right) _tile_dpbf16ps(3, 5, 7);
   }
+  meanwhile();
   _tile_stored(0, c, 64);
   if (Right) _tile_stored(1, c + kTileWords, 64);
-  if (Lower) _tile_stored(2, c + 2 * kTileWords, 64);
-  if (Lower && Right) _tile_stored(3, c + 3 * kTileWords, 64);
+  if (Lower) _tile_stored(2, c + kLowerSums, 64);
+  if (Lower && Right) _tile_stored(3, c + kLowerSums + kTileWords, 64);
 }
 
 // Asks for `each` lines, and the same number of those behind them the next time.
@@ -440,7 +455,7 @@ struct Blocks {
 
   int64_t activation_words(int64_t depth) const { return rows * depth / 2; }
   int64_t piece_words() const { return together * kPieceWords; }
-  int64_t sums() const { return panels * kPanel * rows; }
+  int64_t sums() const { return panels * sums_of_all(rows / kStrip); }
 };
 
 // How the product of a small weight is cut. Each thread dequantises what it multiplies by itself:
@@ -462,7 +477,7 @@ struct Resident {
   }
 
   int64_t weight_words() const { return pieces * panels * kPieceWords; }
-  int64_t sums() const { return (pieces == 1 ? 2 : panels) * kStrip * kPanel; }
+  int64_t sums() const { return sums_of_all(pieces == 1 ? 2 : panels); }
   int64_t words() const { return weight_words() + kPieceWords + sums(); }
 
  private:
@@ -489,6 +504,10 @@ LOWBITCORE_INLINE void prefetch_outputs(const Matrix& out, int64_t first, int64_
   for (int64_t r = 0; r < rows; ++r) {
     __builtin_prefetch(row_pointer(out, first + r) + panel * kPanel * 2, 1);
   }
+}
+
+inline Vec bias_or_zero(const float* bias, int64_t n) {
+  return bias == nullptr ? Vec::broadcast(0.0f) : Vec::load(bias + n);
 }
 
 // Two registers of results as one line of bf16.
@@ -530,7 +549,7 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
       uint32_t* w = weights + thread * blocks.piece_words();
       float* c = results + thread * blocks.sums();
       const auto sums_of = [&](int64_t panel, int64_t strip) {
-        return c + (panel * strips + strip) * kStrip * kPanel;
+        return c + panel * sums_of_all(strips) + sums_at(strip);
       };
       for (int64_t step = 0; step < all_steps; step += blocks.steps) {
         const int64_t steps = smaller(blocks.steps, all_steps - step), end = step + steps;
@@ -545,11 +564,14 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
             const uint32_t* piece = w + (p - first) * kPieceWords;
             for (int64_t strip = 0; strip < strips; ++strip) {
               float* sums = sums_of(p, strip);
-              Ahead next_sums = {reinterpret_cast<const char*>(sums + kStrip * kPanel),
-                                 divide_up(kStrip * kPanel / 16, steps)};
+              const float* next = sums_of(p, strip + 1);
+              const int64_t each = divide_up(2 * kTileWords / 16, steps);
+              Ahead upper = {reinterpret_cast<const char*>(next), each};
+              Ahead lower = {reinterpret_cast<const char*>(next + kLowerSums), each};
               product.multiply(smaller(kStrip, rows - strip * kStrip), steps, strip_of(step, strip),
                                piece, sums, step > 0, [&] {
-                                 next_sums.ask<3>();
+                                 upper.ask<3>();
+                                 lower.ask<3>();
                                  activations.ask<2>();
                                });
             }
@@ -566,11 +588,6 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
       }
     });
   }
-}
-
-// Sums [2][2 tiles][16][16] of a row: its columns of the second tile lie kTileWords behind.
-inline const float* row_of_sums(const float* c, int64_t row) {
-  return c + row / 16 * 2 * kTileWords + row % 16 * 16;
 }
 
 // Whether tiles are read from rows as they lie: in whole lines, which the first-level cache does
@@ -600,7 +617,7 @@ void multiply_resident(const ConstMatrix& x, const Resident& resident, Range str
       return weights + (piece * panels + panel) * kPieceWords;
     };
     const auto sums_of = [&](int64_t panel) {
-      return results + (pieces == 1 ? panel % 2 : panel) * kStrip * kPanel;
+      return results + sums_at(pieces == 1 ? panel % 2 : panel);
     };
     for (int64_t piece = 0; piece < pieces; ++piece) {
       for (int64_t first = 0; first < panels; first += most_together) {
@@ -617,17 +634,19 @@ void multiply_resident(const ConstMatrix& x, const Resident& resident, Range str
         next = {row_pointer(x, row + kStrip), divide_up(kStrip, panels)};
       }
       const auto between = [&] { next.ask<2>(); };
-      const auto multiply = rows > 16 ? multiply_tiles<false, true, true, decltype(between)>
-                                      : multiply_tiles<false, false, true, decltype(between)>;
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t step = step_of(piece), steps = steps_of(piece);
         if (!direct) pack_left(x, row, rows, step, steps, packed);
         const LeftTiles left = direct ? LeftTiles(x, row, step) : LeftTiles(packed);
         const bool last = piece + 1 == pieces;
+        const auto multiply = [&](auto lower, int64_t p) {
+          multiply_tiles<false, decltype(lower)::value, true>(
+              steps, left, weights_of(piece, p), sums_of(p), piece > 0, between, [&] {
+                if (last && p > 0) product.store(sums_of(p - 1), rows, row, panel0 + p - 1);
+              });
+        };
         for (int64_t p = 0; p < panels; ++p) {
-          multiply(steps, left, weights_of(piece, p), sums_of(p), piece > 0, between);
-          // Those of the panel before, as this one's are still on their way.
-          if (last && p > 0) product.store(sums_of(p - 1), rows, row, panel0 + p - 1);
+          rows > 16 ? multiply(std::true_type(), p) : multiply(std::false_type(), p);
         }
         if (last) product.store(sums_of(panels - 1), rows, row, panel0 + panels - 1);
       }
@@ -646,7 +665,7 @@ void tiles_gemm_resident(const ConstMatrix& x, int64_t outputs, int64_t most_tog
   };
   // By rows the next operation, if it does so too, finds its own in the cache of its thread. Of few
   // rows the weights cost more, and each thread takes some.
-  if (x.rows >= kFewestRowsToShare) {
+  if (strips.end >= kFewestStrips * use.threads) {
     parallel_ranges(strips.end, use.threads,
                     [&](Range share, int thread) { multiply(share, panels, thread); });
   } else {
@@ -707,24 +726,21 @@ struct Forward {
                 float* c, bool accumulate, const Between& between) const {
     if (rows > 16) {
       multiply_tiles<false, true, true>(steps, LeftTiles(weights), activations, c, accumulate,
-                                        between);
+                                        between, [] {});
     } else {
       multiply_tiles<false, true, false>(steps, LeftTiles(weights), activations, c, accumulate,
-                                         between);
+                                         between, [] {});
     }
   }
 
   void store(const float* c, int64_t rows, int64_t row, int64_t panel) const {
     const int64_t n = panel * kPanel;
-    Vec b[2] = {Vec::broadcast(0.0f), Vec::broadcast(0.0f)};
-    if (bias != nullptr) {
-      for (int half = 0; half < 2; ++half) b[half] = Vec::load(bias + n + half * 16);
-    }
+    const Vec b[2] = {bias_or_zero(bias, n), bias_or_zero(bias, n + 16)};
     for (int64_t first = 0; first < rows; first += 16, c += kTileWords) {
       __m512 low[16], high[16];
       for (int i = 0; i < 16; ++i) {
         low[i] = _mm512_load_ps(c + i * 16);
-        high[i] = _mm512_load_ps(c + 2 * kTileWords + i * 16);
+        high[i] = _mm512_load_ps(c + kLowerSums + i * 16);
       }
       transpose_16x16(low);
       transpose_16x16(high);
@@ -753,10 +769,7 @@ struct ResidentForward {
 
   void store(const float* c, int64_t rows, int64_t row, int64_t panel) const {
     const int64_t n = panel * kPanel;
-    Vec b[2] = {Vec::broadcast(0.0f), Vec::broadcast(0.0f)};
-    if (bias != nullptr) {
-      for (int half = 0; half < 2; ++half) b[half] = Vec::load(bias + n + half * 16);
-    }
+    const Vec b[2] = {bias_or_zero(bias, n), bias_or_zero(bias, n + 16)};
     for (int64_t r = 0; r < rows; ++r) {
       const float* left = row_of_sums(c, r);
       store_line(Vec::load(left) + b[0], Vec::load(left + kTileWords) + b[1], out, row + r, n);
@@ -790,10 +803,10 @@ struct Backward {
                 float* c, bool accumulate, const Between& between) const {
     if (rows > 16) {
       multiply_tiles<true, true, true>(steps, LeftTiles(activations), weights, c, accumulate,
-                                       between);
+                                       between, [] {});
     } else {
       multiply_tiles<true, false, true>(steps, LeftTiles(activations), weights, c, accumulate,
-                                        between);
+                                        between, [] {});
     }
   }
 
