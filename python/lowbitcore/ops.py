@@ -149,6 +149,11 @@ def _check(op: str, bits: object = 4, group_size: object = -1, **tensors: Tensor
             _fail(op, name, f"a tensor on {device}, as the other arguments", here)
 
 
+# Under autograd.grad's is_grads_batched tensors of torch's older vmap look like any others. By its
+# number: to look up the name takes longer than all else that _is_plain asks for.
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+
+
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether these are data in the CPU's memory that nobody watches: torch does not
     differentiate, trace, transform or record what is done with them. Its dispatcher, which takes
@@ -159,7 +164,7 @@ def _is_plain(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # of is_grads_batched
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
     ) and all(map(_in_memory, tensors))
