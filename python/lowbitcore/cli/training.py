@@ -45,7 +45,7 @@ Checkpoints = Annotated[
     typer.Option(
         "--checkpointing",
         help="What of a forward is not kept but computed again for its backward: none of it; with "
-        "selective, what lies between products, which saves memory on a GPU; or the full block, "
+        "selective, on a GPU, what lies between products; with full, all but a block's input, "
         "for the least memory.",
     ),
 ]
