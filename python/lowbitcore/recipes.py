@@ -255,8 +255,8 @@ def train(
     training_seconds = time.perf_counter() - before
     if _processes() > 1:  # or its threads may outlive the interpreter, which then aborts
         PartialState().wait_for_everyone()
-        # Gloo's threads let go of the last barrier as soon as they get the interpreter's lock. Until
-        # they have, the group's end, which holds it, would wait for them for ever (torch 2.13).
+        # Gloo's threads let go of the last barrier as soon as they get the interpreter's lock. The
+        # group's end, which holds it, waits for them: without a pause it may for ever (torch 2.13).
         time.sleep(0.1)
         PartialState().destroy_process_group()
     model.eval()
