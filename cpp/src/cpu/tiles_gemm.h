@@ -464,8 +464,8 @@ struct Resident {
   int64_t panels;         // that a thread has at a time
   int64_t steps, pieces;  // of the reduction
 
-  Resident(int64_t depth, int64_t outputs, int threads) : steps(piece_steps(depth)) {
-    pieces = divide_up(depth / kStrip, steps);
+  Resident(int64_t depth, int64_t outputs, int threads)
+      : steps(piece_steps(depth)), pieces(pieces_of(depth)) {
     const int64_t all = outputs / kPanel;
     const int64_t most = most_panels(depth, smaller(kMostResident, kMostCopies / threads));
     panels = divide_up(all, divide_up(all, most));
@@ -481,8 +481,10 @@ struct Resident {
   int64_t words() const { return weight_words() + kPieceWords + sums(); }
 
  private:
+  static int64_t pieces_of(int64_t depth) { return divide_up(depth / kStrip, piece_steps(depth)); }
+
   static int64_t most_panels(int64_t depth, int64_t words) {
-    return larger(words / (divide_up(depth / kStrip, piece_steps(depth)) * kPieceWords), 1);
+    return larger(words / (pieces_of(depth) * kPieceWords), 1);
   }
 };
 
@@ -517,19 +519,20 @@ LOWBITCORE_INLINE void store_line(const Vec& low, const Vec& high, const Matrix&
   _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
 }
 
-// Product::pack(first row, rows, first step, steps, out) packs a strip of activations;
+// Product::pack(x, first row, rows, first step, steps, out) packs a strip of activations;
 // fill(panel, panels, first step, steps, out) dequantises a piece of panels, [panels][kPieceSteps];
 // multiply(rows, ...) is multiply_tiles for a strip of so many rows, of which the first-level cache
 // is not to keep the activations; store(c, rows, row, panel) takes a strip's result.
 template <typename Product>
-void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
-                const Resources& use, const Product& product) {
+void tiles_gemm(const ConstMatrix& x, int64_t outputs, int64_t most_together, const Resources& use,
+                const Product& product) {
+  const Blocks blocks(x.rows, x.cols, outputs, most_together, use.threads);
   auto* packed = static_cast<uint32_t*>(use.workspace);
-  uint32_t* weights = packed + blocks.activation_words(depth);
+  uint32_t* weights = packed + blocks.activation_words(x.cols);
   auto* results = reinterpret_cast<float*>(weights + use.threads * blocks.piece_words());
-  const int64_t all_steps = depth / kStrip, all_panels = outputs / kPanel;
-  for (int64_t row0 = 0; row0 < m; row0 += blocks.rows) {
-    const int64_t rows = smaller(blocks.rows, m - row0), strips = divide_up(rows, kStrip);
+  const int64_t all_steps = x.cols / kStrip, all_panels = outputs / kPanel;
+  for (int64_t row0 = 0; row0 < x.rows; row0 += blocks.rows) {
+    const int64_t rows = smaller(blocks.rows, x.rows - row0), strips = divide_up(rows, kStrip);
     // A strip's activations from a piece's first step on.
     const auto strip_of = [&](int64_t step, int64_t strip) {
       const int64_t steps = smaller(blocks.steps, all_steps - step);
@@ -538,7 +541,7 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
     parallel_for(strips, use.threads, [&](int64_t strip, int) {
       const int64_t row = strip * kStrip;
       for (int64_t step = 0; step < all_steps; step += blocks.steps) {
-        product.pack(row0 + row, smaller(kStrip, rows - row), step,
+        product.pack(x, row0 + row, smaller(kStrip, rows - row), step,
                      smaller(blocks.steps, all_steps - step), strip_of(step, strip));
       }
     });
@@ -557,6 +560,7 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
         // a part of it.
         Ahead activations = {reinterpret_cast<const char*>(strip_of(end == all_steps ? 0 : end, 0)),
                              divide_up(kStepWords / 16, panels)};
+        const int64_t sum_lines = divide_up(2 * kTileWords / 16, steps);  // of a half, a step
         for (int64_t first = 0; first < panels; first += blocks.together) {
           const int64_t together = smaller(blocks.together, panels - first);
           product.fill(panel0 + first, together, step, steps, w);
@@ -565,9 +569,8 @@ void tiles_gemm(int64_t m, int64_t depth, int64_t outputs, const Blocks& blocks,
             for (int64_t strip = 0; strip < strips; ++strip) {
               float* sums = sums_of(p, strip);
               const float* next = sums_of(p, strip + 1);
-              const int64_t each = divide_up(2 * kTileWords / 16, steps);
-              Ahead upper = {reinterpret_cast<const char*>(next), each};
-              Ahead lower = {reinterpret_cast<const char*>(next + kLowerSums), each};
+              Ahead upper = {reinterpret_cast<const char*>(next), sum_lines};
+              Ahead lower = {reinterpret_cast<const char*>(next + kLowerSums), sum_lines};
               product.multiply(smaller(kStrip, rows - strip * kStrip), steps, strip_of(step, strip),
                                piece, sums, step > 0, [&] {
                                  upper.ask<3>();
@@ -702,13 +705,13 @@ LOWBITCORE_INLINE void prefetch_weights(const Block<B>& block, int64_t tile) {
 
 template <int B>
 struct Forward {
-  ConstMatrix x;
   const QuantWeight& w;
   const float* bias;
   Matrix out;
 
-  void pack(int64_t row, int64_t rows, int64_t step, int64_t steps, uint32_t* out) const {
-    pack_right<B>(x, row, rows, step, steps, out);
+  void pack(const ConstMatrix& x, int64_t row, int64_t rows, int64_t step, int64_t steps,
+            uint32_t* to) const {
+    pack_right<B>(x, row, rows, step, steps, to);
   }
 
   void fill(int64_t panel, int64_t, int64_t step, int64_t steps, uint32_t* out) const {
@@ -779,12 +782,12 @@ struct ResidentForward {
 
 template <int B>
 struct Backward {
-  ConstMatrix dy;
   const QuantWeight& w;
   Matrix out;
 
-  void pack(int64_t row, int64_t rows, int64_t step, int64_t steps, uint32_t* out) const {
-    pack_left(dy, row, rows, step, steps, out);
+  void pack(const ConstMatrix& dy, int64_t row, int64_t rows, int64_t step, int64_t steps,
+            uint32_t* to) const {
+    pack_left(dy, row, rows, step, steps, to);
   }
 
   void fill(int64_t panel, int64_t panels, int64_t step, int64_t steps, uint32_t* out) const {
@@ -897,19 +900,17 @@ void tiles_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
   if (Resident::serves(x.cols, y.cols)) {
     tiles_gemm_resident(x, y.cols, 1, use, ResidentForward<B>{w, bias, y});
   } else {
-    const Blocks blocks(x.rows, x.cols, y.cols, 1, use.threads);
-    tiles_gemm(x.rows, x.cols, y.cols, blocks, use, Forward<B>{x, w, bias, y});
+    tiles_gemm(x, y.cols, 1, use, Forward<B>{w, bias, y});
   }
 }
 
 template <int B>
 void tiles_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Resources& use) {
-  const Backward<B> product{dy, w, dx};
+  const Backward<B> product{w, dx};
   if (Resident::serves(dy.cols, dx.cols)) {
     tiles_gemm_resident(dy, dx.cols, kPanelsTogether, use, product);
   } else {
-    const Blocks blocks(dy.rows, dy.cols, dx.cols, kPanelsTogether, use.threads);
-    tiles_gemm(dy.rows, dy.cols, dx.cols, blocks, use, product);
+    tiles_gemm(dy, dx.cols, kPanelsTogether, use, product);
   }
 }
 

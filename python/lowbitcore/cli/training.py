@@ -44,9 +44,9 @@ Checkpoints = Annotated[
     Literal["none", "selective", "full"],
     typer.Option(
         "--checkpointing",
-        help="What of a forward is not kept but computed again for its backward: none of it; with "
-        "selective, on a GPU, what lies between products; with full, all but a block's input, "
-        "for the least memory.",
+        help="What of a forward is computed again for its backward instead of kept: none of it; "
+        "what lies between products (selective, of use on a GPU alone); all but a block's input "
+        "(full, for the least memory).",
     ),
 ]
 
