@@ -1,9 +1,9 @@
 """Where the tests of the CUDA backend run: in the interpreter of ptxsim, or on a GPU.
 
 By default the extension is built once more with its kernels for the interpreter (CMake's
-LOWBITCORE_EMULATE_CUDA), where device memory is host memory, and takes the place of `ops._C` for
-the length of a test. With `pytest --device cuda` the same tests use the installed extension and a
-GPU.
+LOWBITCORE_EMULATE_CUDA), where device memory is host memory, and takes the place of
+`lowbitcore._C` in `lowbitcore.ops` for the length of a test. With `pytest --device cuda` the same
+tests use the installed extension and a GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from typing import Any
 import torch
 
 import ptxsim
-from lowbitcore import ops
+from lowbitcore import _C, ops
 from ptxsim import toolkit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CALLERS = [
+    part for part in vars(ops).values() if isinstance(part, ModuleType) and hasattr(part, "_C")
+]
 
 
 def why_not_emulated() -> str | None:
@@ -92,13 +95,26 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
+@contextlib.contextmanager
+def _computing_with(core: Any) -> Iterator[None]:
+    """All of `lowbitcore.ops` calls this extension in the meantime."""
+    before = {caller: vars(caller)["_C"] for caller in CALLERS}
+    for caller in CALLERS:
+        vars(caller)["_C"] = core
+    try:
+        yield
+    finally:
+        for caller, extension in before.items():
+            vars(caller)["_C"] = extension
+
+
 class CudaDevice:
     """`device.put(tensor)` is the tensor where the backend works."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._installed = ops._C
         self.emulated = Emulated(build_emulated()) if name == "emulated" else None
+        self.core: Any = self.emulated or _C
         self.torch = torch.device("cpu" if self.emulated else name)
 
     def put(self, tensor: torch.Tensor | None) -> Any:
@@ -107,21 +123,14 @@ class CudaDevice:
     @contextlib.contextmanager
     def in_use(self) -> Iterator[CudaDevice]:
         """`lowbitcore.ops` computes here in the meantime."""
-        if self.emulated is not None:
-            ops._C = self.emulated  # type: ignore[assignment]
-        try:
+        with _computing_with(self.core):
             yield self
-        finally:
-            ops._C = self._installed
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
         """`lowbitcore.ops` is the installed extension's again, for tensors on the CPU."""
-        current, ops._C = ops._C, self._installed
-        try:
+        with _computing_with(_C):
             yield
-        finally:
-            ops._C = current
 
     @contextlib.contextmanager
     def schedule(self, seed: int) -> Iterator[None]:

@@ -309,12 +309,12 @@ def test_device_without_kernels(device: CudaDevice) -> None:
     x = ref.random_activations(0, 130, 96, torch.float16)
     with (
         device.emulated.simulator.options(compute_capability=70),
-        pytest.raises(ops._C.Error, match="qgemm_nt: CUDA: .*"),
+        pytest.raises(device.core.Error, match="qgemm_nt: CUDA: .*"),
     ):
         core.nt(x)
     with (
         device.emulated.simulator.options(max_dynamic_shared=32 << 10),
-        pytest.raises(ops._C.Error, match="qgemm_nt: CUDA: .*"),
+        pytest.raises(device.core.Error, match="qgemm_nt: CUDA: .*"),
     ):
         core.nt(x)
     ref.assert_close(core.nt(x), *bounded_nt(x, problem))
@@ -341,7 +341,7 @@ def test_a_packed_weight_that_is_not_aligned(device: CudaDevice, offset: int) ->
             call()
     qweight, qzeros = device.put(problem.qweight()), device.put(problem.qzeros())
     with pytest.raises(ValueError, match="prepack: packed: expected an address aligned to 16"):
-        ops._C.prepack(qweight, qzeros, 4, 32, 96, 64, core.packed, 0)
+        device.core.prepack(qweight, qzeros, 4, 32, 96, 64, core.packed, 0)
 
 
 def test_scratch_is_freed_where_a_check_throws(device: CudaDevice) -> None:
@@ -350,7 +350,7 @@ def test_scratch_is_freed_where_a_check_throws(device: CudaDevice) -> None:
     simulator = device.emulated.simulator
     with (
         simulator.options(compute_capability=70),
-        pytest.raises(ops._C.Error, match="all_finite: CUDA: "),
+        pytest.raises(device.core.Error, match="all_finite: CUDA: "),
     ):
         ops.quantize_rtn(torch.randn(32, 64), bits=4, group_size=32)
     assert simulator.allocated_bytes == 0
@@ -381,7 +381,7 @@ def test_index_of_no_group_stops_the_kernel(device: CudaDevice) -> None:
     problem = ref.random_problem(9, bits=4, group_size=32, out_features=64, in_features=96)
     core = OnDevice(device, problem)
     core.g_idx = torch.full((96,), 7, dtype=torch.int32)
-    with pytest.raises(ops._C.Error, match="trap"):
+    with pytest.raises(device.core.Error, match="trap"):
         core.nt(torch.randn(3, 96))
 
 

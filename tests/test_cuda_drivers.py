@@ -453,10 +453,10 @@ def test_dequantized_products(
     fused = layer(x)
     fused.backward(dy)
     expected, x.grad = x.grad, None
-    monkeypatch.setattr(ops._C, "qgemm_nt", no_kernel, raising=False)
+    monkeypatch.setattr(device.core, "qgemm_nt", no_kernel, raising=False)
     with dispatch.override(0):
         if columns is None:
-            monkeypatch.setattr(ops._C, "qgemm_nn", no_kernel, raising=False)
+            monkeypatch.setattr(device.core, "qgemm_nn", no_kernel, raising=False)
         else:
             monkeypatch.setattr(dispatch, "PANEL_BYTES", columns * 160 * dtype.itemsize)
             assert len(dispatch.panels(64, 160, dtype)) == 64 // columns
@@ -479,7 +479,7 @@ def test_dequantized_products(
 def test_exact_products_stay_fused(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     as_a_gpu(device, monkeypatch, (9, 0))
     with dispatch.override(0):
-        monkeypatch.setattr(ops._C, "dequantize", no_kernel, raising=False)
+        monkeypatch.setattr(device.core, "dequantize", no_kernel, raising=False)
         assert_works(a_layer(device.torch), device)
 
 

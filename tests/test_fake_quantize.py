@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import reference as ref
 from lowbitcore import ops
+from lowbitcore.ops import fake_quantization
 
 Group = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -124,11 +125,11 @@ def test_with_torch(dtype: torch.dtype) -> None:
     dw = ref.random_activations(5, 30, 96, dtype)
     weights = [dw.clone(), dw.clone()]
     ops.add_fake_quantized_(weights[0], latent, scales, zeros, bits=4)
-    ops._add_with_torch(weights[1], latent, scales, zeros, 4)
+    fake_quantization._add_with_torch(weights[1], latent, scales, zeros, 4)
     # Rounded twice or once before 16 bits: rarely another neighbour.
     torch.testing.assert_close(weights[0], weights[1])
     ours = ops.fake_quantized_grads(dw, latent, scales, zeros, bits=4)
-    theirs = ops._grads_with_torch(dw, latent, scales, zeros, 4)
+    theirs = fake_quantization._grads_with_torch(dw, latent, scales, zeros, 4)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
@@ -153,9 +154,9 @@ def test_what_does_not_fit_is_refused(change: dict[str, torch.Tensor], expected:
     args = list((fine | change).values())
     calls: list[Callable[[], object]] = [
         lambda: ops.add_fake_quantized_(*args, bits=4),
-        lambda: ops._add_with_torch(*args, 4),
+        lambda: fake_quantization._add_with_torch(*args, 4),
         lambda: ops.fake_quantized_grads(*args, bits=4),
-        lambda: ops._grads_with_torch(*args, 4),
+        lambda: fake_quantization._grads_with_torch(*args, 4),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=expected):

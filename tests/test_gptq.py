@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import lowbitcore
 import reference as ref
 from lowbitcore import ops, runtime
+from lowbitcore.ops import quantization
 
 N, K = 64, 224  # K leaves a short last group for 64, 96 and 128
 MODES = {
@@ -543,8 +544,8 @@ def test_sums_on_cuda_use_no_tf32(monkeypatch: pytest.MonkeyPatch, new: bool) ->
     hessian, cross, x = torch.zeros(K, K), torch.zeros(K, K), torch.randn(2, 3, K)
     setattr(matmul, name, wide)
     try:
-        ops._add_square(hessian, x)
-        ops._add_cross(cross, x.bfloat16(), x)
+        quantization._add_square(hessian, x)
+        quantization._add_cross(cross, x.bfloat16(), x)
         assert getattr(matmul, name) == wide
     finally:
         setattr(matmul, name, before)
@@ -563,13 +564,13 @@ def test_sums_on_cuda_refuse_what_the_core_refuses() -> None:
         (zeros(K, K), zeros(3, K).int(), "x: expected float32, bfloat16 or float16, got .*int32"),
         (zeros(K, K), zeros(3, 96), r"x: expected shape \[3, 224\], got \[3, 96\]"),
     ):
-        for accumulate in (ops.accumulate_hessian_, ops._add_square):
+        for accumulate in (ops.accumulate_hessian_, quantization._add_square):
             with pytest.raises(ValueError, match=f"accumulate_hessian: {message}"):
                 accumulate(hessian, x)
     for a, b, message in (
         (zeros(3, 96), zeros(3, K), r"a: expected shape \[3, 224\], got \[3, 96\]"),
         (zeros(3, K), zeros(4, K), r"b: expected shape \[3, 224\], got \[4, 224\]"),
     ):
-        for accumulate in (ops.accumulate_cross_, ops._add_cross):
+        for accumulate in (ops.accumulate_cross_, quantization._add_cross):
             with pytest.raises(ValueError, match=f"accumulate_cross: {message}"):
                 accumulate(zeros(K, K), a, b)

@@ -1,0 +1,80 @@
+"""The core's operations as torch operators, with autograd, fake kernels and ``torch.compile``.
+
+Shapes: ``N`` out_features, ``K`` in_features, both multiples of 32; ``b`` bits (2, 3, 4 or 8);
+``group_size`` a multiple of 32 along K, or -1 for the whole row; ``G`` the number of groups, of
+which the last may be shorter. ``g_idx`` int32 [K] maps a column to its group; ``None`` stands for
+``k // group_size``. A weight is ``W[n, k] = scales[g, n] * (q[n, k] - zeros[g, n])``, ``g =
+g_idx[k]``.
+
+Every function raises ``ValueError`` for a mistake of the caller, naming the operation, the
+argument, what was expected and what came, and ``lowbitcore.Error`` for what is not one. The
+operators themselves are ``torch.ops.lowbitcore.*``; this package is the only caller of the
+extension's operations.
+
+On CUDA, work goes to torch's current stream, and a CUDA graph may capture packing and products;
+call an operation once outside of one first, as torch asks of everything (a kernel is loaded when
+first called).
+"""
+
+from .arguments import serves
+from .causal_attention import attention, has_attention
+from .elementwise import dropout, rms_norm, rotate, swiglu
+from .fake_quantization import add_fake_quantized_, fake_quantized_grads
+from .format import check_format, group_count, packed_size, trivial_g_idx
+from .losses import token_losses
+from .packing import (
+    dequantize,
+    pack_qweight,
+    pack_qzeros,
+    prepack,
+    unpack,
+    unpack_qweight,
+    unpack_qzeros,
+)
+from .products import permute_columns, qgemm_grad_scales, qgemm_nn, qgemm_nt
+from .quantization import (
+    GptqFactor,
+    GptqResult,
+    Quantized,
+    accumulate_cross_,
+    accumulate_hessian_,
+    gptq_factorize,
+    gptq_quantize,
+    quantize_rtn,
+)
+
+__all__ = [
+    "GptqFactor",
+    "GptqResult",
+    "Quantized",
+    "accumulate_cross_",
+    "accumulate_hessian_",
+    "add_fake_quantized_",
+    "attention",
+    "check_format",
+    "dequantize",
+    "dropout",
+    "fake_quantized_grads",
+    "gptq_factorize",
+    "gptq_quantize",
+    "group_count",
+    "has_attention",
+    "pack_qweight",
+    "pack_qzeros",
+    "packed_size",
+    "permute_columns",
+    "prepack",
+    "qgemm_grad_scales",
+    "qgemm_nn",
+    "qgemm_nt",
+    "quantize_rtn",
+    "rms_norm",
+    "rotate",
+    "serves",
+    "swiglu",
+    "token_losses",
+    "trivial_g_idx",
+    "unpack",
+    "unpack_qweight",
+    "unpack_qzeros",
+]
