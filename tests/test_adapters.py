@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import lowbitcore as lbc
-from lowbitcore.adapters import round_adapter
+from lowbitcore.adapters import load_adapters, round_adapter
 from lowbitcore.formats.peft import LowRankTensors, product, rounded, settled
 from lowbitcore.lora import block_linears, newest_adapters
 from lowbitcore.model import adapted_linears, quantized_linears, without_adapters
@@ -432,7 +432,7 @@ def test_scales_beside_an_adapter(tmp_path: Path) -> None:
         lbc.save_adapter(model, tmp_path / "large", dtype=torch.float16)
     assert not (tmp_path / "large").exists()
     (tmp_path / "at-once" / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match=r"expected the adapter that its scales\.safetensors was"):
+    with pytest.raises(ValueError, match="expected the adapter that it was trained with"):
         lbc.load_adapter(quantized("llama"), tmp_path / "at-once")
     other = quantized("llama")
     before = logits(other)
@@ -443,6 +443,70 @@ def test_scales_beside_an_adapter(tmp_path: Path) -> None:
     assert not any(p.requires_grad for key, p in other.named_parameters() if "scales" in key)
     with pytest.raises(ValueError, match="thaw_scales: model: expected a quantized one"):
         lbc.thaw_scales(make_model("llama"))
+
+
+def stretched(model: PreTrainedModel) -> PreTrainedModel:
+    """With other scales, as from training."""
+    with torch.no_grad():
+        for linear in quantized_linears(model).values():
+            linear.scales.mul_(1.1)
+    return model
+
+
+def test_what_was_trained_upon_scales_wants_them(tmp_path: Path) -> None:
+    model = stretched(quantized("llama"))
+    lbc.save_adapter(model, tmp_path / "scales")
+    lbc.save(model, tmp_path / "model")  # rounds them to fp16
+    excite(lbc.prepare_lora(model, rank=4))
+    expected = logits(model)
+    lbc.save_adapter(model, tmp_path / "above")
+    other = quantized("llama")
+    with pytest.raises(ValueError, match="expected the scales that it was trained upon, got oth"):
+        lbc.load_adapter(other, tmp_path / "above")
+    assert not adapted_linears(other)
+    lbc.load_adapter(lbc.load_adapter(other, tmp_path / "scales"), tmp_path / "above")
+    assert torch.equal(logits(other), expected)
+    written = lbc.load_adapter(lbc.load(tmp_path / "model"), tmp_path / "above")
+    torch.testing.assert_close(logits(written), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_scales_that_were_trained_upon_adapters_want_them(tmp_path: Path) -> None:
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4))
+    lbc.save_adapter(model, tmp_path / "below", dtype=torch.bfloat16)
+    stretched(lbc.prepare_peqa(model))
+    lbc.save_adapter(model, tmp_path / "scales")
+    other = quantized("llama")
+    before = logits(other)
+    with pytest.raises(ValueError, match="expected the adapters that it was trained upon, got non"):
+        lbc.load_adapter(other, tmp_path / "scales")
+    with pytest.raises(ValueError, match="expected the adapters that it was trained upon, got non"):
+        lbc.swap_scales(other, tmp_path / "scales")
+    assert torch.equal(logits(other), before)
+    excite(lbc.prepare_lora(other, rank=4), seed=5)
+    with pytest.raises(ValueError, match="that it was trained upon, got others"):
+        lbc.load_adapter(other, tmp_path / "scales")
+    stack = [str(tmp_path / "below"), str(tmp_path / "scales")]
+    other = quantized("llama")
+    load_adapters(other, stack)
+    torch.testing.assert_close(logits(other), logits(model), rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="expected the adapters that it was trained upon, got non"):
+        load_adapters(quantized("llama"), stack[::-1])
+
+
+def test_adapters_that_are_in_each_others_way(tmp_path: Path) -> None:
+    lbc.save_adapter(excite(lbc.prepare_lora(quantized("llama"), rank=4)), tmp_path / "lora")
+    model = lbc.thaw_scales(lbc.prepare_lora(quantized("llama"), rank=4, targets=None))
+    lbc.save_adapter(stretched(model), tmp_path / "both")
+    lbc.save_adapter(stretched(quantized("llama")), tmp_path / "scales")
+    lora, both, alone = (str(tmp_path / name) for name in ("lora", "both", "scales"))
+    with pytest.raises(ValueError, match="lora: expected it once, got it twice"):
+        load_adapters(quantized("llama"), [lora, lora])
+    with pytest.raises(ValueError, match="both: expected one with scales, got .*whose scales it"):
+        load_adapters(quantized("llama"), [alone, both])
+    with pytest.raises(ValueError, match="scales: expected its scales before .*lora, got them aft"):
+        load_adapters(quantized("llama"), [lora, alone])
+    with pytest.raises(ValueError, match="expected the adapter that it was trained with"):
+        lbc.swap_scales(quantized("llama"), both)
 
 
 def test_scales_of_another_base_are_refused(tmp_path: Path) -> None:
@@ -580,3 +644,19 @@ def test_no_adapter_at_all(tmp_path: Path) -> None:
         lbc.load_adapter(quantized("llama"), tmp_path)
     with pytest.raises(ValueError, match="got neither"):
         lbc.save_adapter(make_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lora_dropout", None, "lora_dropout: expected 0 or more and below 1, got None"),
+        ("lora_dropout", 1.5, "lora_dropout: expected 0 or more and below 1, got 1.5"),
+        ("rank_pattern", {"(": 2}, r"rank_pattern: '\(': "),
+    ],
+)
+def test_bad_adapter_configs(name: str, value: object, message: str, tmp_path: Path) -> None:
+    lbc.save_adapter(lbc.prepare_lora(quantized("llama"), rank=4), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
+        lbc.load_adapter(quantized("llama"), tmp_path)

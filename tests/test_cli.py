@@ -149,7 +149,7 @@ def test_self_calibration_and_rtn(workplace: Path) -> None:
 
 def test_hub_data_set(workplace: Path, tmp_path: Path) -> None:
     """A data set of the hub is loaded by the datasets library, which takes a directory as well."""
-    (tmp_path / "train.jsonl").write_text(json.dumps({"text": text_of(900)}) + "\n")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": text_of(900)}) + '\n{"text": null}\n')
     arguments = quantization(workplace, "hub")
     arguments[arguments.index("--calib") + 1] = f"hf:{tmp_path}"
     _, result = succeed(*arguments)
@@ -218,6 +218,7 @@ def test_info_device() -> None:
             "--device: expected cpu",
         ),
         (lambda d: ["generate", d / "model", "--prompt", ""], "--prompt: expected some text"),
+        (lambda d: ["generate", d / "model", "--prompt", "  "], "--prompt: expected one with tok"),
         (lambda d: ["generate", d / "model", "--prompt", "a", "--chat"], "--chat: .*template"),
         (lambda d: ["generate", d / "model", "--prompt", "\udcff"], "--prompt: expected Unicode"),
         (
@@ -265,6 +266,8 @@ def test_a_tokenizer_with_too_many_tokens(workplace: Path, tmp_path: Path) -> No
     text = workplace / "text.txt"
     message = fail("eval", tmp_path, "--text", text, "--context", 64)
     assert re.search("expected a tokenizer of the model's 96 tokens, got token 1", message)
+    message = fail("peqa", tmp_path, tmp_path / "x", "--data", text, "--length", 32, "--steps", 2)
+    assert re.search("--data: expected a tokenizer of the model's 96 tokens", message)
 
 
 def test_info_wants_what_the_config_promises(workplace: Path, tmp_path: Path) -> None:

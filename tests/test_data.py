@@ -13,9 +13,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import lowbitcore as lbc
 from lowbitcore import head
 from lowbitcore.data import alpaca_example, calibration_windows, read_texts, sample_from_model
 from lowbitcore.evaluate import perplexity
+from lowbitcore.lora import newest_adapters
 from test_models import VOCABULARY, logits, make_model, quantized
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
@@ -240,6 +242,21 @@ def test_perplexity_of_what_a_model_does_to_its_logits() -> None:
     expected = math.exp(reference_loss(model, ids, 15) / 15)
     result = perplexity(model, tokenizer, text, context=16, progress=False)
     assert math.isclose(result.ppl, expected, rel_tol=1e-5)
+
+
+def test_nothing_is_dropped() -> None:
+    model, tokenizer = lbc.prepare_lora(quantized("llama"), rank=4, dropout=0.5), make_tokenizer()
+    for adapter in newest_adapters(model).values():
+        adapter.b.data.normal_()
+    model.train()
+    text = text_of(64)
+    results = [perplexity(model, tokenizer, text, context=16, progress=False) for _ in range(2)]
+    assert results[0] == results[1] and model.training
+    drawn = [
+        sample_from_model(model, tokenizer, samples=2, length=9, seed=1, progress=False)
+        for _ in range(2)
+    ]
+    assert torch.equal(*drawn)
 
 
 def test_windows_limit() -> None:

@@ -238,6 +238,19 @@ def test_mistakes_are_named(call: Any, named: str) -> None:
         call()
 
 
+def test_swiglu_of_gates_far_from_0() -> None:
+    """Nothing is left of them below, as in torch: not a multiple of the least number."""
+    gate = torch.tensor([-3e38, -1000.0, -88.0, -86.0, 88.0, 1000.0, 3e38, 0.0]).repeat(2, 4)
+    up = torch.ones_like(gate)
+    expected = torch.nn.functional.silu(gate.double())
+    torch.testing.assert_close(ops.swiglu(gate, up).double(), expected, rtol=1e-5, atol=1e-35)
+    gate.requires_grad_()
+    ops.swiglu(gate, up).sum().backward()
+    wide = gate.detach().double().requires_grad_()
+    torch.nn.functional.silu(wide).sum().backward()
+    torch.testing.assert_close(gate.grad.double(), wide.grad, rtol=1e-5, atol=1e-35)
+
+
 def test_empty() -> None:
     assert ops.rms_norm(torch.ones(0, 64), torch.ones(64), eps=EPS).shape == (0, 64)
     assert ops.swiglu(torch.ones(2, 0, 64), torch.ones(2, 0, 64)).shape == (2, 0, 64)

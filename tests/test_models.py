@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -276,6 +278,13 @@ def test_report() -> None:
     assert report.bytes["quantized"] * 16 == report.bytes["original"] * (4 + 20 / 32)
 
 
+def assert_excluded(rules: Any, kept: Iterable[str], others: Iterable[str]) -> None:
+    """GPTQModel's rules name what is in 16 bits, and nothing else."""
+    patterns = [rule.removeprefix("-:") for rule in rules]
+    assert all(any(re.match(pattern, path) for pattern in patterns) for path in kept)
+    assert not any(re.match(pattern, path) for pattern in patterns for path in others)
+
+
 def test_odd_linears_stay_in_16_bits(tmp_path: Path) -> None:
     config = LlamaConfig(**{**LLAMA_LIKE, "intermediate_size": 80})
     torch.manual_seed(0)
@@ -286,6 +295,8 @@ def test_odd_linears_stay_in_16_bits(tmp_path: Path) -> None:
     assert reasons["model.layers.0.mlp.down_proj"] == "64 x 80: not multiples of 32"
     assert len(reasons) == 6
     lbc.save(model, tmp_path)
+    rules = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["dynamic"]
+    assert_excluded(rules, reasons, quantized_linears(model))
     assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
 
 
@@ -328,9 +339,11 @@ def test_sharded_save(tmp_path: Path) -> None:
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
-    # Saving again in one file leaves no shard behind.
+    # Saving again in one file leaves no shard behind, and what else is there.
+    (tmp_path / "model-mine.safetensors").touch()
     lbc.save(model, tmp_path)
-    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    left = {"model.safetensors", "model-mine.safetensors"}
+    assert {path.name for path in tmp_path.glob("model*")} == left
     assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
 
 
@@ -386,6 +399,10 @@ def test_names_in_files(tmp_path: Path) -> None:
 def test_save_keeps_a_16_bit_model(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="expected no 16-bit model there"):
+        lbc.save(quantized("llama"), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="expected no 16-bit model there"):
         lbc.save(quantized("llama"), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

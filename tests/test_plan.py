@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 import lowbitcore as lbc
 from lowbitcore.plan import parse_memory, plan
 from test_cli import fail, succeed
-from test_models import quantized
+from test_models import LLAMA_LIKE, quantized
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -48,6 +49,8 @@ def test_a_config_is_enough(config_only: Path) -> None:
     _, result = succeed(*common, "--method", "lrec", "--memory", "4GB", "--tokens", 1000)
     assert not result["fits"] and result["largest_micro_batch"] == 0
     assert result["cache_bytes"] == 1000 * 4096 * 2
+    _, result = succeed(*common, "--method", "lrec", "--targets", "q_proj", "--no-cache")
+    assert result["trainable_parameters"] == 8 * 32 * 2 * 4096 and result["cache_bytes"] == 0
     rows = ("plan", config_only, "--bits", 3, "--group-size", -1)
     _, result = succeed(*rows, "--method", "peqa")
     assert result["trainable_parameters"] == 32 * (5 * 4096 + 2 * 11008) == 1_359_872
@@ -66,6 +69,32 @@ def test_the_largest_micro_batch_is_the_largest(monkeypatch: pytest.MonkeyPatch)
         assert largest > 0
         assert plan(config, **more, micro_batch=largest).fits  # type: ignore[arg-type]
         assert not plan(config, **more, micro_batch=largest + 1).fits  # type: ignore[arg-type]
+
+
+def test_a_teacher_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its states are cached, or all along."""
+    monkeypatch.setattr(sys.modules["lowbitcore.plan"], "_resident", lambda: 10**9)
+    config = LlamaConfig(**{k: v for k, v in LLAMA_7B.items() if k != "dtype"})
+    settings = {"method": "lrec", "bits": 4, "group_size": 128, "length": 256}
+    more = {**settings, "memory": 22 * 10**9, "checkpointing": "full", "dtype": torch.bfloat16}
+    cached, beside = (plan(config, **more, cache=cache) for cache in (True, False))  # type: ignore[arg-type]
+    assert cached.teacher_bytes == beside.teacher_bytes == pytest.approx(2 * 6.74e9, rel=1e-2)
+    filling = cached.runtime_bytes + cached.weights_bytes + cached.teacher_bytes
+    assert filling == cached.peak_bytes < beside.peak_bytes
+    assert cached.largest_micro_batch > beside.largest_micro_batch > 0 == beside.cache_bytes
+    assert not plan(config, **{**more, "memory": filling - 1}).fits  # type: ignore[arg-type]
+
+
+def test_weights_are_of_the_configs_type() -> None:
+    config = LlamaConfig(**{**LLAMA_LIKE, "vocab_size": 4096})
+    settings = {"method": "emef", "bits": 4, "group_size": 32, "memory": 10**9}
+    small, large = (
+        plan(config, **settings, dtype=dtype)  # type: ignore[arg-type]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert large.weights_bytes - small.weights_bytes > 2 * 2 * 4096 * 64
+    config.dtype = torch.float32
+    assert plan(config, **settings).weights_bytes == large.weights_bytes  # type: ignore[arg-type]
 
 
 def test_scales_beside_an_adapter() -> None:
@@ -161,5 +190,8 @@ def test_bad_plans(config_only: Path) -> None:
     assert "--micro-batch: expected at least 1" in fail(*common, "--micro-batch", 0)
     assert "--targets: expected names of linears" in fail(*common, "--targets", "x")
     assert "scales: expected lrec, which has --scales-lr, got emef" in fail(*common, "--scales")
+    assert "--tokens: expected at least 0, got -5" in fail(*common, "--tokens", -5)
+    peqa = ("plan", config_only, "--method", "peqa", "--bits", 4, "--targets", "q_proj")
+    assert "--targets: expected none for peqa" in fail(*peqa)
     assert "--bits: expected 2, 3, 4 or 8" in fail(*common[:-1], 5)
     assert "config.json" in fail("plan", config_only.parent, *common[2:])

@@ -19,7 +19,15 @@ from lowbitcore import quantize as engine
 from lowbitcore import streaming
 from lowbitcore.formats import checkpoint
 from lowbitcore.model import quantized_linears
-from test_models import CONFIGS, LINEARS, logits, make_model, quantized, windows
+from test_models import (
+    CONFIGS,
+    LINEARS,
+    assert_excluded,
+    logits,
+    make_model,
+    quantized,
+    windows,
+)
 
 CONFIG = lbc.QuantConfig(bits=4, group_size=32)
 
@@ -313,7 +321,10 @@ def test_linears_that_no_token_reaches() -> None:
     assert model.quantization_report.skipped == {
         "model.layers.1.mlp.up_proj": "not reached by the calibration data"
     }
-    assert len(quantized_linears(model)) == LINEARS["llama"] - 1
+    linears = quantized_linears(model)
+    assert len(linears) == LINEARS["llama"] - 1
+    rules = model.config.quantization_config["dynamic"]
+    assert_excluded(rules, model.quantization_report.skipped, linears)  # not block 0's up_proj
 
 
 # --- Memory ----------------------------------------------------------------------------------

@@ -161,6 +161,17 @@ def test_training_instructions() -> None:
         TrainingSet(examples, tokenizer, length=5, mask_prompt=True)
 
 
+def test_texts_among_instructions() -> None:
+    """They are cut into windows, too, and not to the first."""
+    tokenizer = make_tokenizer()
+    examples = [Example(text_of(6) + " ", text_of(4)), Example("", text_of(100))]
+    mixed = TrainingSet(examples, tokenizer, length=20)
+    assert sorted(len(item["input_ids"]) for item in mixed) == [10, 20, 20, 20, 20, 20]
+    assert len(TrainingSet(examples, tokenizer, length=20, limit=3)) == 3
+    with pytest.raises(ValueError, match="mask_prompt: expected instructions, got texts alone"):
+        TrainingSet(examples[1:], tokenizer, length=20, mask_prompt=True)
+
+
 # --- The Trainer -------------------------------------------------------------------------------
 
 
@@ -493,6 +504,8 @@ def test_commands(method: str, place: Path) -> None:
     _, plain = succeed(
         *("eval", place / "quantized", "--text", place / "text.txt", "--context", 128)
     )
+    other = "emef" if method == "peqa" else "peqa"
+    assert "holds a finished training" in fail(*command(place, other, method, "--steps", 20))
     if method != "emef":  # which saw other text
         assert evaluated["ppl"] < plain["ppl"]
     assert "holds a finished training" in fail(*command(place, method, method, "--steps", 20))
@@ -725,6 +738,69 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
     lbc.save(lbc.load(corrected), corrected)
 
 
+def test_resuming_with_other_things(place: Path, tmp_path: Path) -> None:
+    """Under the same names: neither other data, nor other integers, nor other scales."""
+    model, data = tmp_path / "model", tmp_path / "data.txt"
+    shutil.copytree(place / "quantized", model)
+    data.write_text(text_of(3000))
+    run = ["emef", model, tmp_path / "out", "--data", data, "--length", 32, "--steps", 2000]
+    process = start(*run)
+    while newest_checkpoint(tmp_path / "out") is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    data.write_text(text_of(3000, seed=9))
+    assert "cannot resume: not as in the unfinished run: data" in fail(*run, "--resume")
+    data.write_text(text_of(3000))
+    packed = lbc.load(model)
+    for linear in quantized_linears(packed).values():
+        linear.scales.data *= 1.5
+    lbc.save(packed, model)
+    assert "cannot resume: not as in the unfinished run: scales" in fail(*run, "--resume")
+    shutil.rmtree(model)
+    succeed("quantize", place / "model", model, "--bits", 4, "--group-size", 32, "--method", "rtn")
+    assert "not as in the unfinished run: model, scales" in fail(*run, "--resume")
+    assert "holds an unfinished training" in fail("peqa", *run[1:])
+
+
+def test_tokens_are_counted_without_padding(place: Path) -> None:
+    """The same for any micro-batch, of instructions of many lengths."""
+    records = [
+        {"instruction": text_of(1 + i % 9, seed=i), "input": "", "output": text_of(2, seed=i)}
+        for i in range(16)
+    ]
+    (place / "lengths.json").write_text(json.dumps(records))
+    found = set()
+    for micro in (1, 4):
+        run = ["emef", place / "quantized", place / f"count-{micro}", "--steps", 4, "--batch", 4]
+        run += ["--data", place / "lengths.json", "--length", 100, "--micro-batch", micro]
+        found.add(succeed(*run)[1]["tokens"])
+    whole = TrainingSet(
+        read_examples(place / "lengths.json"), make_tokenizer(), length=100, limit=16
+    )
+    assert found == {whole.tokens}
+
+
+def test_training_without_its_correction_is_noted(place: Path, tmp_path: Path) -> None:
+    calibration = ("--calib", place / "text.txt", "--samples", 4, "--length", 64)
+    form = ("--bits", 2, "--group-size", 32, "--rank", 4)
+    succeed("quantize", place / "model", tmp_path / "q", *form, *calibration)
+    note = "was quantized to be used with its correction"
+    data = ("--data", place / "text.txt", "--steps", 2, "--length", 32)
+    correction = ("--adapter", tmp_path / "q" / "correction")
+    text = ("--text", place / "text.txt", "--context", 64)
+    for name, more, noted in (("bare", (), True), ("upon", correction, False)):
+        done = start("emef", tmp_path / "q", tmp_path / name, *data, *more)
+        assert (note in done.communicate()[1]) == noted
+        done = start("eval", tmp_path / "q", *more, "--adapter", tmp_path / name, *text)
+        assert (note in done.communicate()[1]) == noted
+    done = start("lrec", tmp_path / "q", tmp_path / "on", *data, "--teacher", place / "model")
+    assert note not in done.communicate()[1]
+    done = start("eval", tmp_path / "q", "--adapter", tmp_path / "on", *text)
+    assert note not in done.communicate()[1]
+
+
 @pytest.mark.parametrize(
     ("method", "more", "message"),
     [
@@ -737,6 +813,8 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
         ("emef", ["--steps", 5, "--rank", 0], "--rank: expected a positive integer, got 0"),
         ("emef", ["--steps", 5, "--targets", "x"], "--targets: expected names of linears"),
         ("emef", ["--steps", 5, "--length", 8, "--mask-prompt"], "--data: .*got none in 50"),
+        ("emef", ["--steps", 5, "--eval-text", "SHORT"], "--eval-text: expected at least one win"),
+        ("lrec", ["--steps", 5, "--cache", "CACHE"], "--cache: expected a directory outside of"),
         (
             "lrec",
             ["--steps", 5, "--start", "closed-form"],
@@ -754,6 +832,8 @@ def test_lrec_starts_at_the_correction(adapter_bits: int, place: Path, tmp_path:
     ],
 )
 def test_bad_commands(method: str, more: list[object], message: str, place: Path) -> None:
-    more = [place / "quantized" if item == "QUANTIZED" else item for item in more]
+    (place / "short.txt").write_text("a b")
+    places = {"QUANTIZED": "quantized", "SHORT": "short.txt", "CACHE": "bad/cache"}
+    more = [place / places[item] if item in places else item for item in more]
     assert re.search(message, fail(*command(place, method, "bad", *more)))
     assert not (place / "bad").exists()

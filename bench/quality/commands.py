@@ -11,6 +11,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from lowbitcore.formats.checkpoint import write_json
+
 HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
 CALIBRATION = ["--samples", 128, "--length", 1024]
 TUNE_EPOCHS = 1
@@ -65,7 +67,7 @@ class Bench:
 
     def keep(self, name: str, result: Any) -> Any:
         self.results[name] = result
-        self._record.write_text(json.dumps(self.results, indent=2) + "\n")
+        write_json(self._record, self.results)
         return result
 
     def path(self, name: str) -> Path:
@@ -134,5 +136,8 @@ class Bench:
     def _split(self, name: str, kept: list[str], held: list[str]) -> tuple[Path, Path]:
         paths = self.path(f"{name}.jsonl"), self.path(f"{name}-held-out.jsonl")
         for path, lines in zip(paths, (kept, held), strict=True):
-            path.write_text("\n".join(lines) + "\n")
+            content = "\n".join(lines) + "\n"
+            if path.exists() and path.read_text() != content:
+                raise SystemExit(f"{path}: made of other data: choose another OUT")
+            path.write_text(content)
         return paths

@@ -4,6 +4,7 @@
     python bench/quality/methods.py tasks MODEL OUT --prose FILE --instructions FILE
     python bench/quality/methods.py emef  MODEL OUT --instructions FILE
     python bench/quality/methods.py lrec  MODEL OUT --prose FILE --texts FILE FILE
+    python bench/quality/methods.py stack MODEL OUT --prose FILE --instructions FILE
 
 MODEL is a 16-bit model. Each step is one `lowbitcore` command in a process of its own; what is in
 OUT already is not run again. One document in twenty, and 200 instructions, are held out of all
@@ -19,9 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from commands import TUNE_EPOCHS, Bench
+from commands import FAST, SCALES, TUNE_EPOCHS, Bench
 
 RANK = 8
+STACK_RANK = 16
+QUESTIONS = (
+    "What is the capital of France?",
+    "Give three tips for staying healthy.",
+    "Explain in one sentence what a computer program is.",
+    "Write a Python function that adds two numbers.",
+)
 
 
 def peqa(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -174,18 +182,60 @@ def lrec(bench: Bench, arguments: argparse.Namespace) -> None:
         show(f"{bits} bits, LREC from zeros", plain, tuned)
 
 
+def stack(bench: Bench, arguments: argparse.Namespace) -> None:
+    """A 2-bit model corrected by LREC on prose, then, frozen, taught by EMEF on instructions on top
+    (2306.08162, appendix D.2); what it then makes of answers held out, and answers itself."""
+    from lowbitcore.data import alpaca_example
+
+    prose, _ = bench.split_prose(arguments.prose)
+    code, held = bench.split_instructions(arguments.instructions)
+    tokens = ["--tokens", arguments.tokens]
+    base = bench.quantize("gptq", 2, 64, prose, rank=STACK_RANK, tune_epochs=TUNE_EPOCHS)
+    teacher = ["--teacher", bench.model, "--cache", bench.path("teacher")]
+    schedule = ["--data", prose, *tokens, *teacher, *FAST, *SCALES]
+    corrected = bench.train("lrec", base, f"stack-lrec-{base.name}", *schedule)
+    schedule = ["--data", code, *tokens, "--mask-prompt", "--adapter", corrected]
+    taught = bench.train("emef", base, f"stack-emef-{base.name}", *schedule)
+    steps: dict[str, tuple[Path | str, list[Path]]] = {
+        "16 bits": (bench.model, []),
+        "2 bits, LREC": (base, [corrected]),
+        "2 bits, LREC, EMEF": (base, [corrected, taught]),
+    }
+    first = next(iter(steps.values()))
+    print("perplexity of held-out answers")
+    for name, (model, adapters) in steps.items():
+        found = bench.results.get(f"stack {name}") or bench.keep(
+            f"stack {name}", compare_answers([first, (model, adapters)], held)
+        )
+        print(f"{name:<36}{found['packed']:>9.3f}", flush=True)
+    for question in QUESTIONS:
+        print(f"\n{question}")
+        prompt = alpaca_example(question, "", "").prompt
+        for name, (model, adapters) in steps.items():
+            under = [word for adapter in adapters for word in ("--adapter", adapter)]
+            asked = ["--prompt", prompt, "--max-new-tokens", 80, *under]
+            said = bench.command(f"ask {name}: {question}", "generate", model, *asked)["text"]
+            print(f"{name:>20}: {' '.join(said.split())}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     subparsers = parser.add_subparsers(required=True)
-    for method, tokens in ((peqa, 500_000), (tasks, 200_000), (emef, 200_000), (lrec, 100_000)):
+    for method, tokens in (
+        (peqa, 500_000),
+        (tasks, 200_000),
+        (emef, 200_000),
+        (lrec, 100_000),
+        (stack, 100_000),
+    ):
         sub = subparsers.add_parser(method.__name__, help=method.__doc__)
         sub.add_argument("model", help="a 16-bit model")
         sub.add_argument("out", type=Path)
         if method is not emef:
             sub.add_argument("--prose", type=Path, required=True, help="JSON lines with text")
-        if method in (tasks, emef):
+        if method in (tasks, emef, stack):
             sub.add_argument("--instructions", type=Path, required=True, help="Alpaca's JSON")
         if method is lrec:
             sub.add_argument("--texts", type=Path, nargs="+", required=True, help="to measure on")

@@ -1,6 +1,8 @@
 #include <lowbitcore/attention.h>
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <string>
 
 #include "call.h"
@@ -35,8 +37,30 @@ void check_shape(const char* op, const char* argument, const ConstBf16Heads& x,
     check::fail(op, argument, "shape " + dims(like.batch, heads, like.rows, like.cols),
                 dims(x.batch, x.heads, x.rows, x.cols));
   }
-  if (x.data == nullptr && x.batch * x.heads * x.rows > 0) {
-    check::fail(op, argument, "data", "a null pointer");
+  if (x.batch < 0 || x.heads < 0 || x.rows < 0) {
+    check::fail(op, argument, "no negative dimension", dims(x.batch, x.heads, x.rows, x.cols));
+  }
+  if (x.batch > 0 && x.heads > 0 && x.rows > 0) check::data(op, argument, x.data);
+}
+
+// What is written: no two elements in one place.
+void check_result(const char* op, const char* argument, const ConstBf16Heads& x,
+                  const ConstBf16Heads& like, std::int64_t heads) {
+  check_shape(op, argument, x, like, heads);
+  struct Dimension {
+    std::int64_t stride, size;
+  };
+  Dimension order[] = {{x.batch_stride, x.batch}, {x.head_stride, x.heads}, {x.row_stride, x.rows}};
+  std::sort(std::begin(order), std::end(order),
+            [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
+  std::int64_t extent = x.cols;
+  for (const Dimension& dimension : order) {
+    if (dimension.size <= 1) continue;
+    if (dimension.stride < extent) {
+      check::fail(op, argument, "a stride of at least " + std::to_string(extent),
+                  std::to_string(dimension.stride));
+    }
+    extent += (dimension.size - 1) * dimension.stride;
   }
 }
 
@@ -69,7 +93,7 @@ bool has_attention(const Execution& exec) { return backend_of(exec).attention !=
 void attention(const AttentionInputs& in, Bf16Heads out, View<float> lse, const Execution& exec) {
   const char* op = "attention";
   check_inputs(op, in);
-  check_shape(op, "out", out, in.q, in.q.heads);
+  check_result(op, "out", out, in.q, in.q.heads);
   check::shape(op, "lse", lse, in.q.batch * in.q.heads, in.q.rows);
   const Backend& backend = backend_with_attention(op, exec);
   if (in.q.rows == 0) return;
@@ -86,9 +110,9 @@ void attention_backward(ConstBf16Heads d_out, const AttentionInputs& in, ConstBf
   check_shape(op, "d_out", d_out, in.q, in.q.heads);
   check_shape(op, "out", out, in.q, in.q.heads);
   check::shape(op, "lse", lse, in.q.batch * in.q.heads, in.q.rows);
-  check_shape(op, "dq", dq, in.q, in.q.heads);
-  check_shape(op, "dk", dk, in.q, in.k.heads);
-  check_shape(op, "dv", dv, in.q, in.k.heads);
+  check_result(op, "dq", dq, in.q, in.q.heads);
+  check_result(op, "dk", dk, in.q, in.k.heads);
+  check_result(op, "dv", dv, in.q, in.k.heads);
   const Backend& backend = backend_with_attention(op, exec);
   if (in.q.rows == 0) return;
   const int threads = resolve_threads(exec.num_threads);

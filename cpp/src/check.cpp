@@ -63,13 +63,20 @@ void format(const char* op, const QuantFormat& f) {
 void shape(const char* op, const char* argument, const void* data, std::int64_t rows,
            std::int64_t cols, std::int64_t stride, std::int64_t expected_rows,
            std::int64_t expected_cols) {
+  if (rows < 0 || cols < 0) {
+    fail(op, argument, "no negative number of rows or columns", dims(rows, cols));
+  }
   if (rows != expected_rows || cols != expected_cols) {
     fail(op, argument, "shape " + dims(expected_rows, expected_cols), dims(rows, cols));
   }
   if (rows > 1 && stride < cols) {
     fail(op, argument, "a row stride of at least " + std::to_string(cols), std::to_string(stride));
   }
-  if (rows > 0 && cols > 0 && data == nullptr) fail(op, argument, "data", "a null pointer");
+  if (rows > 0 && cols > 0) check::data(op, argument, data);
+}
+
+void data(const char* op, const char* argument, const void* pointer) {
+  if (pointer == nullptr) fail(op, argument, "data", "a null pointer");
 }
 
 void columns(const char* op, const char* argument, std::int64_t cols) {
@@ -109,7 +116,7 @@ void g_idx(const char* op, const std::int32_t* g_idx, const QuantFormat& f) {
 
 void packed(const char* op, const void* packed, Device device) {
   constexpr std::uintptr_t kCudaAlignment = 16;  // what its kernels copy at a time
-  if (packed == nullptr) fail(op, "packed", "data", "a null pointer");
+  data(op, "packed", packed);
   if (device == Device::cuda && reinterpret_cast<std::uintptr_t>(packed) % kCudaAlignment != 0) {
     fail(op, "packed", "an address aligned to 16 bytes on CUDA", "one that is not");
   }

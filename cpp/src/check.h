@@ -12,6 +12,9 @@ namespace lowbitcore::check {
 [[noreturn]] void fail(const char* op, const char* argument, const std::string& expected,
                        const std::string& got);
 
+// Something behind a pointer.
+void data(const char* op, const char* argument, const void* pointer);
+
 void bits(const char* op, int bits);
 void format(const char* op, const QuantFormat& format);
 

@@ -29,9 +29,10 @@ void permute(const ConstMatrix& x, const std::int32_t* order, const Matrix& y, i
 void permute_columns(ConstMatrix x, const std::int32_t* order, Matrix y, const Execution& exec) {
   const char* op = "permute_columns";
   if (exec.device != Device::cpu) check::fail(op, "device", "the CPU", "another");
+  check::shape(op, "x", x, x.rows, x.cols);
   check::shape(op, "y", y, x.rows, x.cols);
   check::same_dtype(op, "y", y.dtype, "x", x.dtype);
-  if (order == nullptr && x.cols > 0) check::fail(op, "order", "a pointer", "null");
+  if (x.cols > 0) check::data(op, "order", order);
   for (std::int64_t k = 0; k < x.cols; ++k) {
     if (order[k] < 0 || order[k] >= x.cols) {
       check::fail(op, "order", "entries from 0 to " + std::to_string(x.cols - 1),

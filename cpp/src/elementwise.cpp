@@ -48,7 +48,7 @@ void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float 
 void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matrix y,
             const Execution& exec) {
   const char* op = "rotate";
-  check::shape(op, "x", x, x.rows, x.cols);
+  check::vectors(op, "x", x);
   check::like(op, "y", y, "x", x);
   if (cos.cols <= 0 || cos.cols % 64 != 0 || x.cols % cos.cols != 0) {
     check::fail(op, "cos", "a multiple of 64 columns that divides x's " + std::to_string(x.cols),

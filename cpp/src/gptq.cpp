@@ -27,6 +27,25 @@ std::size_t room(std::size_t count) {
   return (count * sizeof(T) + 63) / 64 * 64;
 }
 
+// Of gptq_quantize: the backend's, the importance of columns, and a loss for each strip of outputs.
+struct Scratch {
+  std::size_t of_backend, columns, strips;
+
+  Scratch(const Backend& backend, const QuantFormat& format, const Execution& exec)
+      : of_backend(room<char>(backend.gptq_workspace(format, resolve_threads(exec.num_threads)))),
+        columns(static_cast<std::size_t>(format.in_features)),
+        strips(static_cast<std::size_t>((format.out_features + kLanes - 1) / kLanes)) {}
+
+  std::size_t bytes() const { return of_backend + room<float>(columns) + room<double>(strips); }
+};
+
+std::size_t sized(const char* op, std::size_t (*size)(std::int64_t, std::int64_t),
+                  std::int64_t rows, std::int64_t cols) {
+  if (rows < 0) check::fail(op, "rows", "a count of rows", std::to_string(rows));
+  check::columns(op, "cols", cols);
+  return rows == 0 ? 0 : size(rows, cols);
+}
+
 }  // namespace
 
 void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exec) {
@@ -53,10 +72,13 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Exe
 }
 
 double gptq_factorize(View<const float> hessian, const FactorOptions& options, std::int32_t* order,
-                      std::uint8_t* dead, View<float> u) {
+                      std::uint8_t* dead, View<float> u, const Execution& exec) {
   const char* op = "gptq_factorize";
+  if (exec.device != Device::cpu) check::fail(op, "device", "the CPU", "another");
   check_square(op, "hessian", hessian);
   const std::int64_t k = hessian.rows;
+  check::data(op, "order", order);
+  check::data(op, "dead", dead);
   check::shape(op, "u", u, k, k);
   if (!(options.percdamp >= 0.0 && options.percdamp <= 1.0)) {
     check::fail(op, "percdamp", "a fraction from 0 to 1", std::to_string(options.percdamp));
@@ -82,7 +104,7 @@ double gptq_factorize(View<const float> hessian, const FactorOptions& options, s
                      [&](std::int32_t a, std::int32_t b) { return diagonal(a) > diagonal(b); });
   }
 
-  const int threads = resolve_threads(0);
+  const int threads = resolve_threads(exec.num_threads);
   constexpr int kRaises = 3;
   double percdamp = options.percdamp;
   for (int attempt = 0; attempt <= kRaises; ++attempt) {
@@ -105,6 +127,9 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
   check::shape(op, "codes", codes, n, k);
   check::shape(op, "scales", scales, format.groups(), n);
   check::shape(op, "zeros", zeros, format.groups(), n);
+  check::data(op, "order", order);
+  check::data(op, "dead", dead);
+  check::data(op, "g_idx", g_idx);
   const Backend& backend = backend_of(exec);
   const Memory& memory = memory_of(exec);
   // The order and the diagonal of U are looked at here, wherever they lie.
@@ -128,11 +153,10 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
     importance[options.static_groups ? static_cast<std::size_t>(steps[i]) : i] = 1.0f / (d * d);
   }
 
-  const int threads = resolve_threads(exec.num_threads);
-  const std::size_t strips = static_cast<std::size_t>((n + kLanes - 1) / kLanes);
-  const std::size_t scratch = room<char>(backend.gptq_workspace(format, threads));
-  const Call call(op, exec, scratch + room<float>(columns) + room<double>(strips));
-  char* extra = static_cast<char*>(call.workspace()) + scratch;
+  const Scratch scratch(backend, format, exec);
+  const std::size_t strips = scratch.strips;
+  const Call call(op, exec, scratch.bytes());
+  char* extra = static_cast<char*>(call.workspace()) + scratch.of_backend;
   auto* costs = reinterpret_cast<float*>(extra);
   auto* losses = reinterpret_cast<double*>(extra + room<float>(columns));
   memory.from_host(costs, importance.data(), columns * sizeof(float), exec.stream);
@@ -150,6 +174,27 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
   std::vector<double> loss(strips);
   memory.to_host(loss.data(), losses, 8, 8, strips, exec.stream);
   return std::accumulate(loss.begin(), loss.end(), 0.0);
+}
+
+std::size_t accumulate_hessian_workspace_size(std::int64_t rows, std::int64_t cols,
+                                              const Execution& exec) {
+  const char* op = "accumulate_hessian_workspace_size";
+  const Backend& backend = backend_of(exec);
+  check_has(op, backend, backend.accumulate_hessian != nullptr);
+  return sized(op, backend.accumulate_hessian_workspace, rows, cols);
+}
+
+std::size_t accumulate_cross_workspace_size(std::int64_t rows, std::int64_t cols,
+                                            const Execution& exec) {
+  const char* op = "accumulate_cross_workspace_size";
+  const Backend& backend = backend_of(exec);
+  check_has(op, backend, backend.accumulate_cross != nullptr);
+  return sized(op, backend.accumulate_cross_workspace, rows, cols);
+}
+
+std::size_t gptq_quantize_workspace_size(const QuantFormat& format, const Execution& exec) {
+  check::format("gptq_quantize_workspace_size", format);
+  return Scratch(backend_of(exec), format, exec).bytes();
 }
 
 }  // namespace lowbitcore

@@ -28,6 +28,11 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptio
   check_scales_fit(op, scales, exec);
 }
 
+std::size_t quantize_rtn_workspace_size(const QuantFormat& format, const Execution& exec) {
+  check::format("quantize_rtn_workspace_size", format);
+  return backend_of(exec).quantize_rtn_workspace(format, resolve_threads(exec.num_threads));
+}
+
 void dequantize(const QuantWeight& weight, Matrix out, std::int64_t first_output,
                 const Execution& exec) {
   const char* op = "dequantize";

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from lowbitcore.formats import checkpoint, peft, scales
+from lowbitcore.formats.checkpoint import Checkpoint
 from lowbitcore.formats.peft import LowRankTensors
 from lowbitcore.lora import (
     add_adapter,
@@ -22,6 +23,7 @@ from lowbitcore.model import (
     adapted_linears,
     check_base,
     check_kind,
+    fingerprint,
     packed_hash,
     quantized_linears,
     without_adapters,
@@ -29,9 +31,11 @@ from lowbitcore.model import (
 from lowbitcore.nn import LowRank, QuantLinear
 from lowbitcore.peqa import prepare_peqa, thaw_scales
 
-# What an adapter's metadata calls the digest of the scales that were trained with it, those of the
-# adapters that it was trained upon, and that of the adapter from which its training started.
-_SCALES, _BELOW, _START = "scales_sha256", "below_sha256", "start_sha256"
+# What an adapter's metadata calls the digest of the scales that were trained with it, or of those
+# that it was trained upon, the digests of adapters that it was trained upon, and that of the
+# adapter from which its training started.
+_SCALES, _SCALES_BELOW = "scales_sha256", "scales_below_sha256"
+_BELOW, _START = "below_sha256", "start_sha256"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
@@ -45,7 +49,8 @@ def save_adapter(
     newest adapter or, without one, the scales.
 
     An adapter that was trained together with scales goes with them: it is written with them, and
-    its metadata has their digest, and that of adapters under it. `dtype` is that of a LoRA
+    its metadata has their digest. What was trained upon other scales or adapters says which, and
+    loads on these alone. `dtype` is that of a LoRA
     adapter's file: float32, bfloat16, float16 or float8_e4m3fn; scales are float32 always. Raises
     ValueError where the model has neither adapters nor packed linears, where `dtype` cannot hold an
     adapter, and where `out` would then hold an adapter and scales that do not belong together.
@@ -105,14 +110,15 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
         for path, stack in _stacks(model).items()
     }
     if any(below.values()):
-        # In this process they may be the masters of a file of fewer bits.
-        metadata[_BELOW] = " ".join(_digest(below, item) for item in _DTYPES)
+        metadata[_BELOW] = _digests(below)
     starts = {x.start for x in adapters.values() if x.start is not None}
     if len(starts) == 1:
         metadata[_START] = starts.pop()
     if with_scales:
         _write_scales(model, out, "save_adapter", with_adapter=True)
         metadata[_SCALES] = checkpoint.digest(_own_scales(_packed(model, "save_adapter")))
+    elif base is not None:
+        metadata[_SCALES_BELOW] = _digest_of_scales(model)
     peft.write(
         out,
         tensors,
@@ -144,6 +150,9 @@ def _write_scales(model: PreTrainedModel, out: Path, where: str, *, with_adapter
         group_size=config["group_size"],
         base_sha256=str(packed_hash(model)),
         with_adapter=with_adapter,
+        below_sha256=None
+        if with_adapter or not adapted_linears(model)
+        else _digests(_stacks(model)),
     )
 
 
@@ -155,22 +164,15 @@ def load_adapter(
     `path` is a directory with `adapter_config.json` (ours or PEFT's), with `scales.safetensors`, or
     with both, trained together. With `trainable` it goes on learning and everything else is frozen.
     All is checked before anything changes. Raises ValueError for an adapter of another base, for
-    one whose scales are gone or others, for one that was trained upon adapters that are not there,
-    and for one beside what training made of it.
+    one whose scales are gone or others, for one that was trained upon scales or adapters that are
+    not there, for one that is there already, and for one beside what training made of it.
     """
     check_kind("load_adapter: model", model, PreTrainedModel)
     directory = Path(path)
     if (directory / peft.CONFIG_FILE).is_file():
         _load_lora(model, directory, trainable)
     elif (directory / scales.FILE).is_file():
-        file = directory / scales.FILE
-        found = scales.read(file)
-        if found.with_adapter:
-            raise ValueError(
-                f"load_adapter: {directory}: expected the adapter that its {scales.FILE} was "
-                f"trained with, got no {peft.CONFIG_FILE}"
-            )
-        _swap(model, found, file)
+        swap_scales(model, directory)
         if trainable:
             prepare_peqa(model)
     else:
@@ -179,6 +181,61 @@ def load_adapter(
             f"{scales.FILE}, got {_kind(directory)}"
         )
     return model
+
+
+def load_adapters(model: PreTrainedModel, paths: Sequence[str]) -> None:
+    """One after another, as commands are given them. Raises ValueError as `load_adapter` does, and
+    for scales that would replace what an earlier one brought or was trained upon."""
+    for number, path in enumerate(paths):
+        file = Path(path) / scales.FILE
+        if file.is_file() and Checkpoint.from_file(file).metadata().get("below_sha256") is None:
+            earlier = [x for x in paths[:number] if (Path(x) / scales.FILE).is_file()]
+            if earlier:
+                raise ValueError(
+                    f"--adapter: {path}: expected one with scales, got {earlier[0]}, too, whose "
+                    "scales it would replace"
+                )
+            if number and not (Path(path) / peft.CONFIG_FILE).is_file():
+                raise ValueError(
+                    f"--adapter: {path}: expected its scales before {paths[0]}, got them after it"
+                )
+        load_adapter(model, path)
+
+
+def note_correction(
+    model: str | os.PathLike[str], paths: Sequence[str], say: Callable[[str], None]
+) -> None:
+    """Says so where a model's integers were fitted along with a correction, and none of the
+    adapters in use is that, started from it or was trained upon it."""
+    directory = peft.find_correction(model)
+    if directory is None:
+        return
+    correction = _stacked(peft.read(directory))
+    own = _digest(correction, torch.float32)
+    for path in paths:
+        if (Path(path) / peft.CONFIG_FILE).is_file():
+            adapter = peft.read(Path(path))
+            known = " ".join(adapter.metadata.get(name, "") for name in (_START, _BELOW)).split()
+            if own in known or _digest(_stacked(adapter), torch.float32) == own:
+                return
+    say(
+        f"note: {model} was quantized to be used with its correction (--adapter {directory}), or "
+        "with what lrec made of it"
+    )
+
+
+def _stacked(adapter: peft.PeftAdapter) -> dict[str, list[LowRankTensors]]:
+    return {path: [item] for path, item in adapter.linears.items()}
+
+
+def identity(model: PreTrainedModel) -> dict[str, str | None]:
+    """Digests of a model, its scales and its adapters: what a training goes on from."""
+    own = fingerprint(model) if not quantized_linears(model) else None
+    return {
+        "model": packed_hash(model) or own,
+        "scales": _digest_of_scales(model),
+        "adapters": _digest(_stacks(model), torch.float32),
+    }
 
 
 def _kind(path: Path) -> str:
@@ -209,7 +266,12 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             f"load_adapter: {directory}: expected under it the adapters that it was trained upon, "
             f"got {'others' if stacks else 'none'}"
         )
-    own = _digest({path: [item] for path, item in adapter.linears.items()}, torch.float32)
+    upon = adapter.metadata.get(_SCALES_BELOW)
+    if upon is not None and quantized_linears(model) and _digest_of_scales(model) != upon:
+        raise ValueError(
+            f"load_adapter: {directory}: expected the scales that it was trained upon, got others"
+        )
+    own = _digest(_stacked(adapter), torch.float32)
     start = adapter.metadata.get(_START)
     for other in (item for stack in stacks.values() for item in stack):
         if (start is not None and other.file == start) or other.start == own:
@@ -217,6 +279,8 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
                 f"load_adapter: {directory}: expected either an adapter or what training made of "
                 "it, which takes its place, got both"
             )
+        if other.file == own:
+            raise ValueError(f"load_adapter: {directory}: expected it once, got it twice")
     wanted = adapter.metadata.get(_SCALES)
     if wanted is not None:
         found = scales.read(directory / scales.FILE)
@@ -248,6 +312,20 @@ def _stacks(model: PreTrainedModel) -> dict[str, list[LowRank]]:
     }
 
 
+def _digests(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]]) -> str:
+    """Of adapters as files of each type hold them: in this process they may be the masters of one
+    of fewer bits."""
+    return " ".join(_digest(stacks, item) for item in _DTYPES)
+
+
+def _digest_of_scales(model: PreTrainedModel) -> str:
+    """SHA-256 of the scales in use as a GPTQ checkpoint stores them: a model that was written with
+    them has the same."""
+    with without_adapters(model):
+        linears = quantized_linears(model)
+    return checkpoint.digest({path: x.scales.detach().half() for path, x in linears.items()})
+
+
 def _digest(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]], dtype: torch.dtype) -> str:
     """SHA-256 of adapters as they are read back from files of that type; of their matrices alone,
     as a file's alpha may give their scaling back with its last bit changed."""
@@ -262,9 +340,28 @@ def _digest(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]], dtype: tor
 def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Gives a packed model another task's scales: all of them, or on any error none.
 
-    `path` is a scales file or its directory. Raises ValueError where they belong to other integers.
+    `path` is a scales file or its directory. Raises ValueError where they belong to other integers,
+    or to adapters, trained with them or before them, that are not there.
     """
     file = Path(path) / scales.FILE if Path(path).is_dir() else Path(path)
+    found = scales.read(file)
+    stacks = _stacks(model)
+    if found.with_adapter and not any(x.with_scales for stack in stacks.values() for x in stack):
+        raise ValueError(
+            f"swap_scales: {file}: expected the adapter that it was trained with (load_adapter "
+            "takes both), got none"
+        )
+    below = found.below_sha256
+    if below is not None and _digest(stacks, torch.float32) not in below.split():
+        raise ValueError(
+            f"swap_scales: {file}: expected the adapters that it was trained upon, got "
+            f"{'others' if stacks else 'none'}"
+        )
+    restore_scales(model, file)
+
+
+def restore_scales(model: PreTrainedModel, file: Path) -> None:
+    """The same of a checkpoint of the training that goes on."""
     _swap(model, scales.read(file), file)
 
 

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lowbitcore.model import evaluating
+
 # A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
 # special tokens apart, are its bytes and most frequent pieces.
 _COMMON_TOKENS = 2000
@@ -104,10 +106,11 @@ def hub_texts(name: str, *, documents: int = 10_000) -> list[str]:
     path, _, configuration = name.partition(":")
     try:
         stream = load_dataset(path, configuration or None, split="train", streaming=True)
-        texts = [record["text"] for record in itertools.islice(stream, documents)]
+        records = itertools.islice(stream, documents)
+        texts = [item for item in (record["text"] for record in records) if isinstance(item, str)]
     except Exception as error:  # network, unknown name, no such column: all end here
         raise ValueError(f"hf:{name}: cannot be read: {' '.join(str(error).split())}") from error
-    if not any(isinstance(text, str) and text.strip() for text in texts):
+    if not any(text.strip() for text in texts):
         raise ValueError(f"hf:{name}: holds no text")
     return texts
 
@@ -213,17 +216,27 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
         _check_sizes("TrainingSet", 1 if limit is None else limit, length)
         most = sys.maxsize if limit is None else limit
         generator = torch.Generator().manual_seed(seed)
-        if not any(example.prompt for example in examples):
-            texts = [example.text for example in examples]
+        texts = [example.text for example in examples if not example.prompt]
+        instructions = [example for example in examples if example.prompt]
+        if mask_prompt and not instructions:
+            raise ValueError("TrainingSet: mask_prompt: expected instructions, got texts alone")
+        if not instructions:
             most = min(most, sys.maxsize if tokens is None else -(-tokens // length))
             windows = _windows(texts, tokenizer, most, length, generator)
             self.items = [(window, 0) for window in windows[:most]]
         else:
+            whole = sys.maxsize // length
+            windows = _windows(texts, tokenizer, whole, length, generator)
             self.items, count = [], 0
-            for i in torch.randperm(len(examples), generator=generator).tolist():
+            order = torch.randperm(len(windows) + len(instructions), generator=generator)
+            for i in order.tolist():
                 if len(self.items) == most or (tokens is not None and count >= tokens):
                     break
-                ids, masked = _tokenize(examples[i], tokenizer, length, mask_prompt)
+                if i < len(windows):
+                    ids, masked = windows[i], 0
+                else:
+                    example = instructions[i - len(windows)]
+                    ids, masked = _tokenize(example, tokenizer, length, mask_prompt)
                 if masked < len(ids) > 1:
                     self.items.append((ids, masked))
                     count += len(ids)
@@ -304,9 +317,10 @@ def sample_from_model(
         first = common[torch.randint(len(common), (samples, 1), generator=generator)]
     # Key-value caches are what memory goes to here; 32 windows at a time keep the matrices busy.
     batches = first.split(32)
-    with tqdm(
+    bar = tqdm(
         total=len(batches) * (length - 1), desc="sampling text", unit="token", disable=not progress
-    ) as bar:
+    )
+    with evaluating(model), bar:
         return torch.cat([_sample_batch(model, batch, length, generator, bar) for batch in batches])
 
 

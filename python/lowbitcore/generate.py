@@ -39,6 +39,8 @@ def complete(
             raise ValueError(f"generate: chat: the model's chat template fails: {error}") from error
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
+    if not encoded["input_ids"].numel():
+        raise ValueError(f"generate: prompt: expected one with tokens, got none in {prompt!r}")
     check_tokens("generate: prompt", encoded["input_ids"], model)
     length = encoded["input_ids"].shape[1] + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", None)

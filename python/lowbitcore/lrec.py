@@ -8,7 +8,6 @@ formula is written the other way round, "reverse".
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -26,7 +25,7 @@ from lowbitcore.formats import checkpoint
 from lowbitcore.formats.checkpoint import Entry
 from lowbitcore.head import open_head, run_body
 from lowbitcore.losses import Direction, distillation
-from lowbitcore.model import check_kind
+from lowbitcore.model import check_kind, fingerprint
 from lowbitcore.training import Loss, PackedTrainer, TrainedModel
 
 # Examples in a file of the cache: what a killed run may have to do again.
@@ -235,14 +234,3 @@ class _WithStates(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {**self._dataset[index], "teacher_hidden": self._cache.states(index)}
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and up to 4,096 values of each tensor of a module."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

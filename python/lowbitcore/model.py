@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -110,13 +110,15 @@ def _read_gguf(path: Path, size: int, modified: int) -> GgufFile:
     return GgufFile(path)
 
 
-def _download(hub_id: str) -> Path:
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def _download(hub_id: str, patterns: Sequence[str] = _MODEL_FILES) -> Path:
     # A path that does not exist is a typo more often than a hub id.
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
         raise ValueError(f"{hub_id}: no such model directory or file")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except Exception as error:  # network, unknown id, gated: all end here
         raise ValueError(
             f"{hub_id}: no such directory, and not available from the hub: {_one_line(error)}"
@@ -125,9 +127,10 @@ def _download(hub_id: str) -> Path:
 
 def read_config(path: str | os.PathLike[str]) -> PretrainedConfig:
     """The config of a causal language model, whose directory need hold no more than that."""
-    if Path(path).is_dir():
-        return _directory_config(Path(path))
-    return open_source(path).config
+    local = Path(path)
+    if local.suffix == ".gguf" or local.is_file():
+        return open_source(path).config
+    return _directory_config(local if local.is_dir() else _download(str(path), ["config.json"]))
 
 
 def _directory_config(directory: Path) -> PretrainedConfig:
@@ -429,6 +432,17 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             set_module(model, path, linear)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode for as long as this lasts: nothing is dropped."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 # --- Loading ---------------------------------------------------------------------------------
 
 
@@ -605,8 +619,13 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
         raise ValueError("save: model: expected a quantized one, got none of its linears quantized")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"save: max_shard_bytes: expected at least 1, got {max_shard_bytes}")
-    present = out / "config.json"
-    if present.is_file() and "quantization_config" not in checkpoint.read_json(present):
+    present, weights = out / "config.json", out / checkpoint.SINGLE_FILE
+    if present.is_file():
+        plain = "quantization_config" not in checkpoint.read_json(present)
+    else:  # or a save was killed
+        names = Checkpoint.from_file(weights).names() if weights.is_file() else [".qweight"]
+        plain = not any(name.endswith(".qweight") for name in names)
+    if plain:
         raise ValueError(f"save: {out}: expected no 16-bit model there, got one: not overwritten")
     config = GptqConfig.from_dict(value, where="save: model.config.quantization_config")
     any_zero = any(
@@ -705,6 +724,17 @@ def packed_hash(model: PreTrainedModel) -> str | None:
             named = quantized_linears(model)
             meta["base_sha256"] = base_hash({name: x.canonical for name, x in named.items()})
     return str(meta["base_sha256"])
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and up to 4,096 values of each tensor of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_base(base: str, own: str | None, where: object) -> None:

@@ -127,8 +127,9 @@ class QuantLinear(nn.Module):
         self._hold(qweight, qzeros, g_idx)
         trains = self.scales.requires_grad
         self.scales = nn.Parameter(scales.detach().float().clone(), requires_grad=trains)
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.bias = (
+            None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        )
 
     def _check(self, **tensors: Tensor | None) -> None:
         """ValueError unless each tensor has the shape and kind that this layer's format wants."""

@@ -43,16 +43,19 @@ _OPTIMIZER_BYTES = 12
 
 
 class Plan(NamedTuple):
-    """Bytes of what is in memory at the peak of a training step, and what goes to disk.
+    """Bytes of what is in memory at the peak of a training, and what goes to disk.
 
-    `runtime_bytes` is this very process: Python and the libraries that training imports;
-    `held_bytes` is what the C library's heap keeps of freed tensors.
-    `cache_bytes` is LREC's teacher cache for `tokens`; 0 for other methods.
+    The peak is that of a training step or, where LREC keeps its teacher's states in a cache, of
+    filling it: `teacher_bytes` are the 16-bit model, which is beside the packed one then, and
+    without a cache all along. `runtime_bytes` is this very process: Python and the libraries that
+    training imports; `held_bytes` is what the C library's heap keeps of freed tensors;
+    `cache_bytes` is LREC's teacher cache for `tokens`, on disk.
     """
 
     trainable_parameters: int
     runtime_bytes: int
     weights_bytes: int
+    teacher_bytes: int
     optimizer_bytes: int
     activation_bytes: int
     loss_bytes: int
@@ -75,28 +78,39 @@ def plan(
     length: int = 512,
     micro_batch: int = 1,
     tokens: int = 0,
+    cache: bool = True,
     memory: int,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     checkpointing: Checkpointing = "none",
 ) -> Plan:
     """Plans a training of the model that `config` describes, with its blocks' linears packed.
 
     `targets` None means q_proj and v_proj for "emef"; "lrec" adapts every linear, and trains the
-    scales, too, if `scales`. Raises ValueError for settings that the methods would refuse.
+    scales, too, if `scales`, and keeps the teacher's states for `tokens` if `cache`. `dtype` is by
+    default the config's. Raises ValueError for settings that the methods would refuse.
     """
     ops.check_format("plan", bits=bits, group_size=group_size, in_features=32, out_features=32)
-    for name, value in (("length", length), ("micro_batch", micro_batch)):
-        if value < 1:
-            raise ValueError(f"plan: {name}: expected at least 1, got {value}")
+    for name, value, least in (
+        ("length", length, 1),
+        ("micro_batch", micro_batch, 1),
+        ("tokens", tokens, 0),
+    ):
+        if value < least:
+            raise ValueError(f"plan: {name}: expected at least {least}, got {value}")
+    dtype = dtype or config.dtype or torch.float32
+    if targets is not None and method == "peqa":
+        raise ValueError("plan: targets: expected none for peqa, which trains scales")
     if scales and method != "lrec":
         raise ValueError(f"plan: scales: expected lrec, which has --scales-lr, got {method}")
     with FakeTensorMode():
-        model = _packed(config, bits, group_size, dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        teacher = _bytes(model) if method == "lrec" else 0
+        _pack(model, bits, group_size)
         weights = _bytes(model)
         if method == "peqa":
             prepare_peqa(model)
         elif method == "lrec":
-            prepare_lora(model, rank=rank, alpha=rank, targets=None)
+            prepare_lora(model, rank=rank, alpha=rank, targets=targets)
             if scales:
                 thaw_scales(model)
         else:
@@ -116,21 +130,28 @@ def plan(
     def held(activation: int) -> int:
         return _HELD_BYTES + int(_HELD_SHARE * (loss + activation))
 
-    def peak(activation: int) -> int:
-        return runtime + weights + optimizer + loss + activation + held(activation)
+    fixed = runtime + weights
+    beside = 0 if cache else teacher  # in a step
 
-    room = memory - peak(one - slope)
+    def peak(activation: int) -> int:
+        step = beside + optimizer + loss + activation + held(activation)
+        return fixed + max(step, teacher)
+
+    room = memory - fixed - beside - optimizer - loss - (one - slope) - held(one - slope)
+    if fixed + teacher > memory:
+        room = 0
     hidden = model.config.get_text_config().hidden_size
     return Plan(
         trainable_parameters=trained,
         runtime_bytes=runtime,
         weights_bytes=weights,
+        teacher_bytes=teacher,
         optimizer_bytes=optimizer,
         activation_bytes=activation,
         loss_bytes=loss,
         held_bytes=held(activation),
         peak_bytes=peak(activation),
-        cache_bytes=tokens * hidden * dtype.itemsize if method == "lrec" else 0,
+        cache_bytes=tokens * hidden * dtype.itemsize if teacher and cache else 0,
         fits=peak(activation) <= memory,
         largest_micro_batch=max(0, int(room / ((1 + _HELD_SHARE) * slope))),
     )
@@ -146,10 +167,7 @@ def parse_memory(text: str | None) -> int:
     return int(float(match[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[match[2].upper()])
 
 
-def _packed(
-    config: PretrainedConfig, bits: int, group_size: int, dtype: torch.dtype
-) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+def _pack(model: PreTrainedModel, bits: int, group_size: int) -> None:
     use_own_operations(model)
     blocks = find_blocks(model).modules
     for path, linear in quantizable(blocks).items():
@@ -162,7 +180,6 @@ def _packed(
             bias=getattr(linear, "bias", None) is not None,
         )
         set_module(blocks, path, packed)
-    return model
 
 
 def _bytes(model: nn.Module) -> int:

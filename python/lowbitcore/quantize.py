@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -44,6 +44,7 @@ from lowbitcore.lora import add_adapter, check_rank
 from lowbitcore.model import (
     BlockLayout,
     check_kind,
+    evaluating,
     find_blocks,
     linear_shape,
     not_quantizable,
@@ -761,9 +762,7 @@ def quantize_model(
     use_own_operations(model)
     dtype = compute_dtype(model.dtype, device)
     report = Report(tokens=windows.numel())
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         first = layout.modules[0]
         kept = _to_compute(first, model.dtype, dtype)
         with report.timing("forward"):
@@ -785,9 +784,9 @@ def quantize_model(
                     adapter.b.copy_(b)
                     adapter.requires_grad_(False)
             _restore(block, kept, model.dtype)
-    finally:
-        model.train(training)
-    model.config.quantization_config = config.gptq_config().to_dict()
+    excluded = gptq.exclusions(layout.prefix, len(layout.modules), report.skipped)
+    stored = replace(config.gptq_config(), excluded=excluded)
+    model.config.quantization_config = stored.to_dict()
     model.quantization_report = report
     return model
 

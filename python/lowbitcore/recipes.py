@@ -31,7 +31,7 @@ from transformers import (
 from lowbitcore import adapters, data
 from lowbitcore import model as models
 from lowbitcore.data import TrainingSet
-from lowbitcore.evaluate import perplexity
+from lowbitcore.evaluate import check_text, perplexity
 from lowbitcore.formats import checkpoint, peft, scales
 from lowbitcore.formats.checkpoint import atomic_path
 from lowbitcore.heap import keep_heap_small
@@ -50,6 +50,7 @@ from lowbitcore.training import (
 )
 
 _RECORD, _LOCK = "training.json", ".lock"
+_PRODUCTS = (peft.CONFIG_FILE, scales.FILE)
 _STATE = "trainer_state.json"
 _PATHS = ("model", "adapters", "data", "eval_text", "start", "cache")
 # Evaluations during a training look at the start of the text; the last one at all of it.
@@ -86,6 +87,8 @@ class Schedule:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option}: expected a positive number, got {value}")
+        if not 0 <= self.seed < 2**32:  # numpy's
+            raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {self.seed}")
         if self.batch % (self.micro_batch or self.batch):
             raise ValueError(
                 f"--micro-batch: expected a divisor of --batch {self.batch}, got {self.micro_batch}"
@@ -140,10 +143,6 @@ class Recipe:
         if rate is not None and not (rate > 0 and math.isfinite(rate)):
             raise ValueError(f"--scales-lr: expected a positive number, got {rate}")
 
-    @property
-    def product(self) -> str:
-        return scales.FILE if self.lora is None else peft.CONFIG_FILE
-
 
 def train(
     recipe: Recipe, out: Path, *, resume: bool, say: Callable[[str], None]
@@ -173,12 +172,14 @@ def train(
         raise ValueError(
             f"--length: expected at most {limit} for this model, got {schedule.length}"
         )
-    for path in recipe.adapters:
-        adapters.load_adapter(model, path)
+    adapters.load_adapters(model, recipe.adapters)
+    if recipe.lora is None or recipe.lora.start is None:
+        adapters.note_correction(recipe.model, recipe.adapters, say)
     # Read before anything is trained, and not after hours of it.
     text = None
     if schedule.eval_text is not None:
         text = "\n\n".join(data.read_texts(schedule.eval_text))
+        check_text("--eval-text", model, tokenizer, text)
 
     def measure(subject: PreTrainedModel, windows: int | None) -> float:
         assert text is not None
@@ -193,10 +194,16 @@ def train(
         tokens=schedule.tokens,
         seed=schedule.seed,
     )
+    for ids, _ in examples.items:
+        models.check_tokens("--data", ids, model)
     steps = schedule.steps or planned.get("steps")
     if schedule.tokens is not None:  # instructions are shorter than `length`
         mean = examples.tokens / len(examples)
         steps = math.ceil(schedule.tokens / (schedule.batch * mean))
+    identity = {"data": examples.digest(), **adapters.identity(model)}
+    if planned and planned.get("identity") != identity:
+        names = ", ".join(k for k, v in identity.items() if planned.get("identity", {}).get(k) != v)
+        raise ValueError(f"{out}: cannot resume: not as in the unfinished run: {names}")
     torch.manual_seed(schedule.seed)
     if recipe.lora is None:
         prepare_peqa(model)
@@ -243,7 +250,7 @@ def train(
     run = trainer(steps)
     run.remove_callback(PrinterCallback)
     run.add_callback(_Bar())
-    lock = _record(recipe, out, steps) if _is_main() else None
+    lock = _record(recipe, out, steps, identity) if _is_main() else None
     if schedule.minutes is not None:
         run.add_callback(Deadline(schedule.minutes))
     say(
@@ -326,8 +333,11 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
     record = out / _RECORD
     if not _is_main():  # the first process may have begun already
         return checkpoint.read_json(record) if resume and record.exists() else {}
-    if (out / recipe.product).exists():
+    if any((out / product).exists() for product in _PRODUCTS):
         raise ValueError(f"{out}: holds a finished training already")
+    cache = None if recipe.teacher is None else recipe.teacher.cache
+    if cache is not None and out.resolve() in Path(cache).resolve().parents:
+        raise ValueError(f"--cache: expected a directory outside of {out}, got {cache}")
     if record.exists():
         checkpoint.lock(out / _LOCK).close()  # said first: a living run must not be deleted
         if not resume:
@@ -372,11 +382,12 @@ def training_device(name: str) -> torch.device:
     return device
 
 
-def _record(recipe: Recipe, out: Path, steps: int) -> IO[str]:
+def _record(recipe: Recipe, out: Path, steps: int, identity: dict[str, Any]) -> IO[str]:
     """Begins, or goes on with, a run in `out`; the lock that keeps others out of it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = checkpoint.lock(out / _LOCK)
-    checkpoint.write_json(out / _RECORD, {"recipe": _settings(recipe), "steps": steps})
+    record = {"recipe": _settings(recipe), "steps": steps, "identity": identity}
+    checkpoint.write_json(out / _RECORD, record)
     return lock
 
 
@@ -426,7 +437,6 @@ def _arguments(
         max_grad_norm=1.0,
         seed=schedule.seed,
         logging_steps=max(1, steps // 200),
-        include_num_input_tokens_seen="all",
         save_steps=max(1, steps // _CHECKPOINTS),
         save_total_limit=2,
         eval_strategy="steps" if evaluate else "no",

@@ -367,7 +367,13 @@ class _StreamingRun:
                 canonical[stem] = _stored_canonical(weights, stem)
             entries += [_stored_entry(weights, name, config) for name in weights.names()]
         base = base_hash(canonical)
-        config = replace(config, meta={**config.meta, "base_sha256": base})
+        config = replace(
+            config,
+            meta={**config.meta, "base_sha256": base},
+            excluded=gptq.exclusions(
+                self._layout.prefix, len(self._layout.modules), self._report.skipped
+            ),
+        )
         self._merge_corrections(base)
         try:
             tokenizer = load_tokenizer(self._source.path)

@@ -36,7 +36,7 @@ from lowbitcore.formats import peft, scales
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.lora import newest_adapters
 from lowbitcore.losses import cross_entropy
-from lowbitcore.model import check_kind
+from lowbitcore.model import check_kind, evaluating
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -244,23 +244,29 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def language_model(self) -> PreTrainedModel:
         return cast(TrainedModel, self.model).model
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        mask = inputs.get("attention_mask")  # the Trainer's own count takes padding in
+        tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        everywhere = self.accelerator.gather(tokens.to(self.args.device))
+        self.state.num_input_tokens_seen += int(everywhere.sum())
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"training: step {self.state.global_step + 1}: its loss is {float(loss)}"
             )
         return loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        seen = {"num_input_tokens_seen": self.state.num_input_tokens_seen}
+        super().log({**logs, **seen}, *args, **kwargs)
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         if self._evaluation is None:
             return {}
-        model = self.language_model
-        model.eval()
-        try:
-            ppl = self._evaluation(model)
-        finally:
-            model.train()
+        with evaluating(self.language_model):
+            ppl = self._evaluation(self.language_model)
         metrics = {f"{metric_key_prefix}_loss": math.log(ppl), f"{metric_key_prefix}_ppl": ppl}
         self.log(metrics)
         handler = self.callback_handler
@@ -314,7 +320,7 @@ class EmefTrainer(PackedTrainer):
 def restore(model: PreTrainedModel, directory: Path) -> None:
     """Puts what a checkpoint holds into the very parameters that train."""
     if adapters.trains_scales(model):
-        adapters.swap_scales(model, directory / scales.FILE)
+        adapters.restore_scales(model, directory / scales.FILE)
     if not adapters.trains_adapter(model):
         return
     saved = peft.read(directory).linears

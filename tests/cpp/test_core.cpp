@@ -255,6 +255,34 @@ void gptq(bool static_groups) {
                                          " is well below round-to-nearest's " +
                                          std::to_string(with_rtn));
 
+  const lbc::Execution two{2};
+  with_workspace(lbc::accumulate_hessian_workspace_size(m, k, two), 2, [&](const auto& exec) {
+    lbc::accumulate_hessian({x.data(), lbc::DType::f32, m, k, k}, view(hessian, k, k), exec);
+  });
+  with_workspace(lbc::accumulate_cross_workspace_size(m, k, two), 2, [&](const auto& exec) {
+    const lbc::ConstMatrix both{x.data(), lbc::DType::f32, m, k, k};
+    lbc::accumulate_cross(both, both, view(hessian, k, k), exec);
+  });
+  with_workspace(lbc::quantize_rtn_workspace_size(format, two), 2, [&](const auto& exec) {
+    lbc::quantize_rtn(wm, format, {}, view(codes, n, k), view(scales, 3, n), view(zeros, 3, n),
+                      exec);
+  });
+  const auto quantize = [&](const std::int32_t* in_order, std::int32_t* groups, const auto& exec) {
+    lbc::gptq_quantize(wm, in_order, dead.data(), view(std::as_const(u), k, k), format,
+                       {{}, static_groups}, view(codes, n, k), view(scales, 3, n),
+                       view(zeros, 3, n), groups, exec);
+  };
+  with_workspace(lbc::gptq_quantize_workspace_size(format, two), 2,
+                 [&](const auto& exec) { quantize(order.data(), g_idx.data(), exec); });
+  expect_error([&] { quantize(nullptr, g_idx.data(), two); }, {"order", "null pointer"});
+  expect_error([&] { quantize(order.data(), nullptr, two); }, {"g_idx", "null pointer"});
+  expect_error(
+      [&] {
+        lbc::gptq_factorize(view(std::as_const(hessian), k, k), {}, nullptr, dead.data(),
+                            view(u, k, k));
+      },
+      {"gptq_factorize", "order", "null pointer"});
+
   hessian[3] = std::numeric_limits<float>::infinity();
   expect_error(
       [&] {
@@ -299,6 +327,32 @@ void errors() {
                       {y.data(), lbc::DType::f32, 2, 32, 32});
       },
       {"g_idx", "0 to 1", "2 at 5"});
+  expect_error(
+      [&] {
+        lbc::qgemm_nn({x.data(), lbc::DType::f32, -1, 32, 32}, w,
+                      {y.data(), lbc::DType::f32, -1, 64, 64});
+      },
+      {"qgemm_nn", "dy", "no negative", "[-1, 32]"});
+  std::vector<std::uint8_t> codes(32 * 32);
+  std::vector<std::int32_t> packed(32 * 32);
+  expect_error(
+      [&] { lbc::pack_qweight({codes.data(), -1, 32, 32}, 4, {packed.data(), 4, -1, -1}); },
+      {"pack_qweight", "codes", "no negative"});
+  expect_error(
+      [&] {
+        lbc::permute_columns({nullptr, lbc::DType::f32, 1, 32, 32}, packed.data(),
+                             {y.data(), lbc::DType::f32, 1, 32, 32});
+      },
+      {"permute_columns", "x", "null pointer"});
+  std::vector<float> table(4 * 64);
+  expect_error(
+      [&] {
+        lbc::rotate({x.data(), lbc::DType::f32, 4, 0, 0},
+                    {table.data(), lbc::DType::f32, 4, 64, 64},
+                    {table.data(), lbc::DType::f32, 4, 64, 64}, false,
+                    {y.data(), lbc::DType::f32, 4, 0, 0});
+      },
+      {"rotate", "x", "positive multiple of 32 columns", "0"});
   // Nothing to do is not an error.
   lbc::qgemm_nt({nullptr, lbc::DType::f32, 0, 64, 64}, w, nullptr,
                 {nullptr, lbc::DType::f32, 0, 32, 32});
@@ -367,6 +421,42 @@ void attention(std::int64_t rows) {
   expect_error([&] { lbc::attention({narrow, narrow, narrow}, narrow, view(lse, 4, rows)); },
                {"attention", "q", "multiple of 32", "48"});
   expect_error([&] { lbc::attention_backward_workspace_size(-1, 64); }, {"rows", "-1"});
+  if (rows > 1) {
+    lbc::Bf16Heads overlapping = out.view();
+    overlapping.row_stride = 0;
+    expect_error([&] { lbc::attention(in, overlapping, view(lse, 12, rows)); },
+                 {"attention", "out", "a stride of at least 64", "0"});
+    lbc::Bf16Heads turned = out.view();  // [batch, rows, heads, cols]
+    turned.head_stride = 64;
+    turned.row_stride = 6 * 64;
+    lbc::attention(in, turned, view(lse, 12, rows));
+    turned.row_stride = 5 * 64;
+    expect_error([&] { lbc::attention(in, turned, view(lse, 12, rows)); },
+                 {"attention", "out", "a stride of at least 384", "320"});
+  }
+}
+
+// The gradient in the place of the logits, and in that of the teacher's.
+void losses_in_place() {
+  const std::int64_t tokens = 3, words = 96;
+  const auto logits = normal(static_cast<std::size_t>(tokens * words), 9);
+  const auto teacher = normal(logits.size(), 10);
+  const std::vector<std::int64_t> targets{5, 95, 40};
+  std::vector<float> values(3);
+  const auto run = [&](const float* own, const float* other, float* gradient, bool reverse) {
+    const auto matrix = [&](auto* data) {
+      return lbc::ConstMatrix{data, lbc::DType::f32, tokens, words, words};
+    };
+    lbc::token_losses(matrix(own), view(targets, 1, tokens), {0.5f, matrix(other), 1.5f, reverse},
+                      view(values, 1, tokens), {gradient, lbc::DType::f32, tokens, words, words});
+  };
+  for (bool reverse : {false, true}) {
+    std::vector<float> apart(logits.size()), own = logits, other = teacher;
+    run(logits.data(), teacher.data(), apart.data(), reverse);
+    run(own.data(), teacher.data(), own.data(), reverse);
+    run(logits.data(), other.data(), other.data(), reverse);
+    expect(own == apart && other == apart, "token_losses in place");
+  }
 }
 
 }  // namespace
@@ -388,6 +478,7 @@ int main(int argc, char** argv) {
   gptq(true);
   gptq(false);
   for (std::int64_t rows : {1, 31, 100, 600}) attention(rows);
+  losses_in_place();
   errors();
   if (failures == 0) std::printf("all checks hold at level %s\n", level.c_str());
   return failures == 0 ? 0 : 1;

@@ -10,9 +10,13 @@ namespace lowbitcore {
 
 // hessian [K,K] += x^T x for x [M,K]; both triangles are kept.
 void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exec = {});
+std::size_t accumulate_hessian_workspace_size(std::int64_t rows, std::int64_t cols,
+                                              const Execution& exec = {});
 
 // cross [K,K] += a^T b for a, b [M,K]: how two inputs of the same linear go together.
 void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Execution& exec = {});
+std::size_t accumulate_cross_workspace_size(std::int64_t rows, std::int64_t cols,
+                                            const Execution& exec = {});
 
 struct FactorOptions {
   double percdamp = 0.01;  // damping, as a fraction of the mean of the diagonal
@@ -23,9 +27,10 @@ struct FactorOptions {
 // factorisation: H = R R^T with R upper triangular, U = R^-1. Columns with H_ii = 0 are dead: they
 // never saw an input, and quantize as zero. Where the factorisation fails the damping is raised
 // tenfold, at most three times; the return value is the percdamp that was used. Throws Error if
-// that does not help either.
+// that does not help either. On the CPU alone, in K^2 doubles of its own and not in a host's
+// workspace.
 double gptq_factorize(View<const float> hessian, const FactorOptions& options, std::int32_t* order,
-                      std::uint8_t* dead, View<float> u);
+                      std::uint8_t* dead, View<float> u, const Execution& exec = {});
 
 struct GptqOptions {
   GridOptions grid;
@@ -41,5 +46,6 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
                      View<const float> u, const QuantFormat& format, const GptqOptions& options,
                      View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,
                      std::int32_t* g_idx, const Execution& exec = {});
+std::size_t gptq_quantize_workspace_size(const QuantFormat& format, const Execution& exec = {});
 
 }  // namespace lowbitcore

@@ -21,7 +21,8 @@ struct LossTerms {
 };
 
 // logits: [tokens, vocabulary], a multiple of 32 columns. targets: [1, tokens], from 0 to
-// vocabulary - 1. losses: [1, tokens]. gradient: as the logits, of their type; no data: none.
+// vocabulary - 1. losses: [1, tokens]. gradient: as the logits, of their type, and in their place
+// or the teacher's if wanted; no data: none.
 void token_losses(ConstMatrix logits, View<const std::int64_t> targets, const LossTerms& terms,
                   View<float> losses, Matrix gradient, const Execution& exec = {});
 

@@ -1,9 +1,11 @@
 // Multiplication by a packed weight, in every direction that training needs.
 //
 // Activations are fp32, bf16 or fp16; inputs and outputs of one call share their type. Sums are
-// fp32 and rounded once. Results do not depend on the number of threads. Scratch: ask for its size
-// and bring it in Execution, or leave it to the library. It does not grow with N*K, but for
-// qgemm_grad_scales on CUDA: a sum in fp32 for each 32 inputs of an output, N*K/8 bytes.
+// fp32 and rounded once; of few rows a group is summed before its scale comes to it, so that
+// activations beyond some 1e34 may overflow there alone. Results do not depend on the number of
+// threads. Scratch: ask for its size and bring it in Execution, or leave it to the library. It does
+// not grow with N*K, but for qgemm_grad_scales on CUDA: a sum in fp32 for each 32 inputs of an
+// output, N*K/8 bytes.
 //
 // On CUDA a g_idx is trusted, since its values cannot be seen without waiting for the device: an
 // entry that is no group stops the kernel.

@@ -19,6 +19,7 @@ struct GridOptions {
 void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptions& grid,
                   View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,
                   const Execution& exec = {});
+std::size_t quantize_rtn_workspace_size(const QuantFormat& format, const Execution& exec = {});
 
 // The dense weight, or the rows of it [rows, K] from `first_output` on; both multiples of 32.
 void dequantize(const QuantWeight& weight, Matrix out, std::int64_t first_output = 0,

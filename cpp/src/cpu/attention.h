@@ -13,7 +13,7 @@
 
 #include <math.h>
 
-#include "tiles_gemm.h"
+#include "tiles.h"
 
 namespace lowbitcore {
 namespace {
@@ -33,10 +33,10 @@ struct HeadRows {
   int64_t stride, rows, panels;
 
   HeadRows(const ConstBf16Heads& x, int64_t b, int64_t h)
-      : data(x.head(b, h)), stride(x.row_stride), rows(x.rows), panels(x.cols / kStrip) {}
+      : data(x.head(b, h)), stride(x.row_stride), rows(x.rows), panels(x.cols / kPanel) {}
 
   __m512i line(int64_t row, int64_t panel) const {
-    return row < rows ? _mm512_loadu_si512(data + row * stride + panel * kStrip)
+    return row < rows ? _mm512_loadu_si512(data + row * stride + panel * kPanel)
                       : _mm512_setzero_si512();
   }
 };
@@ -106,6 +106,7 @@ inline void put_strips(const HeadRows& x, int64_t first, int64_t count, const Pu
 // c (+)= the sum over steps of a b; the operands' steps lie a_step and b_step words apart.
 inline void multiply_strips(int64_t steps, const uint32_t* a, int64_t a_step, const uint32_t* b,
                             int64_t b_step, float* c, bool accumulate) {
+  operands_are_stored();
   if (accumulate) {
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + kTileWords, 64);
@@ -164,10 +165,6 @@ inline void hide_later_keys(float* s) {
 
 // ---- results ----
 
-inline void store_bf16_line(const __m512& low, const __m512& high, uint16_t* to) {
-  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-}
-
 // Sums [strips][panels] of columns by queries, times a factor for each query, to rows.
 inline void store_columns(const float* c, int64_t panels, const __m512 (&factor)[2], int64_t rows,
                           uint16_t* to, int64_t stride) {
@@ -182,7 +179,7 @@ inline void store_columns(const float* c, int64_t panels, const __m512 (&factor)
       transpose_16x16(low);
       transpose_16x16(high);
       for (int64_t i = 0; i < 16 && half * 16 + i < rows; ++i) {
-        store_bf16_line(low[i], high[i], to + (half * 16 + i) * stride + p * kStrip);
+        store_bf16_line(low[i], high[i], to + (half * 16 + i) * stride + p * kPanel);
       }
     }
   }
@@ -191,12 +188,12 @@ inline void store_columns(const float* c, int64_t panels, const __m512 (&factor)
 // Sums [strips][panels] of keys by columns, times a factor, to all rows.
 inline void store_rows(const float* c, float factor, const Bf16Heads& out, uint16_t* head) {
   const __m512 f = _mm512_set1_ps(factor);
-  const int64_t panels = out.cols / kStrip;
+  const int64_t panels = out.cols / kPanel;
   for (int64_t row = 0; row < out.rows; ++row) {
     const float* from =
         c + row / kStrip * panels * kSums + row % kStrip / 16 * 2 * kTileWords + row % 16 * 16;
     uint16_t* to = head + row * out.row_stride;
-    for (int64_t p = 0; p < panels; ++p, from += kSums, to += kStrip) {
+    for (int64_t p = 0; p < panels; ++p, from += kSums, to += kPanel) {
       store_bf16_line(_mm512_mul_ps(_mm512_load_ps(from), f),
                       _mm512_mul_ps(_mm512_load_ps(from + kTileWords), f), to);
     }
@@ -248,8 +245,8 @@ struct RunningSoftmax {
   }
 };
 
-inline int64_t strip_words(int64_t cols) { return cols / kStrip * kStepWords; }
-inline int64_t strip_sums(int64_t cols) { return cols / kStrip * kSums; }
+inline int64_t strip_words(int64_t cols) { return cols / kPanel * kStepWords; }
+inline int64_t strip_sums(int64_t cols) { return cols / kPanel * kSums; }
 
 size_t attention_workspace(int64_t rows, int64_t cols, int threads) {
   const int64_t strips = divide_up(rows, kStrip);
@@ -262,7 +259,7 @@ struct AttentionForward {
   const Bf16Heads& out;
   const View<float>& lse;
 
-  int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kStrip;
+  int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kPanel;
   int64_t strips = divide_up(rows, kStrip), words = strip_words(cols);
 
   // A head of k and v, with all that attend to it.
@@ -403,7 +400,7 @@ struct AttentionBackward {
   const View<const float>& lse;
   const Bf16Heads &dq, &dk, &dv;
 
-  int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kStrip;
+  int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kPanel;
   int64_t strips = divide_up(rows, kStrip), words = strip_words(cols), sums = strip_sums(cols);
 
   // A head of k and v, with all that attend to it.

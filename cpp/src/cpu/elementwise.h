@@ -68,9 +68,10 @@ inline Vec exp(const Vec& x) {
   return p * as_int(exponent).template left<23>().as_float();
 }
 
+// 0 where it would be no normal number.
 inline Vec sigmoid(const Vec& x) {
-  const Vec one = Vec::broadcast(1.0f);
-  return one / (one + exp(Vec::broadcast(0.0f) - x));
+  const Vec one = Vec::broadcast(1.0f), zero = Vec::broadcast(0.0f);
+  return select_less(x, Vec::broadcast(-87.3f), zero, one / (one + exp(zero - x)));
 }
 
 // 1 / sqrt(mean(x^2) + eps)

@@ -37,15 +37,17 @@ struct RowSoftmax {
   Vec probability(int64_t c) const { return exponential(c) * inverse; }
 };
 
-// gradient(c) is that of logits c to c + kWidth, without what the target's has beside.
+// gradient(c) is that of logits c to c + kWidth, without what the target's has beside. It is asked
+// for once before it is stored: `out` may be the logits' own row.
 template <DType Type, typename F>
 void store_gradient(int64_t cols, int64_t target, float lambda_ce, char* out, const F& gradient) {
-  alignas(64) float lanes[kWidth];
+  alignas(64) float less[kWidth] = {};
   const int64_t first = target / kWidth * kWidth;
-  for (int64_t c = 0; c < cols; c += kWidth) store_as(gradient(c), out, Type, c);
-  gradient(first).store(lanes);
-  lanes[target - first] -= lambda_ce;
-  store_as(Vec::load(lanes), out, Type, first);
+  less[target - first] = lambda_ce;
+  for (int64_t c = 0; c < cols; c += kWidth) {
+    const Vec value = gradient(c);
+    store_as(c == first ? value - Vec::load(less) : value, out, Type, c);
+  }
 }
 
 void token_losses(ConstMatrix logits, View<const int64_t> targets, const LossTerms& terms,

@@ -298,7 +298,7 @@ constexpr int64_t kLatentRows = 64;
 
 // Calls f(r, latent values, scale, zero) for every group.
 template <typename F>
-inline void for_each_group(const LatentWeight& w, int threads, const F& f) {
+inline void for_each_latent_row(const LatentWeight& w, int threads, const F& f) {
   parallel_for(divide_up(w.latent.rows, kLatentRows), threads, [&](int64_t i, int) {
     const int64_t end = smaller(w.latent.rows, (i + 1) * kLatentRows);
     for (int64_t r = i * kLatentRows; r < end; ++r) {
@@ -315,36 +315,36 @@ inline Vec latent_steps(const float* latent, const Vec& zero, const Vec& max_cod
 
 void add_fake_quantized(const LatentWeight& w, Matrix out, const Resources& use) {
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << w.bits) - 1));
-  for_each_group(w, use.threads,
-                 [&](int64_t r, const float* latent, const Vec& scale, const Vec& zero) {
-                   char* row = row_pointer(out, r);
-                   for (int64_t c = 0; c < out.cols; c += kWidth) {
-                     const Vec before = load_as_float(row, out.dtype, c);
-                     const Vec steps = latent_steps(latent + c, zero, max_code);
-                     store_as(fmadd(scale, steps, before), row, out.dtype, c);
-                   }
-                 });
+  for_each_latent_row(w, use.threads,
+                      [&](int64_t r, const float* latent, const Vec& scale, const Vec& zero) {
+                        char* row = row_pointer(out, r);
+                        for (int64_t c = 0; c < out.cols; c += kWidth) {
+                          const Vec before = load_as_float(row, out.dtype, c);
+                          const Vec steps = latent_steps(latent + c, zero, max_code);
+                          store_as(fmadd(scale, steps, before), row, out.dtype, c);
+                        }
+                      });
 }
 
 void fake_quantized_grads(ConstMatrix dw, const LatentWeight& w, View<float> d_latent,
                           View<float> d_scales, const Resources& use) {
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << w.bits) - 1));
-  for_each_group(w, use.threads,
-                 [&](int64_t r, const float* latent, const Vec& scale, const Vec& zero) {
-                   const char* row = row_pointer(dw, r);
-                   Vec sum = Vec::broadcast(0.0f);
-                   for (int64_t c = 0; c < dw.cols; c += kWidth) {
-                     const Vec d = load_as_float(row, dw.dtype, c);
-                     (d * scale).store(d_latent.data + r * d_latent.stride + c);
-                     sum = fmadd(d, latent_steps(latent + c, zero, max_code), sum);
-                   }
-                   alignas(64) float lanes[kWidth];
-                   sum.store(lanes);
-                   for (int half = kWidth / 2; half > 0; half /= 2) {
-                     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-                   }
-                   d_scales.data[r * d_scales.stride] = lanes[0];
-                 });
+  for_each_latent_row(w, use.threads,
+                      [&](int64_t r, const float* latent, const Vec& scale, const Vec& zero) {
+                        const char* row = row_pointer(dw, r);
+                        Vec sum = Vec::broadcast(0.0f);
+                        for (int64_t c = 0; c < dw.cols; c += kWidth) {
+                          const Vec d = load_as_float(row, dw.dtype, c);
+                          (d * scale).store(d_latent.data + r * d_latent.stride + c);
+                          sum = fmadd(d, latent_steps(latent + c, zero, max_code), sum);
+                        }
+                        alignas(64) float lanes[kWidth];
+                        sum.store(lanes);
+                        for (int half = kWidth / 2; half > 0; half /= 2) {
+                          for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+                        }
+                        d_scales.data[r * d_scales.stride] = lanes[0];
+                      });
 }
 
 }  // namespace

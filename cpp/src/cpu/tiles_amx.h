@@ -33,6 +33,10 @@ struct TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
+// To be called between the stores of an operand and its loads as tiles: GCC's intrinsics do not say
+// that they read memory.
+LOWBITCORE_INLINE void operands_are_stored() { __asm__ volatile("" ::: "memory"); }
+
 // Strips of two tiles' rows: [16 elements][2 tiles][16 rows][16 elements of the row].
 struct TileStrip {
   static constexpr std::int64_t kHeight = 32;
@@ -70,6 +74,7 @@ struct TileStrip {
     constexpr int kStride = kWidthOfC * 4;
     float* lower = c + 16 * kWidthOfC;
     const bool both = rows > 16;
+    operands_are_stored();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

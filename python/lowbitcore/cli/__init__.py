@@ -11,6 +11,7 @@ from lowbitcore.cli.app import app
 _OPTIONS = {
     "bits": "--bits",
     "scales": "--scales",
+    "tokens": "--tokens",
     "group_size": "--group-size",
     "percdamp": "--damp",
     "texts": "--calib",

@@ -87,20 +87,12 @@ def load_model(
     model: str, dtype: str, device: str, adapter: list[str] | None = None
 ) -> PreTrainedModel:
     from lowbitcore import model as models
-    from lowbitcore.adapters import load_adapter
-    from lowbitcore.formats import peft
+    from lowbitcore.adapters import load_adapters, note_correction
 
     names = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
-    correction = peft.find_correction(model)
-    if correction is not None and not adapter:
-        print(
-            f"note: {model} was quantized to be used with its correction (--adapter {correction}), "
-            "or with what lrec made of it",
-            file=sys.stderr,
-        )
     loaded = models.load(model, dtype=names[dtype], device=device)
-    for directory in adapter or []:
-        load_adapter(loaded, directory)
+    load_adapters(loaded, adapter or [])
+    note_correction(model, adapter or [], lambda line: print(line, file=sys.stderr))
     loaded.eval()
     return loaded
 

@@ -29,7 +29,7 @@ MicroBatch = Annotated[
 Rate = Annotated[float, typer.Option(help="Learning rate of AdamW, after warming up.")]
 Seed = Annotated[
     int,
-    typer.Option(help="Of the order of the data and what starts at random.", min=0, max=2**63 - 1),
+    typer.Option(help="Of the order of the data and what starts at random.", min=0, max=2**32 - 1),
 ]
 EvalText = Annotated[
     str | None, typer.Option(metavar="FILE", help="Text to measure the perplexity on.")
@@ -290,7 +290,8 @@ def plan(
     group_size: Annotated[int, typer.Option(help="A multiple of 32, or -1 for whole rows.")] = 64,
     rank: Rank = 8,
     targets: Annotated[
-        str | None, typer.Option(help="Linears that emef adapts (default: q_proj,v_proj).")
+        str | None,
+        typer.Option(help="Linears to adapt (default: q_proj,v_proj for emef, all for lrec)."),
     ] = None,
     scales: Annotated[
         bool, typer.Option("--scales", help="lrec with --scales-lr: scales train, too.")
@@ -298,6 +299,9 @@ def plan(
     length: Length = 512,
     micro_batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     tokens: Annotated[int, typer.Option(help="Of lrec's data, for the teacher's cache.")] = 100_000,
+    cache: Annotated[
+        bool, typer.Option(help="lrec with --cache, or with the teacher beside it all along.")
+    ] = True,
     memory: Annotated[
         str | None, typer.Option(metavar="8GB", help="What there is (default: this machine's).")
     ] = None,
@@ -319,11 +323,17 @@ def plan(
         length=length,
         micro_batch=micro_batch,
         tokens=tokens,
+        cache=cache,
         memory=plans.parse_memory(memory),
         checkpointing=checkpointing,
     )
     rows = [
         ("weights, packed", result.weights_bytes),
+        *(
+            [("teacher" + (", while the cache fills" if cache else ""), result.teacher_bytes)]
+            if method == "lrec"
+            else []
+        ),
         ("adapter and optimizer", result.optimizer_bytes),
         (f"activations, {micro_batch} x {length} tokens", result.activation_bytes),
         ("loss", result.loss_bytes),
@@ -333,7 +343,7 @@ def plan(
     ]
     lines = [f"{name:<34}{size / 1e9:>9.3f} GB" for name, size in rows]
     lines.append(f"trainable parameters: {result.trainable_parameters:,}")
-    if method == "lrec":
+    if result.cache_bytes:
         lines.append(
             f"teacher cache on disk for {tokens:,} tokens: {result.cache_bytes / 1e9:.3f} GB"
         )
@@ -375,7 +385,7 @@ def _lrec_adapter(
         if given:
             raise ValueError(f"--{name}: {directory} has its own: expected --start zeros")
     ranks = {len(item.a) for item in peft.read(directory).linears.values()}
-    if rank is not None and ranks != {rank}:
+    if rank is not None and max(ranks) != rank:  # small linears have less
         raise ValueError(
             f"--rank: expected that of {directory}, {max(ranks)} (or --start zeros), got {rank}"
         )

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -444,7 +445,8 @@ def write_shards(
             {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
         names.append(INDEX_FILE)
-    for stale in [*directory.glob("model*.safetensors"), directory / INDEX_FILE]:
-        if stale.name not in names:
-            stale.unlink(missing_ok=True)
+    for path in list(directory.iterdir()):
+        ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", path.name)
+        if path.name not in names and (ours or path.name == INDEX_FILE):
+            path.unlink()
     return names

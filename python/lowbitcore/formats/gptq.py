@@ -7,6 +7,7 @@ AutoGPTQ and others go field by field, and so does everybody at 3 bits. Where no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -134,6 +135,20 @@ def _parse_dynamic(value: dict[str, Any], where: str) -> tuple[str, ...]:
                     f"{wanted!r}; per-module widths are not supported"
                 )
     return tuple(excluded)
+
+
+def exclusions(prefix: str, blocks: int, kept: Iterable[str]) -> tuple[str, ...]:
+    """GPTQModel's patterns for those linears of a model's blocks that stay in 16 bits, by their
+    paths. It looks for the integers of all others."""
+    found: dict[str, list[str]] = {}
+    for path in kept:
+        index, _, inside = path.removeprefix(f"{prefix}.").partition(".")
+        found.setdefault(inside, []).append(index)
+    patterns = []
+    for inside, indices in found.items():
+        which = r"\d+" if len(indices) == blocks else f"({'|'.join(indices)})"
+        patterns.append(rf"{re.escape(prefix)}\.{which}\.{re.escape(inside)}$")
+    return tuple(patterns)
 
 
 def v1_to_v2(qzeros: torch.Tensor, *, bits: int, whole_word: bool) -> torch.Tensor:
@@ -276,6 +291,8 @@ def compatible_loaders(config: GptqConfig) -> list[Loader]:
         vllm.append("asymmetric (only symmetric)")
     if config.desc_act and config.group_size != -1:
         vllm.append("desc_act with groups (only without, or group_size -1)")
+    if config.excluded:
+        vllm.append("linears in 16 bits (it fuses some, under other names)")
     if config.group_size not in (-1, 32, 64, 128):
         vllm.append(f"group_size {config.group_size} (only -1, 32, 64, 128)")
     return [

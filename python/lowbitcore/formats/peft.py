@@ -181,6 +181,8 @@ def read(directory: Path) -> PeftAdapter:
     if not linears:
         raise ValueError(f"{weights.files[0]}: holds no adapter")
     dropout = config.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{path}: lora_dropout: expected 0 or more and below 1, got {dropout!r}")
     return PeftAdapter(linears, float(dropout), weights.metadata())
 
 
@@ -194,7 +196,11 @@ def _for_module(
         raise ValueError(f"{where}: {name}: expected patterns by name, got {patterns!r}")
     for pattern, special in patterns.items():
         # PEFT's rule: a pattern matches a whole path or its end.
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+        try:
+            matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
+        except re.error as error:
+            raise ValueError(f"{where}: {pattern_name}: {pattern!r}: {error}") from error
+        if matches:
             value = special
             break
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

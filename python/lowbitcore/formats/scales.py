@@ -1,7 +1,8 @@
 """Scales files: what PEQA (2305.14152) trains, apart from the integers that all tasks share.
 
 `scales.safetensors` holds `<path>.scales` float32 [G, N] for every packed linear, and in its
-metadata `bits`, `group_size` and `base_sha256`, the hash of the integers they belong to.
+metadata `bits`, `group_size` and `base_sha256`, the hash of the integers they belong to; of those
+that were trained on top of adapters `below_sha256`, the digests of these.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Scales(NamedTuple):
     linears: dict[str, torch.Tensor]
     base_sha256: str
     with_adapter: bool
+    below_sha256: str | None
 
 
 def write(
@@ -34,11 +36,14 @@ def write(
     group_size: int,
     base_sha256: str,
     with_adapter: bool = False,
+    below_sha256: str | None = None,
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"bits": str(bits), "group_size": str(group_size), "base_sha256": base_sha256}
     if with_adapter:
         metadata["with_adapter"] = "true"
+    if below_sha256 is not None:
+        metadata["below_sha256"] = below_sha256
     entries = [Entry.of(f"{path}.scales", tensor) for path, tensor in linears.items()]
     checkpoint.write_safetensors(directory / FILE, entries, metadata)
 
@@ -48,7 +53,8 @@ def read(path: Path) -> Scales:
     large for a GPTQ checkpoint. Training does not constrain signs: negative ones and 0 are fine.
     """
     weights = Checkpoint.from_file(path)
-    base = weights.metadata().get("base_sha256")
+    metadata = weights.metadata()
+    base = metadata.get("base_sha256")
     if base is None:
         raise ValueError(f"{path}: expected base_sha256 in its metadata, got none")
     linears = {}
@@ -64,4 +70,5 @@ def read(path: Path) -> Scales:
             worst = float(tensor.abs().max())
             raise ValueError(f"{path}: {name}: expected values within fp16 (65504), got {worst:g}")
         linears[name.removesuffix(".scales")] = tensor
-    return Scales(linears, base, weights.metadata().get("with_adapter") == "true")
+    with_adapter = metadata.get("with_adapter") == "true"
+    return Scales(linears, base, with_adapter, metadata.get("below_sha256"))
