@@ -197,17 +197,16 @@ def stack(bench: Bench, arguments: argparse.Namespace) -> None:
     schedule = ["--data", code, *tokens, "--mask-prompt", "--adapter", corrected]
     taught = bench.train("emef", base, f"stack-emef-{base.name}", *schedule)
     steps: dict[str, tuple[Path | str, list[Path]]] = {
-        "16 bits": (bench.model, []),
         "2 bits, LREC": (base, [corrected]),
         "2 bits, LREC, EMEF": (base, [corrected, taught]),
+        "16 bits": (bench.model, []),
     }
-    first = next(iter(steps.values()))
-    print("perplexity of held-out answers")
-    for name, (model, adapters) in steps.items():
+    print(f"{'perplexity of held-out answers':<32}{'16 bits':>9}{'2 bits':>9}")
+    for name, pair in list(steps.items())[:2]:
         found = bench.results.get(f"stack {name}") or bench.keep(
-            f"stack {name}", compare_answers([first, (model, adapters)], held)
+            f"stack {name}", compare_answers([(bench.model, []), pair], held)
         )
-        print(f"{name:<36}{found['packed']:>9.3f}", flush=True)
+        print(f"{name:<32}{found['dense']:>9.3f}{found['packed']:>9.3f}", flush=True)
     for question in QUESTIONS:
         print(f"\n{question}")
         prompt = alpaca_example(question, "", "").prompt

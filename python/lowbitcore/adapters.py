@@ -203,23 +203,20 @@ def load_adapters(model: PreTrainedModel, paths: Sequence[str]) -> None:
 
 
 def note_correction(
-    model: str | os.PathLike[str], paths: Sequence[str], say: Callable[[str], None]
+    model: PreTrainedModel, path: str | os.PathLike[str], say: Callable[[str], None]
 ) -> None:
-    """Says so where a model's integers were fitted along with a correction, and none of the
-    adapters in use is that, started from it or was trained upon it."""
-    directory = peft.find_correction(model)
+    """Says so where the integers of a model, loaded from `path`, were fitted along with a
+    correction, and none of its adapters is that or started from it."""
+    directory = peft.find_correction(path)
     if directory is None:
         return
-    correction = _stacked(peft.read(directory))
-    own = _digest(correction, torch.float32)
-    for path in paths:
-        if (Path(path) / peft.CONFIG_FILE).is_file():
-            adapter = peft.read(Path(path))
-            known = " ".join(adapter.metadata.get(name, "") for name in (_START, _BELOW)).split()
-            if own in known or _digest(_stacked(adapter), torch.float32) == own:
-                return
+    present = [x for stack in _stacks(model).values() for x in stack]
+    if present:
+        own = _digest(_stacked(peft.read(directory)), torch.float32)
+        if any(own in (x.file, x.start) for x in present):
+            return
     say(
-        f"note: {model} was quantized to be used with its correction (--adapter {directory}), or "
+        f"note: {path} was quantized to be used with its correction (--adapter {directory}), or "
         "with what lrec made of it"
     )
 
@@ -259,13 +256,8 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
                 f"load_adapter: {directory}: {path}: expected a linear {expected[1]} x "
                 f"{expected[0]}, got an adapter for {b.shape[0]} x {a.shape[1]}"
             )
-    below = adapter.metadata.get(_BELOW)
     stacks = _stacks(model)
-    if below is not None and _digest(stacks, torch.float32) not in below.split():
-        raise ValueError(
-            f"load_adapter: {directory}: expected under it the adapters that it was trained upon, "
-            f"got {'others' if stacks else 'none'}"
-        )
+    _check_below(f"load_adapter: {directory}", stacks, adapter.metadata.get(_BELOW))
     upon = adapter.metadata.get(_SCALES_BELOW)
     if upon is not None and quantized_linears(model) and _digest_of_scales(model) != upon:
         raise ValueError(
@@ -318,6 +310,15 @@ def _digests(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]]) -> str:
     return " ".join(_digest(stacks, item) for item in _DTYPES)
 
 
+def _check_below(where: str, stacks: Mapping[str, Sequence[LowRank]], below: str | None) -> None:
+    """ValueError unless the adapters that are there have one of these digests; None: any."""
+    if below is not None and _digest(stacks, torch.float32) not in below.split():
+        raise ValueError(
+            f"{where}: expected under it the adapters that it was trained upon, got "
+            f"{'others' if stacks else 'none'}"
+        )
+
+
 def _digest_of_scales(model: PreTrainedModel) -> str:
     """SHA-256 of the scales in use as a GPTQ checkpoint stores them: a model that was written with
     them has the same."""
@@ -351,12 +352,7 @@ def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
             f"swap_scales: {file}: expected the adapter that it was trained with (load_adapter "
             "takes both), got none"
         )
-    below = found.below_sha256
-    if below is not None and _digest(stacks, torch.float32) not in below.split():
-        raise ValueError(
-            f"swap_scales: {file}: expected the adapters that it was trained upon, got "
-            f"{'others' if stacks else 'none'}"
-        )
+    _check_below(f"swap_scales: {file}", stacks, found.below_sha256)
     restore_scales(model, file)
 
 

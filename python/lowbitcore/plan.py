@@ -133,13 +133,12 @@ def plan(
     fixed = runtime + weights
     beside = 0 if cache else teacher  # in a step
 
-    def peak(activation: int) -> int:
-        step = beside + optimizer + loss + activation + held(activation)
-        return fixed + max(step, teacher)
+    def step(activation: int) -> int:
+        return fixed + beside + optimizer + loss + activation + held(activation)
 
-    room = memory - fixed - beside - optimizer - loss - (one - slope) - held(one - slope)
-    if fixed + teacher > memory:
-        room = 0
+    filling = fixed + teacher
+    peak = max(step(activation), filling)
+    room = memory - step(one - slope) if filling <= memory else 0
     hidden = model.config.get_text_config().hidden_size
     return Plan(
         trainable_parameters=trained,
@@ -150,9 +149,9 @@ def plan(
         activation_bytes=activation,
         loss_bytes=loss,
         held_bytes=held(activation),
-        peak_bytes=peak(activation),
+        peak_bytes=peak,
         cache_bytes=tokens * hidden * dtype.itemsize if teacher and cache else 0,
-        fits=peak(activation) <= memory,
+        fits=peak <= memory,
         largest_micro_batch=max(0, int(room / ((1 + _HELD_SHARE) * slope))),
     )
 

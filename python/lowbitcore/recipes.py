@@ -173,8 +173,6 @@ def train(
             f"--length: expected at most {limit} for this model, got {schedule.length}"
         )
     adapters.load_adapters(model, recipe.adapters)
-    if recipe.lora is None or recipe.lora.start is None:
-        adapters.note_correction(recipe.model, recipe.adapters, say)
     # Read before anything is trained, and not after hours of it.
     text = None
     if schedule.eval_text is not None:
@@ -217,6 +215,7 @@ def train(
             targets=recipe.lora.targets,
             dropout=recipe.lora.dropout,
         )
+    adapters.note_correction(model, recipe.model, say)
     if recipe.scales_lr is not None:
         thaw_scales(model)
     teacher = _teacher(recipe, model, examples, say)
