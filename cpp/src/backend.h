@@ -37,6 +37,9 @@ struct GptqProblem {
 // Outputs are quantized in strips of this many, on every backend and level.
 constexpr std::int64_t kLanes = 64;
 
+// Hessians are factored in square tiles of this size.
+constexpr std::int64_t kFactorTile = 96;
+
 // A null function pointer is an operation that a backend does not have.
 struct Backend {
   const char* name;
@@ -59,6 +62,8 @@ struct Backend {
   std::size_t (*accumulate_cross_workspace)(std::int64_t m, std::int64_t k);
   void (*gptq)(const GptqProblem&, const Resources&);
   std::size_t (*gptq_workspace)(const QuantFormat&, int threads);
+  // c -= a b for tiles of a Hessian's factor, rows of `c` `stride` apart. Of the CPU alone.
+  void (*subtract_product)(const double* a, const double* b, double* c, std::int64_t stride);
   void (*add_fake_quantized)(const LatentWeight&, Matrix out, const Resources&);
   void (*fake_quantized_grads)(ConstMatrix dw, const LatentWeight&, View<float> d_latent,
                                View<float> d_scales, const Resources&);

@@ -104,11 +104,13 @@ double gptq_factorize(View<const float> hessian, const FactorOptions& options, s
                      [&](std::int32_t a, std::int32_t b) { return diagonal(a) > diagonal(b); });
   }
 
+  const Backend& backend = backend_of(exec);
   const int threads = resolve_threads(exec.num_threads);
   constexpr int kRaises = 3;
   double percdamp = options.percdamp;
   for (int attempt = 0; attempt <= kRaises; ++attempt) {
-    if (inverse_factor(hessian, order, dead, mean, percdamp * mean, u, threads)) return percdamp;
+    const Damping damping = {mean, percdamp * mean};
+    if (inverse_factor(hessian, order, dead, damping, u, backend, threads)) return percdamp;
     if (attempt < kRaises) percdamp = percdamp > 0.0 ? percdamp * 10.0 : 1e-4;
   }
   throw Error("gptq_factorize: hessian: not positive definite, even with percdamp raised from " +

@@ -1,15 +1,20 @@
-// Dense linear algebra in double precision, over Eigen.
+// Dense linear algebra in double precision: by tiles, in which Eigen solves and a level multiplies.
 #pragma once
 
-#include <lowbitcore/types.h>
+#include "backend.h"
 
 namespace lowbitcore {
 
-// u [K,K] := the upper triangular U with (H + damping I)^-1 = U^T U, where H is `hessian` with rows
-// and columns taken in `order`, and dead columns replaced by `mean` on the diagonal. Returns false
-// where the damped matrix is not positive definite; u is then unspecified. The result does not
-// depend on the number of threads.
+struct Damping {
+  double dead;   // in place of what a dead column has on the diagonal
+  double added;  // to the whole diagonal
+};
+
+// u [K,K] := the upper triangular U with (H + damping)^-1 = U^T U, where H is `hessian` with rows
+// and columns taken in `order`, those of dead columns zero. Returns false where the damped matrix
+// is not positive definite; u is then unspecified. The result depends neither on the number of
+// threads nor on the backend's level.
 bool inverse_factor(View<const float> hessian, const std::int32_t* order, const std::uint8_t* dead,
-                    double mean, double damping, View<float> u, int threads);
+                    const Damping& damping, View<float> u, const Backend& backend, int threads);
 
 }  // namespace lowbitcore

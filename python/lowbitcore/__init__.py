@@ -11,6 +11,7 @@ from .nn import QuantLinear
 
 if TYPE_CHECKING:
     from .adapters import load_adapter, save_adapter, swap_scales
+    from .blockwise import BlockwiseModel
     from .data import TrainingSet
     from .evaluate import perplexity
     from .lora import fold_adapters, prepare_lora
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = version()
 __all__ = [
+    "BlockwiseModel",
     "EmefTrainer",
     "Error",
     "LrecTrainer",
@@ -49,6 +51,7 @@ __all__ = [
 
 # Whatever needs transformers is imported when it is first used: the kernels should not wait for it.
 _LAZY = {
+    "BlockwiseModel": "blockwise",
     "EmefTrainer": "training",
     "LrecTrainer": "lrec",
     "PeqaTrainer": "training",

@@ -227,7 +227,7 @@ def _stacked(adapter: peft.PeftAdapter) -> dict[str, list[LowRankTensors]]:
 
 def identity(model: PreTrainedModel) -> dict[str, str | None]:
     """Digests of a model, its scales and its adapters: what a training goes on from."""
-    own = fingerprint(model) if not quantized_linears(model) else None
+    own = fingerprint(model.state_dict().items()) if not quantized_linears(model) else None
     return {
         "model": packed_hash(model) or own,
         "scales": _digest_of_scales(model),

@@ -275,7 +275,7 @@ class PausedForward:
     def _pause(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if getcurrent() is not self._greenlet:
             return  # another micro-batch's forward through the same block
-        self._at, self._input = self._groups[id(module)], args[0]
+        self._at, self._input = self._groups[id(module)], args[0] if args else None
         cast(greenlet, self._greenlet.parent).switch()
         self._input = None
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.data import TrainingSet
 from lowbitcore.formats import checkpoint
 from lowbitcore.formats.checkpoint import Entry
@@ -28,8 +31,9 @@ from lowbitcore.losses import Direction, distillation
 from lowbitcore.model import check_kind, fingerprint
 from lowbitcore.training import Loss, PackedTrainer, TrainedModel
 
-# Examples in a file of the cache: what a killed run may have to do again.
-_SHARD = 32
+# Examples in a file of the cache: what a killed run may have to do again, and what goes through a
+# block of the teacher while that is in memory.
+EXAMPLES_TOGETHER = 32
 
 
 class LrecTrainer(PackedTrainer):
@@ -129,7 +133,7 @@ class TeacherCache:
         self._directory, self._binding = Path(directory), binding
 
     @staticmethod
-    def bytes_needed(teacher: PreTrainedModel, dataset: TrainingSet) -> int:
+    def bytes_needed(teacher: PreTrainedModel | BlockwiseModel, dataset: TrainingSet) -> int:
         features = teacher.config.get_text_config().hidden_size
         return dataset.tokens * features * teacher.dtype.itemsize
 
@@ -138,22 +142,31 @@ class TeacherCache:
     def fill(
         cls,
         directory: str | os.PathLike[str],
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | BlockwiseModel,
         dataset: TrainingSet,
         *,
         progress: bool = True,
     ) -> TeacherCache:
-        """Runs the teacher over the data, or over what an earlier call left to do.
+        """Runs the teacher over the data, or over what an earlier call left to do; a BlockwiseModel
+        with one of its blocks in memory at a time, to the same states.
 
         Raises ValueError where the directory holds another teacher's or other data's states, and
         OSError where the disk has no room for them.
         """
-        check_kind("TeacherCache: teacher", teacher, PreTrainedModel)
+        if isinstance(teacher, BlockwiseModel):
+            states_of: Callable[[list[Tensor]], Iterable[Tensor]] = teacher.last_hidden_states
+            tensors = teacher.tensors()
+            head = teacher.tensors(teacher.model.get_output_embeddings())
+        else:
+            check_kind("TeacherCache: teacher", teacher, PreTrainedModel)
+            states_of = partial(_last_hidden_states, teacher.eval())
+            tensors = iter(teacher.state_dict().items())
+            head = iter(teacher.get_output_embeddings().state_dict().items())
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         binding = {
-            "teacher": fingerprint(teacher),
-            "head": fingerprint(teacher.get_output_embeddings()),
+            "teacher": fingerprint(tensors),
+            "head": fingerprint(head),
             "data": dataset.digest(),
             "dtype": str(teacher.dtype),
             "examples": len(dataset),
@@ -177,14 +190,14 @@ class TeacherCache:
                 )
             checkpoint.write_json(record, binding)
         cache = cls(path, binding)
-        starts = range(0, len(dataset), _SHARD)
+        starts = range(0, len(dataset), EXAMPLES_TOGETHER)
         todo = [start for start in starts if not cache._shard(start).exists()]
-        teacher.eval()
         for start in tqdm(todo, desc="teacher", unit="shard", disable=not progress):
+            shard = range(start, min(start + EXAMPLES_TOGETHER, len(dataset)))
             entries = []
-            for index in range(start, min(start + _SHARD, len(dataset))):
-                ids = dataset[index]["input_ids"][None]
-                states = run_body(teacher, input_ids=ids.to(teacher.device)).last_hidden_state[0]
+            for index, states in zip(
+                shard, states_of([dataset[i]["input_ids"] for i in shard]), strict=True
+            ):
                 if not torch.isfinite(states).all():
                     raise ValueError(
                         f"TeacherCache: teacher: its states for example {index} are not finite"
@@ -194,7 +207,7 @@ class TeacherCache:
         return cache
 
     def _shard(self, index: int) -> Path:
-        return self._directory / f"states-{index // _SHARD:05d}.safetensors"
+        return self._directory / f"states-{index // EXAMPLES_TOGETHER:05d}.safetensors"
 
     def states(self, index: int) -> Tensor:
         """The states of one example, [tokens, features]."""
@@ -212,7 +225,8 @@ class TeacherCache:
 
     def check_head(self, student: PreTrainedModel) -> None:
         """ValueError unless the student's head is the teacher's."""
-        if fingerprint(student.get_output_embeddings()) != self._binding["head"]:
+        head = student.get_output_embeddings().state_dict().items()
+        if fingerprint(head) != self._binding["head"]:
             raise ValueError(
                 f"TeacherCache: {self._directory}: the student's head or its dtype is not the "
                 "teacher's: train without a cache"
@@ -223,6 +237,12 @@ class TeacherCache:
         if not isinstance(dataset, TrainingSet) or dataset.digest() != self._binding["data"]:
             raise ValueError(f"TeacherCache: {self._directory}: holds states of other data")
         return _WithStates(dataset, self)
+
+
+def _last_hidden_states(teacher: PreTrainedModel, sequences: Sequence[Tensor]) -> Iterator[Tensor]:
+    for ids in sequences:
+        inputs = ids[None].to(teacher.device)
+        yield run_body(teacher, input_ids=inputs).last_hidden_state[0]
 
 
 class _WithStates(Dataset[dict[str, Tensor]]):

@@ -460,7 +460,7 @@ def load(
     """
     device = resolve_device(device)
     source = open_source(path)
-    chosen = _parse_dtype(dtype, source.dtype)
+    chosen = chosen_dtype(dtype, source.dtype)
     model = build_skeleton(source.config, chosen)
     check_depth(model, source)
     if source.gptq is not None:
@@ -482,7 +482,8 @@ def load(
     return cast(PreTrainedModel, model.to(device))
 
 
-def _parse_dtype(dtype: torch.dtype | str, default: torch.dtype) -> torch.dtype:
+def chosen_dtype(dtype: torch.dtype | str, default: torch.dtype) -> torch.dtype:
+    """What `load`'s argument says; "auto" means the default."""
     if dtype == "auto":
         return default
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -726,10 +727,10 @@ def packed_hash(model: PreTrainedModel) -> str | None:
     return str(meta["base_sha256"])
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and up to 4,096 values of each tensor of a module."""
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, shapes, dtypes and up to 4,096 values of each tensor of a state_dict."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in tensors:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()

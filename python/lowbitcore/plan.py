@@ -6,7 +6,6 @@ what autograd keeps is counted, not estimated by a formula for each architecture
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from typing import Any, Literal, NamedTuple
@@ -20,11 +19,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lowbitcore import ops
 from lowbitcore.head import chunk_tokens
 from lowbitcore.lora import prepare_lora
+from lowbitcore.lrec import EXAMPLES_TOGETHER
 from lowbitcore.model import (
     find_blocks,
     linear_shape,
     quantizable,
     set_module,
+    tied_names,
     use_own_operations,
 )
 from lowbitcore.nn import QuantLinear
@@ -46,10 +47,11 @@ class Plan(NamedTuple):
     """Bytes of what is in memory at the peak of a training, and what goes to disk.
 
     The peak is that of a training step or, where LREC keeps its teacher's states in a cache, of
-    filling it: `teacher_bytes` are the 16-bit model, which is beside the packed one then, and
-    without a cache all along. `runtime_bytes` is this very process: Python and the libraries that
-    training imports; `held_bytes` is what the C library's heap keeps of freed tensors;
-    `cache_bytes` is LREC's teacher cache for `tokens`, on disk.
+    filling it. `teacher_bytes` are what of the 16-bit model is in memory beside the packed one:
+    while the cache fills, its embeddings, its largest block and the states of the examples that go
+    through that together; without a cache all of it, all along. `runtime_bytes` is this very
+    process: Python and the libraries that training imports; `held_bytes` is what the C library's
+    heap keeps of freed tensors; `cache_bytes` is LREC's teacher cache for `tokens`, on disk.
     """
 
     trainable_parameters: int
@@ -104,7 +106,9 @@ def plan(
         raise ValueError(f"plan: scales: expected lrec, which has --scales-lr, got {method}")
     with FakeTensorMode():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        teacher = _bytes(model) if method == "lrec" else 0
+        teacher = 0
+        if method == "lrec":
+            teacher = _filling_bytes(model, length) if cache else _bytes(model)
         _pack(model, bits, group_size)
         weights = _bytes(model)
         if method == "peqa":
@@ -181,6 +185,17 @@ def _pack(model: PreTrainedModel, bits: int, group_size: int) -> None:
         set_module(blocks, path, packed)
 
 
+def _filling_bytes(model: PreTrainedModel, length: int) -> int:
+    """What a BlockwiseModel has in memory while it fills a cache."""
+    config, blocks = model.config.get_text_config(), find_blocks(model).modules
+    surroundings = _bytes(model) - _bytes(blocks)
+    if not tied_names(model):
+        surroundings -= _bytes(model.get_output_embeddings())
+    # Of each example what was embedded, and what came out of the last block.
+    states = 2 * EXAMPLES_TOGETHER * length * config.hidden_size * model.dtype.itemsize
+    return surroundings + max(map(_bytes, blocks)) + states
+
+
 def _bytes(model: nn.Module) -> int:
     """Of all parameters and buffers; tied ones count once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
@@ -217,7 +232,6 @@ def _activations(
     # By storage, which many tensors may share; held, as its id is good only while it lives.
     own = {id(s): s for s in map(_storage, [*model.parameters(), *model.buffers()])}
     saved: dict[int, torch.UntypedStorage] = {}
-    marks: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
@@ -228,16 +242,20 @@ def _activations(
     def total() -> int:
         return sum(storage.nbytes() for storage in saved.values())
 
-    blocks = find_blocks(model).modules
     inputs: list[int] = []
-    handles = [
-        block.register_forward_pre_hook(lambda module, args: inputs.append(_size(args[0])))
-        for block in blocks
-    ]
-    handles += [
-        block.register_forward_hook(lambda module, args, out: marks.append(total()))
-        for block in blocks
-    ]
+    starts: list[int] = []
+    sizes: list[int] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(_size(args[0]))
+        starts.append(total())
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        sizes.append(total() - starts[-1])
+
+    handles = []
+    for block in find_blocks(model).modules:
+        handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
     ids = torch.zeros(batch, length, dtype=torch.int64)
     kept = _Kept()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), kept:
@@ -248,8 +266,7 @@ def _activations(
     ends = 2 * _size(states)
     if checkpointing == "none":
         return total() + ends
-    block = max(after - before for before, after in itertools.pairwise(marks))
-    return sum(inputs) + block + ends + (kept.total if checkpointing == "selective" else 0)
+    return sum(inputs) + max(sizes) + ends + (kept.total if checkpointing == "selective" else 0)
 
 
 def _resident() -> int:

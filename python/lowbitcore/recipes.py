@@ -30,6 +30,7 @@ from transformers import (
 
 from lowbitcore import adapters, data
 from lowbitcore import model as models
+from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.data import TrainingSet
 from lowbitcore.evaluate import check_text, perplexity
 from lowbitcore.formats import checkpoint, peft, scales
@@ -400,13 +401,14 @@ def _teacher(
         return None
     if recipe.teacher.cache is not None and Path(recipe.teacher.cache).is_file():
         raise ValueError(f"--cache: expected a directory, got the file {recipe.teacher.cache}")
-    teacher = models.load(recipe.teacher.model, dtype=model.dtype, device=model.device)
-    if models.quantized_linears(teacher):
+    source = models.open_source(recipe.teacher.model)
+    if source.gptq is not None:
         raise ValueError(f"--teacher: {recipe.teacher.model}: expected a 16-bit model")
-    if teacher.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+    if source.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise ValueError(f"--teacher: {recipe.teacher.model}: its vocabulary is not the student's")
     if recipe.teacher.cache is None:
-        return teacher
+        return models.load(recipe.teacher.model, dtype=model.dtype, device=model.device)
+    teacher = BlockwiseModel(source, dtype=model.dtype, device=model.device)
     size = TeacherCache.bytes_needed(teacher, examples)
     say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")
     # The others find it filled.

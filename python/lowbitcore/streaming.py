@@ -5,29 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 
+from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.calibration import Calibration
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.formats.peft import LowRankTensors
-from lowbitcore.heap import return_freed_memory
 from lowbitcore.model import (
     Source,
     base_hash,
-    build_skeleton,
-    check_depth,
-    fill,
-    find_blocks,
     find_name,
     linear_shape,
     load_generation_config,
@@ -128,12 +123,8 @@ class _StreamingRun:
         self._windows, self._device = windows, device
         self._partial = out / _PARTIAL
         self._dtype = compute_dtype(source.dtype, device)
-        self._model = build_skeleton(source.config, source.dtype)
-        # Its buffers; parameters have no values yet.
-        self._model._apply(lambda item: item if item.is_meta else item.to(device))
-        self._layout = find_blocks(self._model)
-        self._names = list(self._model.state_dict())
-        check_depth(self._model, source)
+        self._parts = BlockwiseModel(source, dtype=source.dtype, device=device)
+        self._model, self._layout = self._parts.model, self._parts.layout
         self._generation_config = load_generation_config(source)
         self._report = Report(tokens=windows.numel())
         self._done = 0
@@ -224,50 +215,26 @@ class _StreamingRun:
                     self._write_block(index, linears)
                     self._done = index + 1
                     self._save_progress()
-            self._drop(self._block_names(index))
+            self._parts.drop(self._parts.block_names(index))
         with self._report.timing("write"):
             self._merge()
         return self._report
 
     def _calibrate(self) -> Calibration:
         """Runs the embeddings and what else comes before the blocks, then lets go of it."""
-        blocks = f"{self._layout.prefix}."
-        ties = tied_names(self._model)
-        head = self._model.get_output_embeddings()
-        # The head comes after the blocks, and untied it is as large as the embeddings.
-        unused = {id(item) for item in head.parameters()} if head is not None and not ties else {}
-        outer = [
-            name
-            for name, item in self._model.state_dict(keep_vars=True).items()
-            if not name.startswith(blocks) and id(item) not in unused
-        ]
+        outer = self._parts.surrounding_names()
         with self._report.timing("load"):
-            self._fill(outer, self._source.dtype)
+            self._parts.load(outer)
         self._load_block(0)
         with self._report.timing("forward"):
             windows = self._windows.to(self._device)
             calibration = Calibration(self._model, self._layout, windows, self._dtype)
-        self._drop(outer)
+        self._parts.drop(outer)
         return calibration
 
-    def _block_names(self, index: int) -> list[str]:
-        prefix = f"{self._layout.prefix}.{index}."
-        return [name for name in self._names if name.startswith(prefix)]
-
     def _load_block(self, index: int) -> None:
-        names = self._block_names(index)
-        current = self._model.state_dict(keep_vars=True)
-        if any(current[name].is_meta for name in names):
-            with self._report.timing("load"):
-                self._fill(names, self._dtype)
-
-    def _fill(self, names: Sequence[str], dtype: torch.dtype) -> None:
-        fill(self._model, self._source.weights, names, dtype=dtype, device=self._device)
-
-    def _drop(self, names: Sequence[str]) -> None:
-        for name in names:
-            set_module_tensor_to_device(self._model, name, "meta")
-        return_freed_memory()
+        with self._report.timing("load"):
+            self._parts.load(self._parts.block_names(index), self._dtype)
 
     def _block_file(self, index: int) -> Path:
         return self._partial / f"block-{index:05d}.safetensors"
@@ -310,7 +277,9 @@ class _StreamingRun:
             entries += quantized_entries(stem, partial(dict, canonical), config)
         written = {f"{prefix}.{path}.{name}" for path in linears for name in ("weight", "bias")}
         entries += [
-            self._source_entry(name) for name in self._block_names(index) if name not in written
+            self._source_entry(name)
+            for name in self._parts.block_names(index)
+            if name not in written
         ]
         checkpoint.write_safetensors(self._block_file(index), entries)
 
@@ -357,7 +326,7 @@ class _StreamingRun:
             config, checkpoint_format=gptq.choose_format(sym=config.sym, any_zero=False)
         )
         ties, blocks = tied_names(self._model), f"{self._layout.prefix}."
-        outer = [n for n in self._names if not n.startswith(blocks) and n not in ties]
+        outer = [n for n in self._parts.names if not n.startswith(blocks) and n not in ties]
         entries = [self._source_entry(name) for name in outer]
         canonical: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {}
         for index in range(len(self._layout.modules)):

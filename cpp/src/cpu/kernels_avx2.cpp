@@ -12,6 +12,8 @@ namespace {
 constexpr int kWidth = 8;
 constexpr int kRows = 6;  // 6 x 2 accumulators, 2 of b and 1 of a: 15 registers of 16
 constexpr int kCols = 16;
+constexpr int kDoubleWidth = 4;
+constexpr int kDoubleRows = 4;
 constexpr int kDirectRows = 8;
 
 // The bits of v, moved so that to cut off their lower half rounds to bf16, ties to even; not of
@@ -76,6 +78,18 @@ inline Vec round_f16(const Vec& a) {
 }
 inline Vec select_less(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+
+struct VecD {
+  __m256d v;
+
+  static VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static VecD broadcast(double x) { return {_mm256_set1_pd(x)}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+};
+
+inline VecD fnmadd(const VecD& a, const VecD& b, const VecD& c) {
+  return {_mm256_fnmadd_pd(a.v, b.v, c.v)};
 }
 
 struct VecI {

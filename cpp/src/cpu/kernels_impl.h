@@ -6,9 +6,11 @@
 //          min, max, round (ties to even), select_less(a,b,x,y) = a < b ? x : y, round_f16,
 //          round_bf16 (of NaN: of those that bf16 or an operation has)
 //   VecI   kWidth 32-bit integers: load, right and left by a constant, |, as_float (of its bits)
+//   VecD   kDoubleWidth doubles: load, store, broadcast, fnmadd (exactly fused)
 //   as_int(a)             the bits of a Vec
 //   and_or(a,b,c)         a & b | c of VecI
 //   kRows, kCols          the register tile of the GEMM: kRows rows by kCols floats
+//   kDoubleRows           the same of doubles: kDoubleRows by 3 VecD
 //   kDirectRows           up to this many rows, X W^T goes straight from the packed integers
 //   kDirectTileRows       the same, where tiles are the alternative
 //   transpose_tile        float [32][16] -> [16][32]
@@ -28,6 +30,7 @@
 // levels must never let code of the higher one serve the lower (see CONTRIBUTING).
 
 #include "direct.h"
+#include "doubles.h"
 #include "elementwise.h"
 #include "gemm.h"
 #include "losses.h"
@@ -121,6 +124,7 @@ constexpr Backend make_backend(const char* name) {
   backend.accumulate_cross_workspace = accumulate_cross_workspace;
   backend.gptq = gptq;
   backend.gptq_workspace = gptq_workspace;
+  backend.subtract_product = subtract_product;
   backend.add_fake_quantized = add_fake_quantized;
   backend.fake_quantized_grads = fake_quantized_grads;
   backend.rms_norm = rms_norm;

@@ -13,6 +13,8 @@ namespace {
 constexpr int kWidth = 4;
 constexpr int kRows = 4;
 constexpr int kCols = 8;
+constexpr int kDoubleWidth = 2;
+constexpr int kDoubleRows = 4;
 constexpr int kDirectRows = 4;
 
 #define LOWBITCORE_LANES for (int i = 0; i < kWidth; ++i)
@@ -106,6 +108,21 @@ inline Vec select_less(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
   Vec r;
   LOWBITCORE_LANES r.v[i] = a.v[i] < b.v[i] ? x.v[i] : y.v[i];
   return r;
+}
+
+struct VecD {
+  double v[kDoubleWidth];
+
+  static VecD load(const double* p) { return {{p[0], p[1]}}; }
+  static VecD broadcast(double x) { return {{x, x}}; }
+  void store(double* p) const {
+    p[0] = v[0];
+    p[1] = v[1];
+  }
+};
+
+inline VecD fnmadd(const VecD& a, const VecD& b, const VecD& c) {
+  return {{__builtin_fma(-a.v[0], b.v[0], c.v[0]), __builtin_fma(-a.v[1], b.v[1], c.v[1])}};
 }
 
 struct VecI {

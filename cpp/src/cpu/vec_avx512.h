@@ -11,6 +11,8 @@ namespace {
 constexpr int kWidth = 16;
 constexpr int kRows = 12;  // 12 x 2 accumulators, 2 of b and 1 of a: 27 registers of 32
 constexpr int kCols = 32;
+constexpr int kDoubleWidth = 8;
+constexpr int kDoubleRows = 8;
 
 // The bits of v, moved so that to cut off their lower half rounds to bf16, ties to even; not of
 // NaN.
@@ -71,6 +73,18 @@ inline Vec round_f16(const Vec& a) {
 }
 inline Vec select_less(const Vec& a, const Vec& b, const Vec& x, const Vec& y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+
+struct VecD {
+  __m512d v;
+
+  static VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static VecD broadcast(double x) { return {_mm512_set1_pd(x)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+};
+
+inline VecD fnmadd(const VecD& a, const VecD& b, const VecD& c) {
+  return {_mm512_fnmadd_pd(a.v, b.v, c.v)};
 }
 
 struct VecI {

@@ -229,7 +229,10 @@ def lrec(
     ] = None,
     cache: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Run the teacher once and keep its states here."),
+        typer.Option(
+            metavar="DIR",
+            help="Run the teacher once, a block in memory at a time, and keep its states here.",
+        ),
     ] = None,
     steps: Steps = None,
     tokens: Tokens = None,

@@ -1,0 +1,108 @@
+"""A model with one block in memory at a time: the same states, and no more than that block."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lowbitcore as lbc
+from lowbitcore.data import Example, TrainingSet
+from lowbitcore.head import run_body
+from lowbitcore.model import fingerprint
+from test_data import make_tokenizer, text_of
+from test_models import CONFIGS, make_model, quantized
+
+LENGTHS = (3, 17, 17, 40, 1)
+
+
+def sequences() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 90, (length,), generator=generator) for length in LENGTHS]
+
+
+def opened(name: str, directory: Path, **settings: object) -> lbc.BlockwiseModel:
+    make_model(name).save_pretrained(directory)
+    return lbc.BlockwiseModel.open(directory, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_states_are_the_whole_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    parts = opened(name, tmp_path, dtype=dtype)
+    whole = lbc.load(tmp_path, dtype=dtype)
+    for _ in range(2):  # what surrounds the blocks stays for the second time
+        found = parts.last_hidden_states(sequences())
+        for ids, states in zip(sequences(), found, strict=True):
+            expected = run_body(whole, input_ids=ids[None]).last_hidden_state[0]
+            assert states.dtype == dtype and torch.equal(states, expected)
+    assert fingerprint(parts.tensors()) == fingerprint(whole.state_dict().items())
+    head = whole.get_output_embeddings().state_dict().items()
+    assert fingerprint(parts.tensors(parts.model.get_output_embeddings())) == fingerprint(head)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_one_block_is_in_memory(name: str, tmp_path: Path) -> None:
+    parts = opened(name, tmp_path)
+    blocks = parts.layout.modules
+    seen = []
+
+    def resident_blocks() -> list[int]:
+        return [
+            index
+            for index, block in enumerate(blocks)
+            if any(not item.is_meta for item in block.parameters())
+        ]
+
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(resident_blocks()))
+    parts.last_hidden_states(sequences())
+    assert seen == [[index] for index in range(len(blocks)) for _ in LENGTHS]
+    assert not resident_blocks()
+    assert parts.model.get_output_embeddings().weight.is_meta
+
+
+def test_a_cache_filled_blockwise_is_the_same(tmp_path: Path) -> None:
+    examples = [Example(text_of(2, seed=i) + " ", text_of(3 + i % 9, seed=i)) for i in range(40)]
+    data = TrainingSet(examples, make_tokenizer(), length=24)
+    parts = opened("llama", tmp_path / "model")
+    directories = tmp_path / "whole", tmp_path / "parts"
+    for directory, teacher in zip(directories, (lbc.load(tmp_path / "model"), parts), strict=True):
+        assert lbc.TeacherCache.bytes_needed(teacher, data) == data.tokens * 64 * 4
+        lbc.TeacherCache.fill(directory, teacher, data, progress=False)
+    files = [{path.name: path.read_bytes() for path in item.iterdir()} for item in directories]
+    assert files[0] == files[1] and len(files[0]) > 2
+    # And each goes on where the other one was.
+    (tmp_path / "whole" / "states-00001.safetensors").unlink()
+    lbc.TeacherCache.fill(tmp_path / "whole", parts, data, progress=False)
+    assert (tmp_path / "whole" / "states-00001.safetensors").exists()
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    parts = opened("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    parts = lbc.BlockwiseModel.open(tmp_path)
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight'.* is missing"):
+        parts.last_hidden_states(sequences())
+    assert not any(block._forward_pre_hooks for block in parts.layout.modules)
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path / "quantized")
+    with pytest.raises(ValueError, match="expected a 16-bit model, got a quantized one"):
+        lbc.BlockwiseModel.open(tmp_path / "quantized")
+    with pytest.raises(ValueError, match="no such model directory"):
+        lbc.BlockwiseModel.open(tmp_path / "none")
+    opened("llama", tmp_path / "model")
+    with pytest.raises(ValueError, match="dtype: expected auto, float32"):
+        lbc.BlockwiseModel.open(tmp_path / "model", dtype="int8")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match="expected 1 blocks by its config"):
+        lbc.BlockwiseModel.open(tmp_path / "model")
