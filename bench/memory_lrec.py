@@ -82,7 +82,10 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     arguments = parser.parse_args()
     place = arguments.directory
-    teacher, packed = place / f"llama-{arguments.size}", place / f"packed-{arguments.bits}"
+    teacher, packed = (
+        place / f"llama-{arguments.size}",
+        place / f"llama-{arguments.size}-{arguments.bits}",
+    )
     if not (teacher / "config.json").exists():
         write_model(teacher, arguments.size)
     text = place / "text.jsonl"

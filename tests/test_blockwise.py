@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbitcore as lbc
+from lowbitcore import lrec
 from lowbitcore.data import Example, TrainingSet
 from lowbitcore.head import run_body
-from lowbitcore.model import fingerprint
+from lowbitcore.model import fingerprint, open_source
 from test_data import make_tokenizer, text_of
 from test_models import CONFIGS, make_model, quantized
 
@@ -66,31 +67,67 @@ def test_one_block_is_in_memory(name: str, tmp_path: Path) -> None:
     assert parts.model.get_output_embeddings().weight.is_meta
 
 
-def test_a_cache_filled_blockwise_is_the_same(tmp_path: Path) -> None:
-    examples = [Example(text_of(2, seed=i) + " ", text_of(3 + i % 9, seed=i)) for i in range(40)]
+def test_a_cache_filled_blockwise_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several files, some of which go through the blocks together, some not."""
+    monkeypatch.setattr(lrec, "SHARD", 8)
+    monkeypatch.setattr(lrec, "TOKENS_TOGETHER", 200)
+    examples = [Example(text_of(2, seed=i) + " ", text_of(3 + i % 9, seed=i)) for i in range(42)]
     data = TrainingSet(examples, make_tokenizer(), length=24)
     parts = opened("llama", tmp_path / "model")
+    whole = lbc.load(tmp_path / "model")
+    passes = []
+    states_of = parts.last_hidden_states
+    monkeypatch.setattr(
+        parts, "last_hidden_states", lambda items: passes.append(len(items)) or states_of(items)
+    )
     directories = tmp_path / "whole", tmp_path / "parts"
-    for directory, teacher in zip(directories, (lbc.load(tmp_path / "model"), parts), strict=True):
+    for directory, teacher in zip(directories, (whole, parts), strict=True):
         assert lbc.TeacherCache.bytes_needed(teacher, data) == data.tokens * 64 * 4
         lbc.TeacherCache.fill(directory, teacher, data, progress=False)
     files = [{path.name: path.read_bytes() for path in item.iterdir()} for item in directories]
-    assert files[0] == files[1] and len(files[0]) > 2
+    assert files[0] == files[1] and len(files[0]) == 7
+    assert sum(passes) == 42 and 1 < len(passes) < 6
     # And each goes on where the other one was.
-    (tmp_path / "whole" / "states-00001.safetensors").unlink()
-    lbc.TeacherCache.fill(tmp_path / "whole", parts, data, progress=False)
-    assert (tmp_path / "whole" / "states-00001.safetensors").exists()
+    for directory, teacher in zip(directories, (parts, whole), strict=True):
+        for name in ("states-00001.safetensors", "states-00004.safetensors"):
+            (directory / name).unlink()
+        lbc.TeacherCache.fill(directory, teacher, data, progress=False)
+        assert {path.name: path.read_bytes() for path in directory.iterdir()} == files[0]
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
-    parts = opened("llama", tmp_path)
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_failure_leaves_nothing_behind(block: int, tmp_path: Path) -> None:
+    opened("llama", tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    lost = f"model.layers.{block}.mlp.up_proj.weight"
+    kept = weights.pop(lost)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     parts = lbc.BlockwiseModel.open(tmp_path)
-    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight'.* is missing"):
+    with pytest.raises(ValueError, match=f"{lost}' of the model is missing"):
         parts.last_hidden_states(sequences())
-    assert not any(block._forward_pre_hooks for block in parts.layout.modules)
+    blocks = parts.layout.modules
+    assert not any(item._forward_pre_hooks for item in blocks)
+    assert all(item.is_meta for item in blocks.parameters())
+    save_file({**weights, lost: kept}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    parts.source = open_source(tmp_path)
+    whole = lbc.BlockwiseModel.open(tmp_path).last_hidden_states(sequences())
+    for found, expected in zip(parts.last_hidden_states(sequences()), whole, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_tie_within_the_body(tmp_path: Path) -> None:
+    """What is tied to something in a file is read from there, wherever it lies."""
+    parts = opened("llama-tied", tmp_path)
+    parts.model.all_tied_weights_keys = {"model.embed_tokens.weight": "lm_head.weight"}
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    parts.source = open_source(tmp_path)
+    parts.load(parts.surrounding_names())
+    assert torch.equal(parts.model.model.embed_tokens.weight, weights["lm_head.weight"])
+    assert parts.head.weight.is_meta
 
 
 def test_bad_input(tmp_path: Path) -> None:

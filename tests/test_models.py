@@ -396,6 +396,21 @@ def test_names_in_files(tmp_path: Path) -> None:
     assert "embed_out.weight" in tensors and "lm_head.weight" not in tensors
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_loading_unpacks_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state_dict would: a second copy of all integers, for a moment."""
+    lbc.save(quantized(name), tmp_path)
+    expected = logits(lbc.load(tmp_path))
+
+    def unpack(linear: lbc.QuantLinear) -> None:
+        raise AssertionError("unpacked")
+
+    monkeypatch.setattr(lbc.QuantLinear, "canonical", unpack)
+    assert torch.equal(logits(lbc.load(tmp_path)), expected)
+
+
 def test_save_keeps_a_16_bit_model(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()

@@ -80,16 +80,17 @@ def test_a_teacher_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cached, beside = (plan(config, **more, cache=cache) for cache in (True, False))  # type: ignore[arg-type]
     assert beside.teacher_bytes == pytest.approx(2 * 6.74e9, rel=1e-2)
     block, embeddings = 2 * 202.4e6, 2 * 32_000 * 4096
-    states = 2 * 32 * 256 * 4096 * 2
+    states = 2 * 32_768 * 4096 * 2
     assert cached.teacher_bytes == pytest.approx(block + embeddings + states, rel=1e-2)
-    assert cached.peak_bytes < beside.peak_bytes - 13e9
+    # Steps are small here, and filling the cache is the peak.
+    step = cached.optimizer_bytes + cached.activation_bytes + cached.loss_bytes + cached.held_bytes
+    fixed = cached.runtime_bytes + cached.weights_bytes
+    assert cached.peak_bytes > fixed + max(cached.teacher_bytes, step)
+    assert cached.peak_bytes < beside.peak_bytes - 12e9
     assert cached.largest_micro_batch > beside.largest_micro_batch > 0 == beside.cache_bytes
-    # Where steps are small, filling may be the peak.
-    wide = LlamaConfig(**{**LLAMA_LIKE, "vocab_size": 32, "num_hidden_layers": 1})
-    small = plan(wide, **{**more, "length": 1}, cache=True)  # type: ignore[arg-type]
-    filling = small.runtime_bytes + small.weights_bytes + small.teacher_bytes
-    assert small.peak_bytes >= filling
-    assert not plan(wide, **{**more, "memory": filling - 1}).fits  # type: ignore[arg-type]
+    less = {**more, "memory": cached.peak_bytes - 1}
+    assert not plan(config, **less).fits  # type: ignore[arg-type]
+    assert plan(config, **{**less, "memory": cached.peak_bytes}).fits  # type: ignore[arg-type]
 
 
 def test_weights_are_of_the_configs_type() -> None:

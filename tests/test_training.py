@@ -416,7 +416,7 @@ def test_newest_checkpoint_passes_over_what_a_kill_cut_off(tmp_path: Path) -> No
 
 
 def test_a_cache_is_bound_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lrec, "EXAMPLES_TOGETHER", 8)
+    monkeypatch.setattr(lrec, "SHARD", 8)
     teacher, data = make_model("llama"), lesson(20)
     size = lbc.TeacherCache.bytes_needed(teacher, data)
     assert size == 20 * 16 * 64 * 4

@@ -47,8 +47,8 @@ class Tiles {
   }
 
   // Operands of products: copies, whose rows are close together.
-  Tile& left(std::int64_t p, std::int64_t i) { return left_[index(p, i)]; }
-  Tile& right(std::int64_t p, std::int64_t j) { return right_[index(p, j)]; }
+  Tile& left(std::int64_t p, std::int64_t i) { return left_[index(p, i)].tile; }
+  Tile& right(std::int64_t p, std::int64_t j) { return right_[index(p, j)].tile; }
 
   // (i, j) -= left(p, i) right(p, j)
   void subtract_product(std::int64_t i, std::int64_t j, std::int64_t p) {
@@ -72,7 +72,9 @@ class Tiles {
   }
 
  private:
-  using Copies = std::vector<Tile, Eigen::aligned_allocator<Tile>>;
+  struct alignas(64) Copy {
+    Tile tile;
+  };
 
   static std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
   static std::size_t index(std::int64_t p, std::int64_t i) {
@@ -81,7 +83,7 @@ class Tiles {
 
   Matrix64& matrix_;
   const Backend& backend_;
-  Copies left_, right_;
+  std::vector<Copy> left_, right_;
 };
 
 // Overwrites the lower triangle of a matrix A with L, A = L L^T. False if A is not positive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -21,6 +22,7 @@ from lowbitcore.model import (
     find_blocks,
     find_name,
     open_source,
+    plain_tensors,
     tied_names,
 )
 from lowbitcore.runtime import resolve_device
@@ -39,7 +41,7 @@ class BlockwiseModel:
         # Its buffers; parameters have no values yet.
         self.model._apply(lambda item: item if item.is_meta else item.to(device))
         self.layout = find_blocks(self.model)
-        self.names = list(self.model.state_dict())
+        self.names = list(plain_tensors(self.model))
         check_depth(self.model, source)
 
     @staticmethod
@@ -62,6 +64,10 @@ class BlockwiseModel:
         return BlockwiseModel(source, dtype=chosen_dtype(dtype, source.dtype), device=device)
 
     @property
+    def head(self) -> nn.Module:
+        return cast(nn.Module, self.model.get_output_embeddings())
+
+    @property
     def config(self) -> PretrainedConfig:
         return self.model.config
 
@@ -74,21 +80,13 @@ class BlockwiseModel:
     def surrounding_names(self) -> list[str]:
         """What is neither in a block nor the head's, which comes after all hidden states and is as
         large as the embeddings."""
-        ties, head = tied_names(self.model), self.model.get_output_embeddings()
-        # A tied head may still be the embeddings' parameter itself.
-        alone = {id(item) for item in head.parameters()} if head is not None and not ties else set()
-        return [
-            name
-            for name, item in self.model.state_dict(keep_vars=True).items()
-            if not name.startswith(f"{self.layout.prefix}.")
-            and name not in ties
-            and id(item) not in alone
-        ]
+        elsewhere = (f"{self.layout.prefix}.", self._path(self.head))
+        return [name for name in self.names if not name.startswith(elsewhere)]
 
     def load(self, names: Sequence[str], dtype: torch.dtype | None = None) -> None:
-        """Gives the named tensors their values, in the model's dtype or another one; what is there
-        stays as it is."""
-        current = self.model.state_dict(keep_vars=True)
+        """Gives the named tensors their values, in the model's dtype or another one, unless they
+        have some already."""
+        current = plain_tensors(self.model)
         if any(current[name].is_meta for name in names):
             dtype = dtype or self.dtype
             fill(self.model, self.source.weights, names, dtype=dtype, device=self.device)
@@ -100,13 +98,16 @@ class BlockwiseModel:
 
     def tensors(self, module: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
         """The state_dict of the model, or of one of its modules, read one at a time."""
-        prefixes = {id(item): f"{path}." for path, item in self.model.named_modules() if path}
-        prefix = "" if module is None else prefixes[id(module)]
+        prefix = "" if module is None else self._path(module)
         ties, weights = tied_names(self.model), self.source.weights
-        for name in (self.model if module is None else module).state_dict():
-            origin = ties.get(prefix + name, prefix + name)
-            value = weights.tensor(find_name(self.model, weights, origin))
-            yield name, value.to(self.dtype) if value.is_floating_point() else value
+        for name in (name for name in self.names if name.startswith(prefix)):
+            value = weights.tensor(find_name(self.model, weights, ties.get(name, name)))
+            plain = value.to(self.dtype) if value.is_floating_point() else value
+            yield name.removeprefix(prefix), plain
+
+    def _path(self, module: nn.Module) -> str:
+        """The start of the names of what is in a module."""
+        return next(f"{path}." for path, item in self.model.named_modules() if item is module)
 
     # Forward
 
@@ -124,14 +125,18 @@ class BlockwiseModel:
 
         self.load(self.surrounding_names())
         blocks = list(self.layout.modules)
-        forwards = [PausedForward(runner(ids), blocks) for ids in sequences]
+        forwards: list[PausedForward] = []
         try:
+            for ids in sequences:
+                forwards.append(PausedForward(runner(ids), blocks))
             for index in range(len(blocks)):
                 names = self.block_names(index)
-                self.load(names)
-                for forward in forwards:
-                    forward.advance(index + 1)
-                self.drop(names)
+                try:
+                    self.load(names)
+                    for forward in forwards:
+                        forward.advance(index + 1)
+                finally:
+                    self.drop(names)
             return [forward.finish() for forward in forwards]
         except BaseException:
             for forward in forwards:

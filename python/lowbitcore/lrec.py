@@ -31,9 +31,12 @@ from lowbitcore.losses import Direction, distillation
 from lowbitcore.model import check_kind, fingerprint
 from lowbitcore.training import Loss, PackedTrainer, TrainedModel
 
-# Examples in a file of the cache: what a killed run may have to do again, and what goes through a
-# block of the teacher while that is in memory.
-EXAMPLES_TOGETHER = 32
+# Examples in a file of the cache.
+SHARD = 32
+# Tokens, at least, of the files that go through a block of the teacher while that is in memory: so
+# many that reading it takes little time beside multiplying by it. A killed run may have to do them
+# again.
+TOKENS_TOGETHER = 1 << 15
 
 
 class LrecTrainer(PackedTrainer):
@@ -155,8 +158,7 @@ class TeacherCache:
         """
         if isinstance(teacher, BlockwiseModel):
             states_of: Callable[[list[Tensor]], Iterable[Tensor]] = teacher.last_hidden_states
-            tensors = teacher.tensors()
-            head = teacher.tensors(teacher.model.get_output_embeddings())
+            tensors, head = teacher.tensors(), teacher.tensors(teacher.head)
         else:
             check_kind("TeacherCache: teacher", teacher, PreTrainedModel)
             states_of = partial(_last_hidden_states, teacher.eval())
@@ -190,24 +192,21 @@ class TeacherCache:
                 )
             checkpoint.write_json(record, binding)
         cache = cls(path, binding)
-        starts = range(0, len(dataset), EXAMPLES_TOGETHER)
-        todo = [start for start in starts if not cache._shard(start).exists()]
-        for start in tqdm(todo, desc="teacher", unit="shard", disable=not progress):
-            shard = range(start, min(start + EXAMPLES_TOGETHER, len(dataset)))
-            entries = []
-            for index, states in zip(
-                shard, states_of([dataset[i]["input_ids"] for i in shard]), strict=True
-            ):
-                if not torch.isfinite(states).all():
-                    raise ValueError(
-                        f"TeacherCache: teacher: its states for example {index} are not finite"
-                    )
-                entries.append(Entry.of(str(index), states.cpu()))
-            checkpoint.write_safetensors(cache._shard(start), entries)
+        shards = [range(i, min(i + SHARD, len(dataset))) for i in range(0, len(dataset), SHARD)]
+        todo = [shard for shard in shards if not cache._shard(shard[0]).exists()]
+        with tqdm(total=len(todo), desc="teacher", unit="shard", disable=not progress) as bar:
+            for group in _passes(todo, dataset):
+                states = iter(
+                    states_of([dataset[i]["input_ids"] for shard in group for i in shard])
+                )
+                for shard in group:
+                    entries = [_entry(index, next(states)) for index in shard]
+                    checkpoint.write_safetensors(cache._shard(shard[0]), entries)
+                    bar.update()
         return cache
 
     def _shard(self, index: int) -> Path:
-        return self._directory / f"states-{index // EXAMPLES_TOGETHER:05d}.safetensors"
+        return self._directory / f"states-{index // SHARD:05d}.safetensors"
 
     def states(self, index: int) -> Tensor:
         """The states of one example, [tokens, features]."""
@@ -237,6 +236,26 @@ class TeacherCache:
         if not isinstance(dataset, TrainingSet) or dataset.digest() != self._binding["data"]:
             raise ValueError(f"TeacherCache: {self._directory}: holds states of other data")
         return _WithStates(dataset, self)
+
+
+def _passes(shards: Sequence[range], dataset: TrainingSet) -> Iterator[list[range]]:
+    """What goes through the teacher together."""
+    group: list[range] = []
+    tokens = 0
+    for shard in shards:
+        group.append(shard)
+        tokens += sum(len(dataset.items[i][0]) for i in shard)
+        if tokens >= TOKENS_TOGETHER:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group
+
+
+def _entry(index: int, states: Tensor) -> Entry:
+    if not torch.isfinite(states).all():
+        raise ValueError(f"TeacherCache: teacher: its states for example {index} are not finite")
+    return Entry.of(str(index), states.cpu())
 
 
 def _last_hidden_states(teacher: PreTrainedModel, sequences: Sequence[Tensor]) -> Iterator[Tensor]:

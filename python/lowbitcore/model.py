@@ -277,6 +277,15 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", {}))
 
 
+def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state_dict but for packed linears', which would unpack them, all at once."""
+    found: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, QuantLinear):
+            module._save_to_state_dict(found, f"{path}." if path else "", keep_vars=True)
+    return found
+
+
 def fill(
     model: nn.Module,
     weights: Weights,
@@ -290,11 +299,9 @@ def fill(
     Floating-point ones become `dtype`. ValueError where one is missing or of another shape.
     """
     ties = tied_names(model)
-    wanted = dict(model.state_dict(keep_vars=True))
+    wanted = plain_tensors(model)
     for name in names:
-        if name in ties and resolve_name(model, weights, name) is None:
-            continue
-        found = find_name(model, weights, name)
+        found = find_name(model, weights, ties.get(name, name))
         shape = weights.info(found).shape
         if shape != tuple(wanted[name].shape):
             raise ValueError(
@@ -465,12 +472,7 @@ def load(
     check_depth(model, source)
     if source.gptq is not None:
         _place_quantized(model, source, chosen, device)
-    done = {
-        f"{path}.{name}"
-        for path, module in quantized_linears(model).items()
-        for name in module.state_dict()
-    }
-    names = [name for name in model.state_dict() if name not in done]
+    names = [name for name in plain_tensors(model) if name not in tied_names(model)]
     fill(model, source.weights, names, dtype=chosen, device=device)
     model.tie_weights()
     if source.gptq is not None:
@@ -645,14 +647,13 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
         if base != config.meta["base_sha256"]:
             raise ValueError(f"save: {correction}: belongs to other integers: move or delete it")
     entries: list[Entry] = []
-    done = set(tied_names(model))
+    ties = tied_names(model)
     for path, linear in linears.items():
         entries += quantized_entries(saved_name(model, path), linear.canonical, config)
-        done |= {f"{path}.{name}" for name in linear.state_dict()}
     entries += [
-        Entry.of(saved_name(model, name), tensor)
-        for name, tensor in model.state_dict().items()
-        if name not in done
+        Entry.of(saved_name(model, name), tensor.detach())
+        for name, tensor in plain_tensors(model).items()
+        if name not in ties
     ]
     write_model(
         out,

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lowbitcore import ops
 from lowbitcore.head import chunk_tokens
 from lowbitcore.lora import prepare_lora
-from lowbitcore.lrec import EXAMPLES_TOGETHER
+from lowbitcore.lrec import SHARD, TOKENS_TOGETHER
 from lowbitcore.model import (
     find_blocks,
     linear_shape,
@@ -140,7 +140,7 @@ def plan(
     def step(activation: int) -> int:
         return fixed + beside + optimizer + loss + activation + held(activation)
 
-    filling = fixed + teacher
+    filling = fixed + adapters + teacher + held(0)
     peak = max(step(activation), filling)
     room = memory - step(one - slope) if filling <= memory else 0
     hidden = model.config.get_text_config().hidden_size
@@ -191,8 +191,9 @@ def _filling_bytes(model: PreTrainedModel, length: int) -> int:
     surroundings = _bytes(model) - _bytes(blocks)
     if not tied_names(model):
         surroundings -= _bytes(model.get_output_embeddings())
-    # Of each example what was embedded, and what came out of the last block.
-    states = 2 * EXAMPLES_TOGETHER * length * config.hidden_size * model.dtype.itemsize
+    # Of each token what was embedded, and what came out of the last block.
+    together = max(TOKENS_TOGETHER, SHARD * length)
+    states = 2 * together * config.hidden_size * model.dtype.itemsize
     return surroundings + max(map(_bytes, blocks)) + states
 
 

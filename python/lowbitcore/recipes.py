@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -411,8 +412,9 @@ def _teacher(
     teacher = BlockwiseModel(source, dtype=model.dtype, device=model.device)
     size = TeacherCache.bytes_needed(teacher, examples)
     say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")
-    # The others find it filled.
-    with PartialState(cpu=model.device.type == "cpu").main_process_first():
+    # The others find it filled, whenever that may be.
+    patience = timedelta(weeks=4)
+    with PartialState(cpu=model.device.type == "cpu", timeout=patience).main_process_first():
         return TeacherCache.fill(recipe.teacher.cache, teacher, examples)
 
 
