@@ -80,7 +80,7 @@ void check_inputs(const char* op, const AttentionInputs& in) {
 
 std::size_t sized(const char* op, std::size_t (*Backend::*size)(std::int64_t, std::int64_t, int),
                   std::int64_t rows, std::int64_t cols, const Execution& exec) {
-  if (rows < 0) check::fail(op, "rows", "a count of rows", std::to_string(rows));
+  check::row_count(op, "rows", rows);
   check_cols(op, "cols", cols);
   const Backend& backend = backend_with_attention(op, exec);
   return (backend.*size)(rows, cols, resolve_threads(exec.num_threads));

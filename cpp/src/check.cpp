@@ -79,6 +79,10 @@ void data(const char* op, const char* argument, const void* pointer) {
   if (pointer == nullptr) fail(op, argument, "data", "a null pointer");
 }
 
+void row_count(const char* op, const char* argument, std::int64_t rows) {
+  if (rows < 0) fail(op, argument, "a count of rows", std::to_string(rows));
+}
+
 void columns(const char* op, const char* argument, std::int64_t cols) {
   if (cols <= 0 || cols % 32 != 0) {
     fail(op, argument, "a positive multiple of 32 columns", std::to_string(cols));

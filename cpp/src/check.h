@@ -35,6 +35,8 @@ inline void shape(const char* op, const char* argument, const ConstMatrix& matri
 
 void same_dtype(const char* op, const char* argument, DType got, const char* other, DType expected);
 
+void row_count(const char* op, const char* argument, std::int64_t rows);
+
 void columns(const char* op, const char* argument, std::int64_t cols);
 
 // Rows that vectors run over: a positive multiple of 32 columns.

@@ -41,7 +41,7 @@ struct Scratch {
 
 std::size_t sized(const char* op, std::size_t (*size)(std::int64_t, std::int64_t),
                   std::int64_t rows, std::int64_t cols) {
-  if (rows < 0) check::fail(op, "rows", "a count of rows", std::to_string(rows));
+  check::row_count(op, "rows", rows);
   check::columns(op, "cols", cols);
   return rows == 0 ? 0 : size(rows, cols);
 }

@@ -11,7 +11,7 @@ namespace {
 std::size_t sized(const char* op, std::size_t (*size)(const QuantFormat&, std::int64_t, int),
                   const QuantFormat& format, std::int64_t m, const Execution& exec) {
   check::format(op, format);
-  if (m < 0) check::fail(op, "m", "a count of rows", std::to_string(m));
+  check::row_count(op, "m", m);
   return size(format, m, resolve_threads(exec.num_threads));
 }
 
