@@ -75,7 +75,7 @@ def test_a_teacher_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """While its states are cached, or all along."""
     monkeypatch.setattr(sys.modules["lowbitcore.plan"], "_resident", lambda: 10**9)
     config = LlamaConfig(**{k: v for k, v in LLAMA_7B.items() if k != "dtype"})
-    settings = {"method": "lrec", "bits": 4, "group_size": 128, "length": 256}
+    settings = {"method": "lrec", "bits": 4, "group_size": 128, "length": 256, "tokens": 100_000}
     more = {**settings, "memory": 22 * 10**9, "checkpointing": "full", "dtype": torch.bfloat16}
     cached, beside = (plan(config, **more, cache=cache) for cache in (True, False))  # type: ignore[arg-type]
     assert beside.teacher_bytes == pytest.approx(2 * 6.74e9, rel=1e-2)

@@ -108,7 +108,7 @@ def plan(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         teacher = 0
         if method == "lrec":
-            teacher = _filling_bytes(model, length) if cache else _bytes(model)
+            teacher = _filling_bytes(model, length, tokens) if cache else _bytes(model)
         _pack(model, bits, group_size)
         weights = _bytes(model)
         if method == "peqa":
@@ -185,14 +185,14 @@ def _pack(model: PreTrainedModel, bits: int, group_size: int) -> None:
         set_module(blocks, path, packed)
 
 
-def _filling_bytes(model: PreTrainedModel, length: int) -> int:
+def _filling_bytes(model: PreTrainedModel, length: int, tokens: int) -> int:
     """What a BlockwiseModel has in memory while it fills a cache."""
     config, blocks = model.config.get_text_config(), find_blocks(model).modules
     surroundings = _bytes(model) - _bytes(blocks)
     if not tied_names(model):
         surroundings -= _bytes(model.get_output_embeddings())
     # Of each token what was embedded, and what came out of the last block.
-    together = max(TOKENS_TOGETHER, SHARD * length)
+    together = min(tokens, max(TOKENS_TOGETHER, SHARD * length))
     states = 2 * together * config.hidden_size * model.dtype.itemsize
     return surroundings + max(map(_bytes, blocks)) + states
 

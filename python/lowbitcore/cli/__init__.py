@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from lowbitcore.cli import models, training  # noqa: F401  (they register their commands)
@@ -66,5 +67,6 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses it twice, wants the same
             print("interrupted", file=sys.stderr)
         raise
