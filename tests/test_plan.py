@@ -147,7 +147,7 @@ config = LlamaConfig(
 )
 planned = plan(
     config, method=method, bits=4, group_size=64, length=512, micro_batch=4, memory=1 << 40,
-    checkpointing=kind,
+    checkpointing=kind, dtype=torch.bfloat16,
 )
 planned = planned.peak_bytes - file_pages()
 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
