@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -41,21 +42,30 @@ def random_linear(
     return linear.requires_grad_(False)
 
 
-def build(size: str, bits: int) -> torch.nn.Module:
-    """A packed LLaMA with random integers, tensor by tensor: no 16-bit block is ever made."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from lowbitcore.lora import block_linears, linear_features
-    from lowbitcore.model import set_module, use_own_operations
+def config_of(size: str) -> Any:
+    """LLaMA's of that size, in bf16."""
+    from transformers import LlamaConfig
 
     hidden, intermediate, layers, heads = SHAPES[size]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=32000,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
     )
+
+
+def build(size: str, bits: int) -> torch.nn.Module:
+    """A packed LLaMA with random integers, tensor by tensor: no 16-bit block is ever made."""
+    from transformers import AutoModelForCausalLM
+
+    from lowbitcore.lora import block_linears, linear_features
+    from lowbitcore.model import set_module, use_own_operations
+
+    config = config_of(size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     use_own_operations(model)  # as in a model that is loaded

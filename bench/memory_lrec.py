@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory import GROUP_SIZE, SHAPES
+from memory import GROUP_SIZE, SHAPES, config_of
 
 LENGTH = 256
 
@@ -28,21 +28,12 @@ def write_model(directory: Path, size: str) -> None:
     """A checkpoint of random weights, tensor by tensor, and a tokenizer of numbers."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from lowbitcore.formats import checkpoint
     from lowbitcore.formats.checkpoint import Entry
 
-    hidden, intermediate, layers, heads = SHAPES[size]
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
-    )
+    config = config_of(size)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
@@ -82,10 +73,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     arguments = parser.parse_args()
     place = arguments.directory
-    teacher, packed = (
-        place / f"llama-{arguments.size}",
-        place / f"llama-{arguments.size}-{arguments.bits}",
-    )
+    teacher = place / f"llama-{arguments.size}"
+    packed = place / f"{teacher.name}-{arguments.bits}"
     if not (teacher / "config.json").exists():
         write_model(teacher, arguments.size)
     text = place / "text.jsonl"

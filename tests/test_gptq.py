@@ -236,6 +236,16 @@ def test_same_integers_on_every_isa_and_any_number_of_threads(bits: int, mode: s
         assert other.loss == found[0].loss
 
 
+def test_same_factor_on_every_isa_and_any_number_of_threads() -> None:
+    hessian = hessian_of(17, 352)
+    found = []
+    for name in runtime.available_isas():
+        for count in (1, 2, 5):
+            with ref.forced_isa(name), ref.threads(count):
+                found.append(ops.gptq_factorize(hessian))
+    assert all(torch.equal(other.u, found[0].u) for other in found)
+
+
 @pytest.mark.parametrize("k", [32, 96, 192, 416, 992])
 def test_same_factor_of_a_difficult_hessian_everywhere(k: int) -> None:
     """So close to singular that sums in another order are seen after rounding to float32; of less
@@ -243,7 +253,7 @@ def test_same_factor_of_a_difficult_hessian_everywhere(k: int) -> None:
     weight, hessian = random_weight(40, 32, k), hessian_of(41, k, samples=k // 4)
     found = []
     for name in runtime.available_isas():
-        for count in (1, 3):
+        for count in (1, 2, 3):
             with ref.forced_isa(name), ref.threads(count):
                 factor = ops.gptq_factorize(hessian, percdamp=1e-5)
                 codes = ops.gptq_quantize(weight, factor, bits=3, group_size=96).codes

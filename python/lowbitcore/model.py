@@ -472,7 +472,8 @@ def load(
     check_depth(model, source)
     if source.gptq is not None:
         _place_quantized(model, source, chosen, device)
-    names = [name for name in plain_tensors(model) if name not in tied_names(model)]
+    ties = tied_names(model)
+    names = [name for name in plain_tensors(model) if name not in ties]
     fill(model, source.weights, names, dtype=chosen, device=device)
     model.tie_weights()
     if source.gptq is not None:
