@@ -10,8 +10,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Small problems go in turn through numpy, torch and the core. Threads of one that spin while
-# another works make the tests ten times slower on few cores; libraries read this when loaded.
+# Most problems here are small, and a team of threads then costs more than it brings; tests of what
+# several do ask for them. Libraries read these when loaded, and commands inherit them. Threads that
+# spin while others work would cost most of all.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

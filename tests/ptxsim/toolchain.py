@@ -75,9 +75,13 @@ def assemble(source: Path, architecture: str) -> tuple[Path, str]:
     """The machine code of one architecture, and what ptxas says of it."""
     result = kept(f"{source.stem}.sm_{architecture}.cubin")
     said = result.with_suffix(".log")
-    if not said.exists() or not result.exists():
-        done = command("ptxas", "-v", f"-arch=sm_{architecture}", source, "-o", result)
-        said.write_text(done.stdout + done.stderr)
+    if not said.exists():
+        with tempfile.TemporaryDirectory(dir=result.parent) as scratch:
+            made, report = Path(scratch) / result.name, Path(scratch) / said.name
+            done = command("ptxas", "-v", f"-arch=sm_{architecture}", source, "-o", made)
+            report.write_text(done.stdout + done.stderr)
+            os.replace(made, result)
+            os.replace(report, said)
     return result, said.read_text()
 
 
