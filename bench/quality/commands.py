@@ -16,8 +16,10 @@ from lowbitcore.formats.checkpoint import write_json
 HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
 CALIBRATION = ["--samples", 128, "--length", 1024]
 TUNE_EPOCHS = 1
-# LREC's rates: the adapter's and that of the scales, which do not train without it.
-FAST, SCALES = ("--lr", 1e-3), ("--scales-lr", 5e-3)
+# LREC's rates, the adapter's and that of the scales, which do not train without it; and CE with as
+# much weight as KL.
+FAST, SCALES, EVEN = ("--lr", 1e-3), ("--scales-lr", 5e-3), ("--lambda-ce", 1)
+REPAIR = (*FAST, *SCALES, *EVEN)
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

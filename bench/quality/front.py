@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
-from commands import CALIBRATION, FAST, SCALES, TUNE_EPOCHS, Bench, group_name, parser_of
+from commands import CALIBRATION, REPAIR, TUNE_EPOCHS, Bench, group_name, parser_of
 from matplotlib import pyplot, ticker
 
 from lowbitcore import load
@@ -82,7 +82,7 @@ def points(bench: Bench, prose: Path, texts: list[Path], tokens: int) -> Iterato
         model = bench.quantize("gptq", *base[:2], prose, rank=base.rank, tune_epochs=TUNE_EPOCHS)
         yield point("tuned with a correction", base, model, model / "correction")
         if tokens:
-            adapter = bench.train("lrec", model, f"lrec-{model.name}", *schedule, *FAST, *SCALES)
+            adapter = bench.train("lrec", model, f"lrec-{model.name}", *schedule, *REPAIR)
             yield point("and LREC", base, model, adapter)
     for base in PLAIN:
         model = bench.quantize("gptq", *base[:2], prose, tune_epochs=TUNE_EPOCHS)

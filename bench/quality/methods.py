@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from commands import FAST, SCALES, TUNE_EPOCHS, Bench
+from commands import REPAIR, TUNE_EPOCHS, Bench
 
 RANK = 8
 STACK_RANK = 16
@@ -192,7 +192,7 @@ def stack(bench: Bench, arguments: argparse.Namespace) -> None:
     tokens = ["--tokens", arguments.tokens]
     base = bench.quantize("gptq", 2, 64, prose, rank=STACK_RANK, tune_epochs=TUNE_EPOCHS)
     teacher = ["--teacher", bench.model, "--cache", bench.path("teacher")]
-    schedule = ["--data", prose, *tokens, *teacher, *FAST, *SCALES]
+    schedule = ["--data", prose, *tokens, *teacher, *REPAIR]
     corrected = bench.train("lrec", base, f"stack-lrec-{base.name}", *schedule)
     schedule = ["--data", code, *tokens, "--mask-prompt", "--adapter", corrected]
     taught = bench.train("emef", base, f"stack-emef-{base.name}", *schedule)

@@ -13,14 +13,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from commands import FAST, SCALES, TUNE_EPOCHS, Bench, parser_of
+from commands import FAST, REPAIR, SCALES, TUNE_EPOCHS, Bench, parser_of
 
 BITS = 2
 
 
 class Variant(NamedTuple):
     title: str
-    options: tuple[Any, ...] = (*FAST, *SCALES)
+    options: tuple[Any, ...] = REPAIR
     group_size: int = 64
     rank: int = 16
     zeros: bool = False
@@ -31,13 +31,14 @@ ADDED = [
     Variant("from zeros", (), zeros=True, tune_epochs=0),
     Variant("from the closed form", (), tune_epochs=0),
     Variant("and at a rate of 1e-3", FAST, tune_epochs=0),
-    Variant("and with the scales", tune_epochs=0),
-    Variant("and from tuned blocks"),
+    Variant("and with the scales", (*FAST, *SCALES), tune_epochs=0),
+    Variant("and from tuned blocks", (*FAST, *SCALES)),
+    Variant("and with CE as much as KL"),
 ]
 CHANGED = [
     Variant("KL alone", (*FAST, *SCALES, "--lambda-ce", 0)),
     Variant("CE alone", (*FAST, *SCALES, "--lambda-kl", 0, "--lambda-ce", 1)),
-    Variant("reverse KL", (*FAST, *SCALES, "--kl", "reverse")),
+    Variant("reverse KL", (*REPAIR, "--kl", "reverse")),
     Variant("rank 8", rank=8),
     Variant("rank 32", rank=32),
     Variant("groups of 128", group_size=128),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from statistics import mean
 
-from commands import FAST, SCALES, Bench, parser_of
+from commands import REPAIR, Bench, parser_of
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
     show("16 bits", 16, 0, dense)
     schedule = ["--data", prose, "--tokens", arguments.tokens, "--teacher", bench.model]
-    schedule += [*FAST, *SCALES]
+    schedule += REPAIR
     found: dict[str, list[list[float]]] = {"tuned": [], "and LREC": []}
     for seed in range(arguments.seeds):
         model = bench.quantize(
