@@ -156,6 +156,12 @@ def test_hub_data_set(workplace: Path, tmp_path: Path) -> None:
     assert result["linears"] == 14
 
 
+def test_hub_data_set_without_a_name(workplace: Path) -> None:
+    arguments = quantization(workplace, "nameless")
+    arguments[arguments.index("--calib") + 1] = "hf:"
+    assert "expected the name of a data set, hf:NAME" in fail(*arguments)
+
+
 def test_info(workplace: Path) -> None:
     out, result = succeed("info", workplace / "quantized")
     assert result["gptq"]["bits"] == 4

@@ -197,6 +197,7 @@ def test_bad_plans(config_only: Path) -> None:
     common = ("plan", config_only, "--method", "emef", "--bits", 4)
     assert "--memory: expected a size such as 8GB" in fail(*common, "--memory", "lots")
     assert "--micro-batch: expected at least 1" in fail(*common, "--micro-batch", 0)
+    assert "--length: expected at most 2048 for this model" in fail(*common, "--length", 4096)
     assert "--targets: expected names of linears" in fail(*common, "--targets", "x")
     assert "scales: expected lrec, which has --scales-lr, got emef" in fail(*common, "--scales")
     assert "--tokens: expected at least 0, got -5" in fail(*common, "--tokens", -5)

@@ -256,8 +256,16 @@ def test_resume_with_a_damaged_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
     killed_run(source, tmp_path / "out", 1, monkeypatch)
     block = tmp_path / "out" / ".partial" / "block-00000.safetensors"
     block.write_bytes(block.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"block-00000\.safetensors: "):
+    monkeypatch.delattr(streaming._StreamingRun, "quantize")  # said before anything is computed
+    with pytest.raises(ValueError, match=r"block-00000\.safetensors: cannot resume: .* begin anew"):
         run(source, tmp_path / "out", resume=True)
+
+
+def test_refused_settings_leave_nothing_behind(tmp_path: Path) -> None:
+    source = save_source("llama", tmp_path / "in")
+    with pytest.raises(ValueError, match="rank: expected at most"):
+        run(source, tmp_path / "out", lbc.QuantConfig(bits=4, group_size=32, rank=10_000))
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_has_to_be_free(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
 from typer.testing import CliRunner
@@ -410,6 +410,35 @@ def test_newest_checkpoint_passes_over_what_a_kill_cut_off(tmp_path: Path) -> No
     (tmp_path / "checkpoint-14").mkdir()
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert newest_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("optimizer.pt", "empty"),
+        ("optimizer.pt", "cut off"),
+        ("optimizer.pt", "changed"),
+        ("adapter_model.safetensors", "empty"),
+        ("adapter_model.safetensors", "cut off"),  # they have no checksum
+    ],
+)
+def test_newest_checkpoint_passes_over_a_damaged_one(
+    name: str, damage: str, tmp_path: Path
+) -> None:
+    for step in (2, 10):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        torch.save({"step": torch.arange(100)}, directory / "optimizer.pt")
+        save_file({"a": torch.arange(100)}, directory / "adapter_model.safetensors")
+        (directory / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    path = tmp_path / "checkpoint-10" / name
+    content = bytearray(path.read_bytes())
+    middle = content.index(torch.arange(100).numpy().tobytes()) + 400
+    if damage == "changed":
+        content[middle] ^= 1
+    path.write_bytes(content[: {"empty": 0, "cut off": middle, "changed": None}[damage]])
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 # --- The teacher's cache -----------------------------------------------------------------------

@@ -104,6 +104,8 @@ def hub_texts(name: str, *, documents: int = 10_000) -> list[str]:
     from datasets import load_dataset
 
     path, _, configuration = name.partition(":")
+    if not path:
+        raise ValueError(f"hf:{name}: expected the name of a data set, hf:NAME")
     try:
         stream = load_dataset(path, configuration or None, split="train", streaming=True)
         records = itertools.islice(stream, documents)

@@ -99,6 +99,9 @@ def plan(
     ):
         if value < least:
             raise ValueError(f"plan: {name}: expected at least {least}, got {value}")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"plan: length: expected at most {limit} for this model, got {length}")
     dtype = dtype or config.dtype or torch.float32
     if targets is not None and method == "peqa":
         raise ValueError("plan: targets: expected none for peqa, which trains scales")

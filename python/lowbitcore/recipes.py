@@ -342,6 +342,8 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
     if record.exists():
         checkpoint.lock(out / _LOCK).close()  # said first: a living run must not be deleted
         if not resume:
+            if newest_checkpoint(out) is None:  # nothing is lost
+                return {}
             raise ValueError(f"{out}: holds an unfinished training: give --resume, or delete it")
         found = checkpoint.read_json(record)
         settings = _settings(recipe)

@@ -80,7 +80,11 @@ def quantize_checkpoint(
     windows = calibration_for(config, calibration, lambda: load_tokenizer(source), opened.config)
     run = _StreamingRun(opened, Path(out), windows, config, device)
     run.open(resume=resume)
-    return run.quantize(progress=progress)
+    try:
+        return run.quantize(progress=progress)
+    except ValueError:
+        run.forget_if_nothing_is_done()
+        raise
 
 
 def check_output(out: Path, *, resume: bool) -> None:
@@ -146,6 +150,14 @@ class _StreamingRun:
         self._lock()
         self._save_progress()
 
+    def forget_if_nothing_is_done(self) -> None:
+        """So that a refused setting, put right, need not be taken for a resumed run's."""
+        if self._done == 0:
+            self._lock_file.close()
+            shutil.rmtree(self._partial)
+            if not any(self._out.iterdir()):
+                self._out.rmdir()
+
     def _lock(self) -> None:
         """Keeps other runs out of `out` for as long as this process lives."""
         self._lock_file = checkpoint.lock(self._partial / _LOCK)
@@ -174,6 +186,17 @@ class _StreamingRun:
             self._report.bytes = dict(report["bytes"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: not a usable progress file: {error!r}") from error
+        for index in range(self._done):  # now, and not when all others are done
+            files = [self._block_file(index)]
+            files += [self._correction_file(index)] if self._config.rank else []
+            for path in files:
+                try:
+                    Checkpoint.from_file(path)
+                except (OSError, ValueError) as error:
+                    raise ValueError(
+                        f"{path}: cannot resume: expected a finished block, got {error}: delete "
+                        f"{self._partial} and begin anew"
+                    ) from error
 
     def _binding(self) -> dict[str, Any]:
         """What a resumed run has to share with the one it goes on with."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lowbitcore import adapters
 from lowbitcore.data import IGNORED
 from lowbitcore.formats import peft, scales
+from lowbitcore.formats.checkpoint import Checkpoint
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.lora import newest_adapters
 from lowbitcore.losses import cross_entropy
@@ -372,7 +374,7 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
 
 
 def newest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The last checkpoint that was written to its end: a kill may have cut off the newest."""
+    """The last checkpoint that is whole: a kill may have cut off the newest, or a power loss."""
     found = []
     for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:  # the Trainer writes its state last
@@ -380,7 +382,22 @@ def newest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
             found.append((int(state["global_step"]), path))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return max(found)[1] if found else None
+    return next((path for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether torch's archives in it are as their checksums say, and no tensor is cut off."""
+    try:
+        for path in directory.iterdir():
+            if path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:
+                        return False
+            elif path.suffix == ".safetensors":
+                Checkpoint.from_file(path)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return True
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
