@@ -108,7 +108,7 @@ def run(
             str(corrected),
             Schedule(str(prose), minutes=minutes, lr=_LEARNING_RATE),
             Lora(RANK, RANK, None, 0.0, start=str(corrected / CORRECTION)),
-            Teacher(str(source), lambda_kl=1.0, lambda_ce=1.0, kl="forward", cache=None),
+            Teacher(str(source), lambda_kl=1.0, lambda_ce=0.1, kl="forward", cache=None),
             dtype="bfloat16",
             device=device,
         )
