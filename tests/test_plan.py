@@ -96,7 +96,7 @@ def test_a_teacher_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_are_of_the_configs_type() -> None:
     config = LlamaConfig(**{**LLAMA_LIKE, "vocab_size": 4096})
-    settings = {"method": "emef", "bits": 4, "group_size": 32, "memory": 10**9}
+    settings = {"method": "emef", "bits": 4, "group_size": 32, "length": 64, "memory": 10**9}
     small, large = (
         plan(config, **settings, dtype=dtype)  # type: ignore[arg-type]
         for dtype in (torch.bfloat16, torch.float32)
@@ -110,7 +110,14 @@ def test_scales_beside_an_adapter() -> None:
     """As many as train on a real model, each a gradient and two moments more in float32; their
     masters are among the weights, and the adapter keeps their inputs anyway."""
     model = quantized("llama")
-    settings = {"method": "lrec", "bits": 4, "group_size": 32, "rank": 4, "memory": 10**9}
+    settings = {
+        "method": "lrec",
+        "bits": 4,
+        "group_size": 32,
+        "length": 64,
+        "rank": 4,
+        "memory": 10**9,
+    }
     planned = []
     for scales in (False, True):
         lbc.prepare_lora(model, rank=4, targets=None)
