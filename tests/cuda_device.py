@@ -9,13 +9,11 @@ tests use the installed extension and a GPU.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,21 +47,18 @@ def build_emulated() -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     key = hashlib.sha256(f"{REPOSITORY}\0{sys.executable}".encode()).hexdigest()[:16]
     build = home / "lowbitcore-ptxsim" / f"extension-{key}"
-    build.mkdir(parents=True, exist_ok=True)
-    configure = ["cmake", "-S", str(REPOSITORY), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
-    configure += ["-DLOWBITCORE_PYTHON=ON", "-DLOWBITCORE_CUDA=ON", "-DLOWBITCORE_EMULATE_CUDA=ON"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += ["-G", "Ninja"] if shutil.which("ninja") else []
     nanobind = importlib.util.find_spec("nanobind")
     assert nanobind is not None and nanobind.origin is not None
-    configure += [f"-Dnanobind_DIR={Path(nanobind.origin).parent / 'cmake'}"]
-    configure += toolkit.cmake_options()
-    with (build / "lock").open("w") as lock:  # pytest -n 2 has two processes that want it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    toolkit.cmake(
+        REPOSITORY,
+        build,
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DLOWBITCORE_PYTHON=ON",
+        "-DLOWBITCORE_CUDA=ON",
+        "-DLOWBITCORE_EMULATE_CUDA=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dnanobind_DIR={Path(nanobind.origin).parent / 'cmake'}",
+    )
     return next(build.glob("_C*.so"))
 
 

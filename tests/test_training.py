@@ -441,6 +441,13 @@ def test_newest_checkpoint_passes_over_a_damaged_one(
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
+def test_a_run_without_a_checkpoint_may_begin_anew(place: Path) -> None:
+    (place / "begun").mkdir()
+    (place / "begun" / "training.json").write_text("{}")
+    _, result = succeed(*command(place, "peqa", "begun", "--steps", 1))
+    assert result["steps"] == 1
+
+
 # --- The teacher's cache -----------------------------------------------------------------------
 
 

@@ -18,8 +18,8 @@ CALIBRATION = ["--samples", 128, "--length", 1024]
 TUNE_EPOCHS = 1
 # LREC's rates, the adapter's and that of the scales, which do not train without it; and CE with as
 # much weight as KL.
-FAST, SCALES, EVEN = ("--lr", 1e-3), ("--scales-lr", 5e-3), ("--lambda-ce", 1)
-REPAIR = (*FAST, *SCALES, *EVEN)
+FAST, SCALES = ("--lr", 1e-3), ("--scales-lr", 5e-3)
+REPAIR = (*FAST, *SCALES, "--lambda-ce", 1)
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

@@ -37,7 +37,7 @@ ADDED = [
 ]
 CHANGED = [
     Variant("KL alone", (*FAST, *SCALES, "--lambda-ce", 0)),
-    Variant("CE alone", (*FAST, *SCALES, "--lambda-kl", 0, "--lambda-ce", 1)),
+    Variant("CE alone", (*REPAIR, "--lambda-kl", 0)),
     Variant("reverse KL", (*REPAIR, "--kl", "reverse")),
     Variant("rank 8", rank=8),
     Variant("rank 32", rank=32),

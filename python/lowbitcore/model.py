@@ -412,6 +412,13 @@ def check_tokens(where: str, ids: torch.Tensor, model: PreTrainedModel) -> None:
         )
 
 
+def check_length(argument: str, length: int, config: PretrainedConfig) -> None:
+    """ValueError for a sequence longer than a model with this config can take."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"{argument}: expected at most {limit} for this model, got {length}")
+
+
 def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """All QuantLinear of a model by path."""
     return {

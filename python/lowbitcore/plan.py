@@ -21,6 +21,7 @@ from lowbitcore.head import chunk_tokens
 from lowbitcore.lora import prepare_lora
 from lowbitcore.lrec import SHARD, TOKENS_TOGETHER
 from lowbitcore.model import (
+    check_length,
     find_blocks,
     linear_shape,
     quantizable,
@@ -99,9 +100,7 @@ def plan(
     ):
         if value < least:
             raise ValueError(f"plan: {name}: expected at least {least}, got {value}")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(f"plan: length: expected at most {limit} for this model, got {length}")
+    check_length("plan: length", length, config)
     dtype = dtype or config.dtype or torch.float32
     if targets is not None and method == "peqa":
         raise ValueError("plan: targets: expected none for peqa, which trains scales")

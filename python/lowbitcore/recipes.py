@@ -169,11 +169,7 @@ def train(
         say(f"{out}: nothing to resume: training from the start")
     model = models.load(recipe.model, dtype=recipe.dtype, device=device)
     tokenizer = models.load_tokenizer(recipe.model)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and schedule.length > limit:
-        raise ValueError(
-            f"--length: expected at most {limit} for this model, got {schedule.length}"
-        )
+    models.check_length("--length", schedule.length, model.config)
     adapters.load_adapters(model, recipe.adapters)
     # Read before anything is trained, and not after hours of it.
     text = None

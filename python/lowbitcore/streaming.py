@@ -191,7 +191,7 @@ class _StreamingRun:
             files += [self._correction_file(index)] if self._config.rank else []
             for path in files:
                 try:
-                    Checkpoint.from_file(path)
+                    checkpoint.read_header(path)
                 except (OSError, ValueError) as error:
                     raise ValueError(
                         f"{path}: cannot resume: expected a finished block, got {error}: delete "

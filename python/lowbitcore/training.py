@@ -34,7 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lowbitcore import adapters
 from lowbitcore.data import IGNORED
 from lowbitcore.formats import peft, scales
-from lowbitcore.formats.checkpoint import Checkpoint
+from lowbitcore.formats.checkpoint import read_header
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.lora import newest_adapters
 from lowbitcore.losses import cross_entropy
@@ -394,7 +394,7 @@ def _is_whole(directory: Path) -> bool:
                     if archive.testzip() is not None:
                         return False
             elif path.suffix == ".safetensors":
-                Checkpoint.from_file(path)
+                read_header(path)
     except (OSError, ValueError, zipfile.BadZipFile):
         return False
     return True

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import struct
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,20 +47,10 @@ def build() -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     cache = Path(os.environ.get("PTXSIM_CACHE", home / "lowbitcore-ptxsim"))
     directory = cache / digest.hexdigest()[:16]
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may test at once
-        if not (directory / "done").exists():
-            options = ["-G", "Ninja"] if shutil.which("ninja") else []
-            options += toolkit.cmake_options()
-            for command in (
-                ["cmake", "-S", str(sources), "-B", str(directory), *options],
-                ["cmake", "--build", str(directory), "--parallel", "2"],
-            ):
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-            (directory / "done").touch()
+    done = directory / "done"
+    if not done.exists():
+        toolkit.cmake(sources, directory)
+        done.touch()
     return directory / "libptxsim.so"
 
 

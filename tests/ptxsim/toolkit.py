@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 
@@ -26,7 +28,23 @@ def offer_packages() -> None:
             os.environ["PATH"] = os.pathsep.join([*path, str(packages / "bin")])
 
 
-def cmake_options() -> list[str]:
+def cmake(source: Path, directory: Path, *options: str) -> None:
+    """Configures and builds, or brings up to date, for one process at a time: several may test."""
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = ["cmake", "-S", str(source), "-B", str(directory), *options, *generator]
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [*configure, *_cmake_options()],
+            ["cmake", "--build", str(directory), "--parallel", "2"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def _cmake_options() -> list[str]:
     """What CMake cannot find out of the packages by itself: they have no libcudart.so."""
     packages, nvcc = _packages(), shutil.which("nvcc")
     if packages is None or nvcc is None or packages not in Path(nvcc).parents:

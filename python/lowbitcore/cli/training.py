@@ -217,7 +217,7 @@ def lrec(
     lambda_kl: Annotated[float, typer.Option(help="Weight of the KL divergence.")] = 1.0,
     lambda_ce: Annotated[
         float,
-        typer.Option(help="Weight of the cross-entropy (1 did better at 2 bits, see the README)."),
+        typer.Option(help="Weight of the cross-entropy (try 1: better at 2 and 3 bits)."),
     ] = 0.1,
     kl: Annotated[
         Literal["forward", "reverse"],
