@@ -107,6 +107,23 @@ def test_quantize_reports_tuning(workplace: Path) -> None:
     assert "mean relative error of the blocks' outputs: 0.0" in out
 
 
+def test_an_error_has_a_line_of_its_own(workplace: Path, tmp_path: Path) -> None:
+    model = make_model("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    words = quantization(workplace, "of-nan")
+    words[1] = tmp_path / "model"
+    assert fail(*words).startswith("error: quantize: model.layers.1: its hidden states")
+
+
+def test_an_error_names_no_function(workplace: Path) -> None:
+    out = workplace / "quantized"
+    line = fail(*quantization(workplace, "quantized"))
+    assert line == f"error: {out}: holds a finished model already"
+
+
 def test_eval_agrees_with_the_library(workplace: Path) -> None:
     _, result = succeed(
         "eval", workplace / "quantized", "--text", workplace / "text.txt", "--context", 64

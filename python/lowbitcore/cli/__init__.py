@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 
+from tqdm import tqdm
+
+import lowbitcore
 from lowbitcore.cli import models, training  # noqa: F401  (they register their commands)
 from lowbitcore.cli.app import app
 
@@ -45,11 +48,20 @@ _INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 
 def _for_the_command_line(message: str) -> str:
-    """`function: argument: ...` on one line, the two replaced by the option."""
+    """`function: argument: ...` on one line, the two replaced by the option, or the function left
+    out: it means nothing to who typed a command."""
     message = " ".join(message.split())
-    _, _, rest = message.partition(": ")
+    function, _, rest = message.partition(": ")
     argument, _, what = rest.partition(": ")
-    return f"{_OPTIONS[argument]}: {what}" if argument in _OPTIONS else message
+    if argument in _OPTIONS:
+        return f"{_OPTIONS[argument]}: {what}"
+    return rest if function in lowbitcore.__all__ else message
+
+
+def _end_progress() -> None:
+    """Bars that an error left open would share their lines with it."""
+    for bar in list(tqdm._instances):  # type: ignore[attr-defined]
+        bar.close()
 
 
 def main() -> None:
@@ -62,11 +74,13 @@ def main() -> None:
     try:
         app()
     except known as error:
+        _end_progress()
         message = _for_the_command_line(str(error)) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
+            _end_progress()
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses it twice, wants the same
             print("interrupted", file=sys.stderr)
         raise
