@@ -218,7 +218,11 @@ def test_operators_are_what_torch_expects() -> None:
             lambda: ops.rms_norm(torch.ones(2, 64), torch.nn.Parameter(torch.ones(64)), eps=EPS),
             "weight: .* does not ask for a gradient",
         ),
+        (lambda: ops.rms_norm(torch.ones(2, 64), torch.ones(1, 64), eps=EPS), "weight: .*1 dim"),
+        (lambda: ops.rms_norm(torch.ones(64).to_sparse(), torch.ones(64), eps=EPS), "x: .*dense"),
+        (lambda: ops.rms_norm([1.0], torch.ones(64), eps=EPS), "x: .*tensor, got list"),
         (lambda: ops.swiglu(torch.ones(2, 64), torch.ones(2, 32)), "up: .*as gate"),
+        (lambda: ops.swiglu(torch.ones(2, 3, 64), torch.ones(3, 2, 64)), "up: .*as gate"),
         (lambda: ops.swiglu(torch.ones(2, 64).int(), torch.ones(2, 64)), "gate: .*float"),
         (lambda: ops.swiglu(torch.ones(2, 64), torch.ones(2, 64).half()), "up: .*float32"),
         (lambda: ops.dropout(torch.ones(2, 64), 1.0), "p: .*below 1, got 1.0"),
@@ -236,6 +240,9 @@ def test_operators_are_what_torch_expects() -> None:
 def test_mistakes_are_named(call: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         call()
+    if "gradient" not in named:
+        with torch.no_grad(), pytest.raises(ValueError, match=named):  # past torch's dispatcher
+            call()
 
 
 def test_swiglu_of_gates_far_from_0() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -460,8 +461,26 @@ def test_tensors_that_do_not_fit_are_named() -> None:
 @pytest.mark.parametrize("columns", [159, 128, 192])
 def test_an_input_that_does_not_fit_is_named(columns: int) -> None:
     """The commonest mistake of all: the message has to speak of x, not of packed bytes."""
-    with pytest.raises(ValueError, match=rf"x.*160.*{columns}"):
-        layer_of(a_problem())(torch.zeros(2, columns))
+    layer = layer_of(a_problem())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"x.*160.*{columns}"):
+            layer(torch.zeros(2, columns))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([0.0] * 160, "x: expected a tensor, got list"),
+        (torch.zeros(160).to_sparse(), "x: expected a dense tensor"),
+        (torch.tensor(1.0), "x: expected at least 1 dimension"),
+        (torch.zeros(2, 160, dtype=torch.int64), "x: expected float32, bfloat16 or float16"),
+        (torch.zeros(2, 160, dtype=torch.float64), "x: expected float32, bfloat16 or float16"),
+    ],
+)
+def test_what_is_no_input_is_named(x: Any, message: str, grad: bool) -> None:
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+        layer_of(a_problem())(x)
 
 
 def test_refused_tensors_leave_the_layer_as_it_was() -> None:

@@ -120,13 +120,14 @@ def _empty_of(kind: Any) -> nn.Module:
 def _rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
+    tokens, features = cos.shape[-2:]
     if (
         ops.serves(q, k, cos, sin)
         and unsqueeze_dim == 1
-        and {q.dtype, k.dtype, sin.dtype} == {cos.dtype}
+        and q.dtype == k.dtype == cos.dtype == sin.dtype
         and cos.shape == sin.shape
-        and cos.shape[-1] % 64 == 0
-        and all(x.shape[-1] == cos.shape[-1] and x.shape[2] == cos.shape[1] for x in (q, k))
+        and features % 64 == 0
+        and q.shape[2:] == k.shape[2:] == (tokens, features)
         and not (cos.requires_grad or sin.requires_grad)
     ):
         return ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)

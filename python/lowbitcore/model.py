@@ -39,6 +39,7 @@ from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
+from lowbitcore.head import use_own_head
 from lowbitcore.nn import LoraLinear, QuantLinear
 from lowbitcore.runtime import resolve_device
 
@@ -225,10 +226,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 def use_own_operations(model: PreTrainedModel) -> None:
-    """The core's attention, norms, rotary positions and gates in the place of transformers', where
-    they compute the same."""
+    """The core's attention, norms, rotary positions and gates in the place of transformers', and a
+    quicker head, where they compute the same."""
     use_own_attention(model)
     use_own_elementwise(model)
+    use_own_head(model)
 
 
 _RENAMINGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()

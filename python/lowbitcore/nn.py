@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from . import ops
 from ._C import Error
+from .ops.operators import is_plain
+from .ops.products import fused_qgemm_nt
 
 __all__ = ["LoraLinear", "LowRank", "QuantLinear"]
 
@@ -40,6 +42,7 @@ class QuantLinear(nn.Module):
     g_idx: Tensor | None
     order: Tensor | None
     inverse: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -75,10 +78,11 @@ class QuantLinear(nn.Module):
             torch.zeros(groups, out_features, dtype=torch.float32, device=device),
             requires_grad=False,
         )
-        self.bias = (
+        self.register_parameter(
+            "bias",
             nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False)
             if bias
-            else None
+            else None,
         )
 
     @classmethod
@@ -248,15 +252,35 @@ class QuantLinear(nn.Module):
         return weight if self.inverse is None else weight.index_select(1, self.inverse)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Module.__getattr__ would find them as well, and takes long beside a small product.
+        buffers: dict[str, Any] = self._buffers
+        parameters: dict[str, Any] = self._parameters
+        order = buffers["order"]
+        if (
+            order is None
+            and self._layout == "cpu"
+            and "scales" in parameters  # else it is computed from something (parametrizations)
+            and "bias" in parameters
+            and is_plain(x, buffers["packed"], parameters["scales"])
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return fused_qgemm_nt(
+                x,
+                buffers["packed"],
+                parameters["scales"],
+                buffers["g_idx"],
+                parameters["bias"],
+                self.bits,
+                self.group_size,
+                self.in_features,
+                self.out_features,
+            )
         if not isinstance(x, Tensor):
             raise ValueError(f"QuantLinear: x: expected a tensor, got {type(x).__name__}")
         # As torch does for its own linears: double stays double, and is then refused.
         castable = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if castable and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        # Module.__getattr__ would find them as well, and takes long beside a small product.
-        buffers: dict[str, Any] = self._buffers
-        order = buffers["order"]
         if order is not None and x.shape[-1:] == (self.in_features,):
             x = ops.permute_columns(x, order, buffers["inverse"])
         return ops.qgemm_nt(

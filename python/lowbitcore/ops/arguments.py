@@ -58,10 +58,12 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def in_memory(tensor: Tensor) -> bool:
-    """Whether it is data in the CPU's memory, not one of the stand-ins that torch traces with."""
+    """Whether it is dense data in the CPU's memory, not one of the stand-ins that torch traces
+    with."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.is_cpu
+        and tensor.layout is torch.strided
         and not tensor._is_zerotensor()  # as autograd makes them of gradients known to be zeros
     )
 

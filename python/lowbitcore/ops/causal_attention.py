@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .arguments import check, check_dims, dense, heads_like
+from .arguments import check_dims, dense, heads_like
 from .operators import define, differentiate, fake, kernel_or_operator
 
 
@@ -33,12 +33,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     Raises:
         lowbitcore.Error: the level in use does not have it; see :func:`has_attention`.
     """
-    check("attention", q=q, k=k, v=v)
+    kernel = kernel_or_operator("attention", _attention, q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_dims("attention", name, tensor, 4)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    kernel = kernel_or_operator("attention", _attention, q, k, v)
     out: Tensor = kernel(q, k, v, scale)[0]
     return out
 

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .arguments import as_rows, check, check_dims, dense, empty_like, fail, heads_like, result_rows
+from .arguments import (
+    as_rows,
+    check,
+    check_dims,
+    dense,
+    empty,
+    empty_like,
+    fail,
+    heads_like,
+    result_rows,
+)
 from .operators import define, differentiate, fake, kernel_or_operator
 
 
@@ -24,13 +34,12 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         [..., D] in the type of ``x``, to which the quotient and the product are rounded, as
         transformers does it; between them all is float32. Differentiable, once, in x.
     """
-    check("rms_norm", x=x, weight=weight)
+    kernel = kernel_or_operator("rms_norm", _rms_norm, x=x, weight=weight)
     check_dims("rms_norm", "weight", weight, 1)
     if x.dim() == 0:
         fail("rms_norm", "x", "at least 1 dimension", tuple(x.shape))
     if weight.requires_grad and torch.is_grad_enabled():
         fail("rms_norm", "weight", "one that does not ask for a gradient", "one that does")
-    kernel = kernel_or_operator("rms_norm", _rms_norm, x, weight)
     y: Tensor = kernel(x, weight, eps)
     return y
 
@@ -83,25 +92,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         [B, H, T, D], a transposed view of [B, T, H, D]; products and their sum are rounded to the
         type of ``x``, as torch does it. Differentiable in x.
     """
-    check("rotate", x=x, cos=cos, sin=sin)
+    kernel = kernel_or_operator("rotate", _rotate, x=x, cos=cos, sin=sin)
     check_dims("rotate", "x", x, 4)
     for name, tensor in (("cos", cos), ("sin", sin)):
         check_dims("rotate", name, tensor, 3)
-        if tensor.shape[0] not in (1, x.shape[0]) or tensor.shape[1:] != x.shape[2:]:
+        shape = tensor.shape
+        if shape[1:] != x.shape[2:] or (shape[0] != 1 and shape[0] != x.shape[0]):
             wanted = f"shape [1 or {x.shape[0]}, {x.shape[2]}, {x.shape[3]}]"
             fail("rotate", name, wanted, list(tensor.shape))
-    kernel = kernel_or_operator("rotate", _rotate, x, cos, sin)
     y: Tensor = kernel(x, cos, sin, False)
     return y
 
 
 @define("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    y = heads_like(x)
-    if y.numel():
-        flat, result = (heads.transpose(1, 2).flatten(2) for heads in (x, y))
-        _C.rotate(as_rows(flat), as_rows(cos), as_rows(sin), inverse, result)
-    return y
+    b, h, t, d = x.shape
+    rows = empty(x, b, t, h * d)
+    if rows.numel():
+        flat = x.transpose(1, 2).reshape(b, t, h * d)
+        _C.rotate(as_rows(flat), as_rows(cos), as_rows(sin), inverse, rows)
+    return rows.view(b, t, h, d).transpose(1, 2)
 
 
 @fake("rotate")
@@ -134,12 +144,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         Their shape and type, to which silu(gate) and the product are rounded, as torch does it.
         Differentiable, once.
     """
-    check("swiglu", gate=gate, up=up)
+    kernel = kernel_or_operator("swiglu", _swiglu, gate=gate, up=up)
     if gate.dim() == 0:
         fail("swiglu", "gate", "at least 1 dimension", tuple(gate.shape))
     if gate.shape != up.shape:
         fail("swiglu", "up", f"shape {list(gate.shape)}, as gate", list(up.shape))
-    kernel = kernel_or_operator("swiglu", _swiglu, gate, up)
     out: Tensor = kernel(gate, up)
     return out
 

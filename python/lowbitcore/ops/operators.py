@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import in_memory
+from .arguments import check, in_memory
 
 _library = torch.library.Library("lowbitcore", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -93,7 +93,12 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def kernel_or_operator(
-    name: str, kernel: Callable[..., Any], *tensors: Tensor
+    name: str, kernel: Callable[..., Any], **tensors: Tensor
 ) -> Callable[..., Any]:
-    """The operator of this name, or of plain tensors the kernel it ends up in."""
-    return kernel if is_plain(*tensors) else getattr(torch.ops.lowbitcore, name)
+    """The operator of this name, of tensors that pass `check`; of plain ones, which would, the
+    kernel it ends up in."""
+    if is_plain(*tensors.values()):
+        return kernel
+    check(name, **tensors)
+    operator: Callable[..., Any] = getattr(torch.ops.lowbitcore, name)
+    return operator

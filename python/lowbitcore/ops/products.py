@@ -19,7 +19,7 @@ from .arguments import (
     result_rows,
 )
 from .format import check_format, group_count, stored_in_features
-from .operators import define, differentiate, fake, kernel_or_operator, stream
+from .operators import define, differentiate, fake, is_plain, kernel_or_operator, stream
 
 
 def _by_dequantizing(op: dispatch.Op, x: Tensor, g_idx: Tensor | None, weights: int) -> bool:
@@ -61,7 +61,7 @@ def qgemm_nt(
     check_dims("qgemm_nt", "scales", scales, 2)
     if x.dim() == 0:
         fail("qgemm_nt", "x", "at least 1 dimension", tuple(x.shape))
-    kernel = kernel_or_operator("qgemm_nt", _qgemm_nt, x, packed, scales)
+    kernel = _qgemm_nt if is_plain(x, packed, scales) else torch.ops.lowbitcore.qgemm_nt
     result: Tensor = kernel(x, packed, scales, g_idx, bias, bits, group_size)
     return result
 
@@ -82,12 +82,12 @@ def _qgemm_nt(
     _C.check_format("qgemm_nt", bits, group_size, 32, 32)
     k = stored_in_features("qgemm_nt", packed, scales, bits, group_size)
     n = scales.shape[1]
-    y = empty(x, *x.shape[:-1], n)
     if _by_dequantizing("qgemm_nt", x, g_idx, n * k):
         if x.shape[-1] != k:
             fail("qgemm_nt", "x", f"shape [..., {k}]", list(x.shape))
         if bias is not None and bias.shape != (n,):
             fail("qgemm_nt", "bias", f"shape [{n}]", list(bias.shape))
+        y = empty(x, *x.shape[:-1], n)
         rows, out = x.reshape(-1, k), y.view(-1, n)
         for span in dispatch.panels(n, k, x.dtype):
             panel = x.new_empty((span.stop - span.start, k))
@@ -108,6 +108,22 @@ def _qgemm_nt(
             else:
                 torch.addmm(bias[span].to(x.dtype), rows, panel.mT, out=out[:, span])
         return y
+    return fused_qgemm_nt(x, packed, scales, g_idx, bias, bits, group_size, k, n)
+
+
+def fused_qgemm_nt(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    """`qgemm_nt` in the core, which alone checks the arguments: of tensors that are plain."""
+    y = empty(x, *x.shape[:-1], out_features)
     _C.qgemm_nt(
         as_rows(x),
         packed,
@@ -116,8 +132,8 @@ def _qgemm_nt(
         None if bias is None else dense(bias.float()),
         bits,
         group_size,
-        k,
-        n,
+        in_features,
+        out_features,
         result_rows(y),
         stream(x),
     )
@@ -169,7 +185,7 @@ def qgemm_nn(
         in_features=in_features,
         out_features=scales.shape[1],
     )
-    kernel = kernel_or_operator("qgemm_nn", _qgemm_nn, dy, packed, scales)
+    kernel = _qgemm_nn if is_plain(dy, packed, scales) else torch.ops.lowbitcore.qgemm_nn
     result: Tensor = kernel(dy, packed, scales, g_idx, bits, group_size, in_features)
     return result
 
@@ -245,7 +261,9 @@ def qgemm_grad_scales(
     for name, tensor in (("dy", dy), ("x", x)):
         if tensor.dim() == 0:
             fail("qgemm_grad_scales", name, "at least 1 dimension", tuple(tensor.shape))
-    kernel = kernel_or_operator("qgemm_grad_scales", _qgemm_grad_scales, dy, x, packed)
+    kernel = (
+        _qgemm_grad_scales if is_plain(dy, x, packed) else torch.ops.lowbitcore.qgemm_grad_scales
+    )
     result: Tensor = kernel(dy, x, packed, g_idx, bits, group_size)
     return result
 
@@ -285,10 +303,11 @@ def permute_columns(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     Returns:
         [..., K] in the type of ``x``. Differentiable in ``x``.
     """
-    check("permute_columns", x=x, order=order, inverse=inverse)
+    kernel = kernel_or_operator(
+        "permute_columns", _permute_columns, x=x, order=order, inverse=inverse
+    )
     if x.dim() == 0:
         fail("permute_columns", "x", "at least 1 dimension", tuple(x.shape))
-    kernel = kernel_or_operator("permute_columns", _permute_columns, x, order)
     result: Tensor = kernel(x, order, inverse)
     return result
 
