@@ -29,7 +29,7 @@ from lowbitcore.data import IGNORED, Example, TrainingSet, read_examples
 from lowbitcore.model import quantized_linears
 from lowbitcore.training import TrainedModel, collate, newest_checkpoint
 from test_adapters import excite
-from test_cli import fail, start, succeed
+from test_cli import fail, run, start, succeed
 from test_data import make_tokenizer, text_of
 from test_models import VOCABULARY, logits, make_model, quantized, windows
 
@@ -826,15 +826,19 @@ def test_training_without_its_correction_is_noted(place: Path, tmp_path: Path) -
     data = ("--data", place / "text.txt", "--steps", 2, "--length", 32)
     correction = ("--adapter", tmp_path / "q" / "correction")
     text = ("--text", place / "text.txt", "--context", 64)
-    for name, more, noted in (("bare", (), True), ("upon", correction, False)):
-        done = start("emef", tmp_path / "q", tmp_path / name, *data, *more)
-        assert (note in done.communicate()[1]) == noted
-        done = start("eval", tmp_path / "q", *more, "--adapter", tmp_path / name, *text)
-        assert (note in done.communicate()[1]) == noted
-    done = start("lrec", tmp_path / "q", tmp_path / "on", *data, "--teacher", place / "model")
-    assert note not in done.communicate()[1]
-    done = start("eval", tmp_path / "q", "--adapter", tmp_path / "on", *text)
-    assert note not in done.communicate()[1]
+
+    def noted(*arguments: object) -> bool:
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return note in done.stderr
+
+    for name, more, expected in (("bare", (), True), ("upon", correction, False)):
+        assert noted("emef", tmp_path / "q", tmp_path / name, *data, *more) == expected
+        trained = ("--adapter", tmp_path / name)
+        assert noted("eval", tmp_path / "q", *more, *trained, *text) == expected
+    teacher = ("--teacher", place / "model")
+    assert not noted("lrec", tmp_path / "q", tmp_path / "on", *data, *teacher)
+    assert not noted("eval", tmp_path / "q", "--adapter", tmp_path / "on", *text)
 
 
 @pytest.mark.parametrize(

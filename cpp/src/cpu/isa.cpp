@@ -34,7 +34,9 @@ bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
+#endif
 
+#if defined(LOWBITCORE_X86) && !defined(LOWBITCORE_EMULATE_AMX)
 // Tiles are large enough that Linux hands them out on request only, to a whole process at once.
 bool has_amx() {
 #ifdef __linux__
@@ -64,6 +66,8 @@ const Level kLevels[] = {
      }},
     {avx512_backend, has_avx512},
     {avx512_bf16_backend, has_avx512_bf16},
+#endif
+#if defined(LOWBITCORE_X86) && !defined(LOWBITCORE_EMULATE_AMX)
     {amx_backend, has_amx},
 #endif
 };
