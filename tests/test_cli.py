@@ -122,6 +122,7 @@ def test_an_error_names_no_function(workplace: Path) -> None:
     out = workplace / "quantized"
     line = fail(*quantization(workplace, "quantized"))
     assert line == f"error: {out}: holds a finished model already"
+    assert fail("info", "load").startswith("error: load: ")  # a directory
 
 
 def test_eval_agrees_with_the_library(workplace: Path) -> None:

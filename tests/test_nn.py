@@ -468,6 +468,14 @@ def test_an_input_that_does_not_fit_is_named(columns: int) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
+def test_a_bias_that_is_elsewhere_is_named(grad: bool) -> None:
+    layer = layer_of(a_problem())
+    layer.bias = torch.nn.Parameter(torch.zeros(96, device="meta"), requires_grad=False)
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="bias: expected a tensor"):
+        layer(torch.zeros(2, 160))
+
+
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(
     ("x", "message"),
     [

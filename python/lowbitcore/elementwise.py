@@ -120,14 +120,13 @@ def _empty_of(kind: Any) -> nn.Module:
 def _rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    tokens, features = cos.shape[-2:]
     if (
         ops.serves(q, k, cos, sin)
         and unsqueeze_dim == 1
         and q.dtype == k.dtype == cos.dtype == sin.dtype
         and cos.shape == sin.shape
-        and features % 64 == 0
-        and q.shape[2:] == k.shape[2:] == (tokens, features)
+        and cos.shape[-1] % 64 == 0
+        and q.shape[2:] == k.shape[2:] == cos.shape[1:]
         and not (cos.requires_grad or sin.requires_grad)
     ):
         return ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)

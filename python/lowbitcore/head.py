@@ -72,7 +72,7 @@ class _Head(nn.Linear):
         weight = self.weight
         if (
             is_plain(x, weight)
-            and x.shape[-1] == x.numel() == self.in_features
+            and x.numel() == self.in_features == x.shape[-1]
             and x.dtype == weight.dtype != torch.float16  # which takes longer that way
             and self.bias is None
             and not torch.is_autocast_enabled("cpu")

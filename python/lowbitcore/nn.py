@@ -258,18 +258,20 @@ class QuantLinear(nn.Module):
         order = buffers["order"]
         if (
             order is None
+            and buffers["g_idx"] is None
             and self._layout == "cpu"
             and "scales" in parameters  # else it is computed from something (parametrizations)
             and "bias" in parameters
             and is_plain(x, buffers["packed"], parameters["scales"])
+            and ((bias := parameters["bias"]) is None or is_plain(bias))
             and not torch.is_autocast_enabled("cpu")
         ):
             return fused_qgemm_nt(
                 x,
                 buffers["packed"],
                 parameters["scales"],
-                buffers["g_idx"],
-                parameters["bias"],
+                None,
+                bias,
                 self.bits,
                 self.group_size,
                 self.in_features,

@@ -49,13 +49,14 @@ _INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 def _for_the_command_line(message: str) -> str:
     """`function: argument: ...` on one line, the two replaced by the option, or the function left
-    out: it means nothing to who typed a command."""
+    out: it means nothing to who typed a command (unless a file of theirs is called so)."""
     message = " ".join(message.split())
     function, _, rest = message.partition(": ")
     argument, _, what = rest.partition(": ")
     if argument in _OPTIONS:
         return f"{_OPTIONS[argument]}: {what}"
-    return rest if function in lowbitcore.__all__ else message
+    typed = any(function in word for word in sys.argv[1:])
+    return rest if function in lowbitcore.__all__ and not typed else message
 
 
 def _end_progress() -> None:
@@ -80,7 +81,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
-            _end_progress()
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses it twice, wants the same
+            _end_progress()
             print("interrupted", file=sys.stderr)
         raise
