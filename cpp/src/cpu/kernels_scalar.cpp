@@ -1,5 +1,5 @@
 // The portable level: vectors of the compiler's own, of 16 bytes, which it makes of whatever the
-// processor's baseline has. They also compile in a third of the time that arrays of floats take.
+// processor's baseline has. They also compile in half the time that arrays of floats take.
 
 #include <cmath>
 #include <cstdint>

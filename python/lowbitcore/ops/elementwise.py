@@ -13,7 +13,6 @@ from .arguments import (
     check,
     check_dims,
     dense,
-    empty,
     empty_like,
     fail,
     heads_like,
@@ -96,8 +95,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     check_dims("rotate", "x", x, 4)
     for name, tensor in (("cos", cos), ("sin", sin)):
         check_dims("rotate", name, tensor, 3)
-        shape = tensor.shape
-        if shape[1:] != x.shape[2:] or (shape[0] != 1 and shape[0] != x.shape[0]):
+        if tensor.shape[0] not in (1, x.shape[0]) or tensor.shape[1:] != x.shape[2:]:
             wanted = f"shape [1 or {x.shape[0]}, {x.shape[2]}, {x.shape[3]}]"
             fail("rotate", name, wanted, list(tensor.shape))
     y: Tensor = kernel(x, cos, sin, False)
@@ -106,12 +104,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @define("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    b, h, t, d = x.shape
-    rows = empty(x, b, t, h * d)
-    if rows.numel():
-        flat = x.transpose(1, 2).reshape(b, t, h * d)
-        _C.rotate(as_rows(flat), as_rows(cos), as_rows(sin), inverse, rows)
-    return rows.view(b, t, h, d).transpose(1, 2)
+    y = heads_like(x)
+    if y.numel():
+        flat, result = (heads.transpose(1, 2).flatten(2) for heads in (x, y))
+        _C.rotate(as_rows(flat), as_rows(cos), as_rows(sin), inverse, result)
+    return y
 
 
 @fake("rotate")
