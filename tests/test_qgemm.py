@@ -139,6 +139,36 @@ def test_long_and_narrow(isa: str, bits: int, n: int, k: int) -> None:
 
 
 @each_width
+@given(
+    seed=ref.seeds,
+    rows=st.integers(1, 5),
+    octaves=st.lists(st.sampled_from((0, 6, 14, 22, 30, 60)), min_size=3, max_size=3),
+    largest=st.booleans(),
+)
+def test_few_rows_of_bf16(
+    isa: str, bits: int, seed: int, rows: int, octaves: list[int], largest: bool
+) -> None:
+    """Groups whose numbers are this many octaves apart: as integers they have few digits, many, or
+    too many. A power of two below the largest has a digit of -128, and with the largest codes sums
+    are as large as they get."""
+    problem = ref.random_problem(seed, bits=bits, group_size=64, out_features=32, in_features=160)
+    if largest:
+        problem.codes[:] = 2**bits - 1
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(below: int) -> torch.Tensor:
+        return torch.randint(0, below, (rows, 160), generator=generator)
+
+    group = torch.arange(160) // 64
+    numbers = torch.full((rows, 160), -1.0) if largest else (1 + random(128) / 128).neg()
+    numbers = torch.where((random(2) == 0) | largest, numbers, -numbers)
+    x = torch.ldexp(numbers, -random(2) * torch.tensor(octaves)[group]).bfloat16()
+    x[:, group == seed % 4] = 0
+    y = Packed(problem).nt(x)
+    ref.assert_close(y, *ref.expect_nt(x, problem.w_hat, None))
+
+
+@each_width
 @pytest.mark.parametrize("rows", [257, 481, 1000])
 def test_many_rows(isa: str, bits: int, rows: int) -> None:
     """More than any block of rows a kernel works on at a time."""

@@ -259,6 +259,13 @@ LOWBITCORE_INLINE void for_each_weight(const Block<B>& block, int64_t tile, int 
   }
 }
 
+// ---- bytes ----
+//
+// Levels that define LOWBITCORE_DIGITS multiply integers of four inputs at a time, see digits.h.
+
+constexpr int kDigits = 4;          // bytes of an activation
+constexpr int kFours = kTileK / 4;  // of inputs, in a tile
+
 // The width of a layer becomes a constant of the kernel.
 template <typename F>
 inline void with_bits(int bits, const F& f) {

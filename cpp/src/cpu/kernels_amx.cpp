@@ -1,5 +1,6 @@
 // AMX tiles of bf16, with AVX-512 and its BF16 for everything else.
 
+#include "digits_avx512.h"
 #include "isa.h"
 #include "tiles_amx.h"
 

@@ -15,6 +15,7 @@ constexpr int kCols = 16;
 constexpr int kDoubleWidth = 4;
 constexpr int kDoubleRows = 4;
 constexpr int kDirectRows = 8;
+constexpr int kDigitRows = 4;
 
 // The bits of v, moved so that to cut off their lower half rounds to bf16, ties to even; not of
 // NaN.
@@ -98,7 +99,8 @@ struct VecI {
   static VecI load(const std::uint32_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
   }
-  static VecI broadcast(int x) { return {_mm256_set1_epi32(x)}; }
+  static VecI broadcast(std::uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+  void store(std::uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   template <int S>
   VecI right() const {
     return {_mm256_srli_epi32(v, S)};
@@ -150,6 +152,7 @@ inline void transpose_tile(const float* in, float* out) {
 }  // namespace
 }  // namespace lowbitcore
 
+#include "digits_avx2.h"
 #include "kernels_impl.h"
 
 namespace lowbitcore {

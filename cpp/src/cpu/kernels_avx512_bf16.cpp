@@ -1,5 +1,6 @@
 // AVX-512 with BF16.
 
+#include "digits_avx512.h"
 #include "isa.h"
 #include "pairs_avx512.h"
 

@@ -5,7 +5,8 @@
 //          store_bf16, store_f16, + - * /, madd(a,b,c) ~ a*b+c, fmadd and fnmadd (exactly fused),
 //          min, max, round (ties to even), select_less(a,b,x,y) = a < b ? x : y, round_f16,
 //          round_bf16 (of NaN: of those that bf16 or an operation has)
-//   VecI   kWidth 32-bit integers: load, right and left by a constant, |, as_float (of its bits)
+//   VecI   kWidth 32-bit integers: load, broadcast, right and left by a constant, |, as_float (of
+//          its bits)
 //   VecD   kDoubleWidth doubles: load, store, broadcast, fnmadd (exactly fused)
 //   as_int(a)             the bits of a Vec
 //   and_or(a,b,c)         a & b | c of VecI
@@ -22,9 +23,18 @@
 //   transpose_pairs       up to 16 rows of pairs -> [pairs][rows]
 //   transpose_tile_pairs  float [32][16] -> pairs, rounded to bf16, [8][32]
 //   PairZeros             and its for_each_difference, see direct.h
-//   kDigitRows            up to this many rows of bf16 are multiplied in integers
 //   kDirectPairs          whether X W^T straight from packed integers is better off with pairs
-//   VecI                  store, broadcast of any 32 bits, load_u16 (kWidth uint16, widened)
+//   VecI                  store, load_u16 (kWidth uint16, widened)
+//
+// A level that multiplies bytes defines LOWBITCORE_DIGITS and
+//
+//   kDigitRows            up to this many rows of bf16 are multiplied in integers
+//   kMostDigitBits        of weights that are
+//   kByteChains           sums of one row that should not wait for one another
+//   ByteSum<B>            add(a, b): in 32-bit lanes, the four products of integers of B bits with
+//                         signed bytes; settle() after each tile, value()
+//   for_each_four<B>      f(four, integers) of a tile's words, and where spread_digits<B> wants
+//   them VecI                  store, + - * ^, nearest(Vec) and to_float
 //
 // Nothing here has external linkage, and nothing from the standard library that would: linking two
 // levels must never let code of the higher one serve the lower (see CONTRIBUTING).
@@ -36,7 +46,7 @@
 #include "losses.h"
 #include "outer.h"
 #include "quantization.h"
-#ifdef LOWBITCORE_PAIRS
+#ifdef LOWBITCORE_DIGITS
 #include "digits.h"
 #endif
 #ifdef LOWBITCORE_TILES
@@ -59,9 +69,8 @@ void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
     const bool bf16 = x.dtype == DType::bf16;
-#ifdef LOWBITCORE_PAIRS
-    const bool few = x.rows > 0 && x.rows <= kDigitRows && bf16 && w.g_idx == nullptr;
-    if (few && digits_nt<B>(x, w, bias, y, use)) return;
+#ifdef LOWBITCORE_DIGITS
+    if (digits_nt<B>(x, w, bias, y, use)) return;
 #endif
 #ifdef LOWBITCORE_TILES
     if (x.rows > kDirectTileRows && on_tiles(x, w)) return tiles_nt<B>(x, w, bias, y, use);
