@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowbitcore import ops
+from lowbitcore.dense import is_slow
 
 __all__ = ["use_own_attention"]
 
@@ -62,7 +63,14 @@ def _forward(
     ):
         out = ops.attention(query, key, value, scale=scaling)
         return out.transpose(1, 2), None
-    result: tuple[Tensor, None] = sdpa_attention_forward(
+    dtype = query.dtype
+    watched = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if watched and is_slow(query):
+        # torch's backward takes 16 times as long in bf16 there.
+        query, key, value = query.float(), key.float(), value.float()
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+    out, weights = sdpa_attention_forward(
         module,
         query,
         key,
@@ -73,7 +81,7 @@ def _forward(
         is_causal=is_causal,
         **kwargs,
     )
-    return result
+    return out.to(dtype), weights
 
 
 def _is_ours(query: Tensor, key: Tensor, value: Tensor) -> bool:

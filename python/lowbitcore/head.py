@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from .dense import Linear
 from .ops.operators import is_plain
 
 # Elements of a chunk of logits: 16 MB in bfloat16.
@@ -63,10 +64,10 @@ def open_head(model: PreTrainedModel, output: Any) -> Iterator[Callable[[Tensor]
             body.forward = own_forward
 
 
-class _Head(nn.Linear):
-    """torch's own, but that one row goes through a product with a vector: as one of matrices it
-    takes up to twice as long to read the weight, which is most of what decoding a token reads
-    outside of packed weights."""
+class _Head(Linear):
+    """A linear like any other, but that one row goes through a product with a vector: as one of
+    matrices it takes up to twice as long to read the weight, which is most of what decoding a
+    token reads outside of packed weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -83,7 +84,7 @@ class _Head(nn.Linear):
 
 def use_own_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
+    if type(head) is Linear:
         head.__class__ = _Head
 
 

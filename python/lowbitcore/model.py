@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from lowbitcore.attention import use_own_attention
+from lowbitcore.dense import use_own_linears
 from lowbitcore.elementwise import use_own_elementwise
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
@@ -226,10 +227,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 def use_own_operations(model: PreTrainedModel) -> None:
-    """The core's attention, norms, rotary positions and gates in the place of transformers', and a
-    quicker head, where they compute the same."""
+    """The core's attention, norms, rotary positions and gates in the place of transformers', and
+    quicker linears and head, where they compute the same."""
     use_own_attention(model)
     use_own_elementwise(model)
+    use_own_linears(model)
     use_own_head(model)
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from . import ops
+from . import dense, ops
 from ._C import Error
 from .ops.operators import is_plain
 from .ops.products import fused_qgemm_nt
@@ -457,9 +456,8 @@ class LowRank(nn.Module):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y [..., N] plus what the adapter makes of x [..., K]."""
-        low = functional.linear(self.dropout(x), self.a.to(x.dtype)).flatten(0, -2)
-        total = torch.addmm(y.flatten(0, -2), low, self.b.to(x.dtype).T, alpha=self.scaling)
-        return total.view(y.shape)
+        low = dense.linear(self.dropout(x), self.a.to(x.dtype))
+        return dense.add_scaled(y, low, self.b.to(x.dtype), scaling=self.scaling)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"

@@ -1,0 +1,187 @@
+"""Dense products of 16 bits where the processor has none, held against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lowbitcore import attention, dense
+from lowbitcore.nn import LoraLinear, LowRank
+from test_models import make_model
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def pretend(patch: pytest.MonkeyPatch, *, slow: bool) -> None:
+    """That this processor multiplies nothing of 16 bits, or all."""
+    patch.setattr(dense, "multiplies", lambda dtype: not slow or dtype not in HALVES)
+
+
+def cut_small(patch: pytest.MonkeyPatch) -> None:
+    """So that the matrices of tests come in many pieces."""
+    patch.setattr(dense, "_PANEL_ELEMENTS", 100)
+    patch.setattr(dense, "_ROWS", 7)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, slow=True)
+
+
+def check(found: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
+    """Sums of `terms` products in float32, rounded once to the type of `found`."""
+    bound = 2 * terms * 2.0**-24 * magnitude + torch.finfo(found.dtype).eps * exact.abs()
+    tiny = torch.finfo(found.dtype).smallest_normal
+    assert ((found.double() - exact).abs() <= bound + tiny).all()
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.sampled_from(((16,), (40,), (3, 9), (1, 2, 8))),
+    n=st.integers(1, 70),
+    k=st.integers(1, 70),
+    dtype=st.sampled_from(HALVES),
+    added=st.sampled_from((None, "row", "matrix")),
+    across=st.booleans(),
+)
+def test_products_and_gradients(
+    seed: int,
+    batch: tuple[int, ...],
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    added: str | None,
+    across: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, dy = random(*batch, k), random(*batch, n)
+    weight = random(k, n).mT if across else random(n, k)
+    add = {None: None, "row": random(n), "matrix": random(*batch, n)}[added]
+    inputs = [item for item in (x, weight, add) if item is not None]
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch, slow=True)
+        cut_small(patch)
+        for item in inputs:
+            item.requires_grad_()
+        if added == "matrix":
+            scaling, y = -0.375, dense.add_scaled(add, x, weight, scaling=-0.375)
+        else:
+            scaling, y = 1.0, dense.linear(x, weight, add)
+        gradients = torch.autograd.grad(y, inputs, dy)
+    assert y.grad_fn is not None
+    assert type(y.grad_fn).__name__ == "_InFloat32Backward"
+    x64, w64, dy64 = (item.detach().double() for item in (x, weight, dy))
+    plus = torch.zeros(1).double() if add is None else add.detach().double()
+    check(
+        y.detach(),
+        plus + scaling * (x64 @ w64.mT),
+        plus.abs() + abs(scaling) * (x64.abs() @ w64.abs().mT),
+        k + 2,
+    )
+    wanted = [(scaling * dy64 @ w64, abs(scaling) * dy64.abs() @ w64.abs(), n + 1)]
+    rows, dy_rows = x64.flatten(0, -2), dy64.flatten(0, -2)
+    magnitude = dy_rows.abs().mT @ rows.abs()
+    wanted.append((scaling * dy_rows.mT @ rows, abs(scaling) * magnitude, len(rows) + 1))
+    if add is not None:
+        summed = dy_rows.sum(0) if added == "row" else dy64
+        wanted.append((summed, dy_rows.abs().sum(0) if added == "row" else dy64, len(rows)))
+    for gradient, (exact, size, terms) in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == dtype
+        check(gradient, exact, size.abs(), terms)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 33])
+def test_same_values_either_way(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows, and float32, are torch's."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, y = (
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((rows, 64), (48, 64), (rows, 48))
+    )
+    found = []
+    for slow in (False, True):
+        pretend(monkeypatch, slow=slow)
+        weight.requires_grad_()
+        found.append(dense.add_scaled(y, x, weight, scaling=0.5))
+    ours = type(found[1].grad_fn).__name__ == "_InFloat32Backward"
+    assert ours == (rows >= 16 and dtype in HALVES)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0], found[1], rtol=4 * eps, atol=8 * eps)
+
+
+@pytest.mark.usefixtures("slow")
+def test_nothing_is_kept_but_what_came() -> None:
+    """No float32 copies of activations wait for the backward."""
+    saved: list[Tensor] = []
+    x = torch.randn(64, 32).bfloat16().requires_grad_()
+    weight = torch.randn(32, 32).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        dense.linear(x, weight, torch.zeros(32).bfloat16())
+    assert sorted(item.data_ptr() for item in saved) == sorted([x.data_ptr(), weight.data_ptr()])
+
+
+@pytest.mark.usefixtures("slow")
+def test_an_adapter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Linear(64, 96, bias=True).bfloat16()
+    dense.use_own_linears(nn.ModuleList([base]))
+    linear = LoraLinear(base)
+    adapter = LowRank(64, 96, rank=8, scaling=2.0, dropout=0.0)
+    nn.init.normal_(adapter.b, generator=generator)
+    linear.adapters.append(adapter)
+    x = torch.randn(2, 20, 64, generator=generator).bfloat16()
+    y = linear(x)
+    y.float().sum().backward()
+    a, b = adapter.a.detach().double(), adapter.b.detach().double()
+    exact = base(x).double() + 2 * (x.double() @ a.mT) @ b.mT
+    torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.05)
+    assert adapter.a.grad is not None
+    assert adapter.b.grad is not None
+    db = 2 * (x.double() @ a.mT).flatten(0, 1).sum(0).expand(96, 8)
+    torch.testing.assert_close(adapter.b.grad.double(), db, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-sliding", "opt"])
+def test_a_model_trains_to_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its linears, its attention and its head, forward and backward: no further from float32 than
+    twice as far as torch is."""
+    cut_small(monkeypatch)
+    ids = torch.randint(0, 32, (2, 24), generator=torch.Generator().manual_seed(1))
+
+    def gradients(dtype: torch.dtype, *, slow: bool) -> dict[str, Tensor]:
+        pretend(monkeypatch, slow=slow)
+        model = make_model(family, dtype=torch.bfloat16).to(dtype)
+        if slow:
+            attention.use_own_attention(model)
+            dense.use_own_linears(model)
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads = {name: item.grad for name, item in model.named_parameters()}
+        return {name: grad.double() for name, grad in grads.items() if grad is not None}
+
+    exact = gradients(torch.float32, slow=False)
+    plain, ours = (gradients(torch.bfloat16, slow=slow) for slow in (False, True))
+    assert exact.keys() == plain.keys() == ours.keys()
+    largest = max(grad.norm() for grad in exact.values())
+    for name, grad in exact.items():
+        error, of_torch = ((found[name] - grad).norm() for found in (ours, plain))
+        assert error <= 2 * of_torch + 1e-3 * largest, name
+
+
+@pytest.mark.usefixtures("slow")
+def test_torch_has_it_where_it_is_watched() -> None:
+    linear = dense.Linear(32, 32).bfloat16()
+    x = torch.randn(20, 32).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert type(linear(x).grad_fn).__name__ != "_InFloat32Backward"
+    assert torch.func.vmap(linear)(x[None]).shape == (1, 20, 32)
+    assert type(linear(x).grad_fn).__name__ == "_InFloat32Backward"
