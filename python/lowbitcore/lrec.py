@@ -28,7 +28,7 @@ from lowbitcore.formats import checkpoint
 from lowbitcore.formats.checkpoint import Entry
 from lowbitcore.head import open_head, run_body
 from lowbitcore.losses import Direction, distillation
-from lowbitcore.model import check_kind, fingerprint
+from lowbitcore.model import check_kind, fingerprint, use_own_operations
 from lowbitcore.training import Loss, PackedTrainer, TrainedModel
 
 # Examples in a file of the cache.
@@ -42,9 +42,10 @@ TOKENS_TOGETHER = 1 << 15
 class LrecTrainer(PackedTrainer):
     """Trains the adapters of `prepare_lora(model, targets=None)` against a frozen teacher.
 
-    `teacher` is the 16-bit model, which then runs beside the student, or a `TeacherCache` of the
-    very `train_dataset`. Raises ValueError for lambdas below 0 or both 0, and where a cached
-    teacher's head is not the student's.
+    `teacher` is the 16-bit model, which then runs beside the student, with this library's
+    operations in the place of transformers', or a `TeacherCache` of the very `train_dataset`.
+    Raises ValueError for lambdas below 0 or both 0, and where a cached teacher's head is not the
+    student's.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class LrecTrainer(PackedTrainer):
             train_dataset = teacher.attach(train_dataset)
         else:
             check_kind("LrecTrainer: teacher", teacher, PreTrainedModel)
+            use_own_operations(teacher)
             # The Trainer moves what it trains, and the teacher is no part of that.
             self._teacher = teacher.to(args.device).eval().requires_grad_(False)
         super().__init__(model, args, train_dataset, **kwargs)
@@ -150,8 +152,9 @@ class TeacherCache:
         *,
         progress: bool = True,
     ) -> TeacherCache:
-        """Runs the teacher over the data, or over what an earlier call left to do; a BlockwiseModel
-        with one of its blocks in memory at a time, to the same states.
+        """Runs the teacher over the data, or over what an earlier call left to do, with this
+        library's operations in the place of transformers'; a BlockwiseModel with one of its blocks
+        in memory at a time, to the same states.
 
         Raises ValueError where the directory holds another teacher's or other data's states, and
         OSError where the disk has no room for them.
@@ -161,6 +164,7 @@ class TeacherCache:
             tensors, head = teacher.tensors(), teacher.tensors(teacher.head)
         else:
             check_kind("TeacherCache: teacher", teacher, PreTrainedModel)
+            use_own_operations(teacher)
             states_of = partial(_last_hidden_states, teacher.eval())
             tensors = iter(teacher.state_dict().items())
             head = iter(teacher.get_output_embeddings().state_dict().items())
