@@ -120,14 +120,34 @@ def test_same_values_either_way(
 
 
 @pytest.mark.usefixtures("slow")
-def test_nothing_is_kept_but_what_came() -> None:
-    """No float32 copies of activations wait for the backward."""
+@pytest.mark.parametrize("trains", ["x", "weight", "both"])
+def test_what_is_kept(trains: str) -> None:
+    """What gradients are made of, as it came: no float32 copies, no inputs of frozen weights."""
     saved: list[Tensor] = []
-    x = torch.randn(64, 32).bfloat16().requires_grad_()
-    weight = torch.randn(32, 32).bfloat16()
+    x, weight = torch.randn(64, 32).bfloat16(), torch.randn(48, 32).bfloat16()
+    x.requires_grad_(trains != "weight")
+    weight.requires_grad_(trains != "x")
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        dense.linear(x, weight, torch.zeros(32).bfloat16())
-    assert sorted(item.data_ptr() for item in saved) == sorted([x.data_ptr(), weight.data_ptr()])
+        y = dense.linear(x, weight, torch.zeros(48).bfloat16())
+    wanted = {"x": [weight], "weight": [x], "both": [x, weight]}[trains]
+    assert [item.data_ptr() for item in saved] == [item.data_ptr() for item in wanted]
+    y.float().square().sum().backward()
+    assert (x.grad is None) == (trains == "weight")
+    assert (weight.grad is None) == (trains == "x")
+
+
+@pytest.mark.usefixtures("slow")
+def test_another_default_type() -> None:
+    x = torch.randn(64, 32).bfloat16().requires_grad_()
+    weight = torch.randn(48, 32).bfloat16()
+    wanted = torch.ones(64, 48).bfloat16() @ weight
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        dense.linear(x, weight).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, wanted, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.usefixtures("slow")
@@ -179,9 +199,31 @@ def test_a_model_trains_to_the_same(family: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("slow")
 def test_torch_has_it_where_it_is_watched() -> None:
-    linear = dense.Linear(32, 32).bfloat16()
-    x = torch.randn(20, 32).bfloat16()
+    layer = dense.Linear(32, 48).bfloat16()
+    x, y = torch.randn(20, 32).bfloat16(), torch.randn(20, 48).bfloat16()
+
+    def is_ours(y: Tensor) -> bool:
+        return type(y.grad_fn).__name__ == "_InFloat32Backward"
+
+    assert is_ours(layer(input=x))
+    assert is_ours(dense.add_scaled(y, x, layer.weight, scaling=0.5))
     with torch.autocast("cpu", torch.bfloat16):
-        assert type(linear(x).grad_fn).__name__ != "_InFloat32Backward"
-    assert torch.func.vmap(linear)(x[None]).shape == (1, 20, 32)
-    assert type(linear(x).grad_fn).__name__ == "_InFloat32Backward"
+        assert not is_ours(layer(x))
+        assert not is_ours(dense.add_scaled(y, x, layer.weight, scaling=0.5))
+    assert torch.func.vmap(layer)(x[None]).shape == (1, 20, 48)
+    assert torch.func.jacrev(layer)(x[:16]).shape == (16, 48, 16, 32)
+    assert dense.linear(x, torch.empty(0, 32).bfloat16()).shape == (20, 0)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0.02, atol=0.02)
+    with pytest.warns(DeprecationWarning, match="jit.trace"):
+        traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), layer(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_second_derivative_is_an_error() -> None:
+    x = torch.randn(20, 32).bfloat16().requires_grad_()
+    y = dense.linear(x, torch.randn(48, 32).bfloat16())
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y).requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

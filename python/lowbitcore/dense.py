@@ -8,7 +8,7 @@ float32, and are rounded once, as torch's are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from .ops.arguments import in_memory
 
 # Elements of a weight that are float32 at a time: 4 MB, which a cache can hold.
 _PANEL_ELEMENTS = 1 << 20
@@ -29,7 +31,10 @@ _FEW_ROWS = 16
 
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch has instructions of this processor for products of this type."""
+    """Whether torch has kernels for products of this type on this processor; where it cannot say,
+    it is left alone."""
+    if not torch.backends.mkldnn.is_available():
+        return True
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
@@ -40,10 +45,11 @@ def multiplies(dtype: torch.dtype) -> bool:
 def is_slow(x: Tensor) -> bool:
     """Whether torch multiplies these element by element."""
     return (
-        x.is_cpu
-        and not multiplies(x.dtype)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()  # first: it cannot look into the others
+        and x.is_cpu
+        and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
+        and not multiplies(x.dtype)
     )
 
 
@@ -65,12 +71,20 @@ def add_scaled(y: Tensor, x: Tensor, weight: Tensor, *, scaling: float) -> Tenso
 
 
 def _through_float32(x: Tensor, weight: Tensor) -> bool:
-    return is_slow(x) and x.dtype == weight.dtype and x.shape[:-1].numel() >= _FEW_ROWS
+    return (
+        is_slow(x)
+        and in_memory(x)
+        and in_memory(weight)
+        and x.dtype == weight.dtype
+        and x.shape[:-1].numel() >= _FEW_ROWS
+        and weight.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
-def _parts(rows: Tensor, weight: Tensor) -> Iterator[slice]:
+def _parts(rows: Tensor, weight_shape: Sequence[int]) -> Iterator[slice]:
     fewest, most = _ROWS
-    return _pieces(len(rows), min(max(fewest, min(weight.shape)), most))
+    return _pieces(len(rows), min(max(fewest, min(weight_shape)), most))
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:
@@ -78,24 +92,28 @@ def _pieces(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def _panels(weight: Tensor) -> Iterator[slice]:
-    return _pieces(len(weight), max(1, _PANEL_ELEMENTS // max(1, weight.shape[1])))
+def _panels(weight_shape: Sequence[int]) -> Iterator[slice]:
+    n, k = weight_shape
+    return _pieces(n, max(1, _PANEL_ELEMENTS // k))
 
 
 class _InFloat32(torch.autograd.Function):
-    """`linear` and `add_scaled`. What it keeps for its backward are its arguments as they came."""
+    """`linear` and `add_scaled`. For its backward it keeps what torch would: of its arguments, as
+    they came, those that gradients are made of."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, add: Tensor | None, scaling: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.scaling, ctx.add_shape = scaling, None if add is None else add.shape
+        for_x, for_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
+        ctx.scaling, ctx.row_added = scaling, add is not None and add.dim() == 1
         y = x.new_empty(*x.shape[:-1], len(weight))
         rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, len(weight))
         if add is not None and add.dim() > 1:
             add = add.reshape(out.shape)
-        for some in _parts(rows, weight):
+        for some in _parts(rows, weight.shape):
             part = rows[some].float()
-            for panel in _panels(weight):
+            for panel in _panels(weight.shape):
                 total = part @ weight[panel].float().mT
                 if scaling != 1.0:
                     total *= scaling
@@ -108,14 +126,15 @@ class _InFloat32(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_add, _ = ctx.needs_input_grad
-        rows, gradient = x.reshape(-1, x.shape[-1]), dy.reshape(-1, len(weight))
-        dx = torch.empty_like(rows) if for_x else None
-        dw = weight.new_zeros(weight.shape, dtype=torch.float32) if for_weight else None
-        for some in _parts(rows, weight):
-            part = rows[some].float() if dw is not None else None
-            total = torch.zeros(*rows[some].shape) if dx is not None else None
-            for panel in _panels(weight):
+        n, k = ctx.weight_shape
+        gradient = dy.reshape(-1, n)
+        rows = None if x is None else x.reshape(-1, k)
+        dx = None if weight is None else dy.new_empty(len(gradient), k)
+        dw = None if x is None else dy.new_zeros(n, k, dtype=torch.float32)
+        for some in _parts(gradient, ctx.weight_shape):
+            part = None if rows is None else rows[some].float()
+            total = None if dx is None else dx.new_zeros(dx[some].shape, dtype=torch.float32)
+            for panel in _panels(ctx.weight_shape):
                 piece = gradient[some, panel].float()
                 if total is not None:
                     total.addmm_(piece, weight[panel].float(), alpha=ctx.scaling)
@@ -124,12 +143,11 @@ class _InFloat32(torch.autograd.Function):
             if dx is not None and total is not None:
                 dx[some] = total
         d_add = None
-        if for_add:
-            summed = len(ctx.add_shape) == 1 and dy.dim() > 1
-            d_add = gradient.sum(0, dtype=torch.float32).to(dy.dtype) if summed else dy
+        if ctx.needs_input_grad[2]:
+            d_add = gradient.sum(0, dtype=torch.float32).to(dy.dtype) if ctx.row_added else dy
         return (
-            None if dx is None else dx.view(x.shape),
-            None if dw is None else dw.to(weight.dtype),
+            None if dx is None else dx.view(ctx.x_shape),
+            None if dw is None else dw.to(dy.dtype),
             d_add,
             None,
         )
@@ -138,10 +156,8 @@ class _InFloat32(torch.autograd.Function):
 class Linear(nn.Linear):
     """torch's own wherever that is quick."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if is_slow(x) and not torch.is_autocast_enabled("cpu"):
-            return linear(x, self.weight, self.bias)
-        return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 def use_own_linears(model: nn.Module) -> None:

@@ -69,8 +69,8 @@ class _Head(Linear):
     matrices it takes up to twice as long to read the weight, which is most of what decoding a
     token reads outside of packed weights."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = input, self.weight
         if (
             is_plain(x, weight)
             and x.numel() == self.in_features == x.shape[-1]
@@ -83,6 +83,7 @@ class _Head(Linear):
 
 
 def use_own_head(model: PreTrainedModel) -> None:
+    """Of a model that has our linears already."""
     head = model.get_output_embeddings()
     if type(head) is Linear:
         head.__class__ = _Head

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -612,8 +611,8 @@ def save(
     """Writes a quantized model as a GPTQ directory that others can load too.
 
     An earlier quantized model in `out` is replaced; a 16-bit one is refused, and so is one with a
-    correction that was fitted to other integers. Adapters are left out, with a warning:
-    `save_adapter` writes them, and what `QuantConfig.rank` made belongs in `out/correction`.
+    correction that was fitted to other integers. Adapters are left out: `save_adapter` writes them,
+    and what `QuantConfig.rank` made belongs in `out/correction`.
 
     Without `tokenizer`, that of the directory the model was loaded from is copied, if it has one.
     Every file is written atomically and config.json last. Raises ValueError where the model is not
@@ -624,10 +623,6 @@ def save(
         raise ValueError(f"save: out: expected a path, got {type(out).__name__}")
     if tokenizer is not None:
         check_kind("save: tokenizer", tokenizer, PreTrainedTokenizerBase)
-    if adapted_linears(model):
-        warnings.warn(
-            "save: model: its adapters are left out: save_adapter writes them", stacklevel=2
-        )
     with without_adapters(model):
         _save(model, Path(out), tokenizer, max_shard_bytes)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowbitcore import dense, ops
+from lowbitcore import ops
 from lowbitcore.formats import peft
 from lowbitcore.formats.peft import LowRankTensors
 from lowbitcore.nn import QuantLinear
@@ -133,9 +133,8 @@ class FakeQuantized(nn.Module):
         if self.a is None:
             base = self.latent.new_zeros(len(self.latent), len(self._g_idx), dtype=dtype)
         else:
-            # In float32 this product and those of its gradient would take twice as long, where
-            # there are others.
-            base = dense.linear((self.b * self._scaling).to(dtype), self.a.to(dtype).mT)
+            # In float32 this product and those of its gradient would take twice as long.
+            base = (self.b * self._scaling).to(dtype) @ self.a.to(dtype)
         weight: Tensor = _Quantize.apply(
             self._padded(base), self.latent, self.scale_logs, self._scales, self._zeros, self._bits
         )

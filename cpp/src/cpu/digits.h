@@ -82,7 +82,7 @@ bool pack_digits(const uint16_t* row, int64_t first, int64_t last, int64_t g, in
     for (int i = 0; i < kFours * kDigits; i += kWidth) sum.add(ones, VecI::load(words + i));
     sum.settle();
   }
-  if (any_bits(missed) != 0) return false;
+  if (any_bits(missed) << 1 != 0) return false;  // but for the sign of -0 - 0
   uint32_t lane[kWidth];
   sum.value().store(lane);
   int32_t* sums = out.sums_of(g, r);

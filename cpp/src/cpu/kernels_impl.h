@@ -33,8 +33,9 @@
 //   kByteChains           sums of one row that should not wait for one another
 //   ByteSum<B>            add(a, b): in 32-bit lanes, the four products of integers of B bits with
 //                         signed bytes; settle() after each tile, value()
-//   for_each_four<B>      f(four, integers) of a tile's words, and where spread_digits<B> wants
-//   them VecI                  store, + - * ^, nearest(Vec) and to_float
+//   for_each_four<B>      f(four, integers) of a tile's words
+//   spread_digits<B>      digits of a tile's inputs to where its fours are
+//   VecI                  store, + - * ^, nearest(Vec) and to_float
 //
 // Nothing here has external linkage, and nothing from the standard library that would: linking two
 // levels must never let code of the higher one serve the lower (see CONTRIBUTING).
