@@ -90,7 +90,7 @@ def _forward(
 
 class _BackwardInFloat32(torch.autograd.Function):
     """torch's attention with a backward that is done in float32, from inputs of 16 bits on: on a
-    processor that multiplies none, torch's takes 16 times as long."""
+    processor that multiplies none, torch's takes several times as long."""
 
     @staticmethod
     def forward(
