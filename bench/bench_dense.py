@@ -15,11 +15,10 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 import device
-import lowbitcore as lbc
+import lowbitcore.attention  # noqa: F401  (registers our implementation)
+from bench_elementwise import describe
 from bench_qgemm import compare
-from lowbitcore import attention, dense
-
-__all__ = ["attention"]  # which registers its implementation with transformers
+from lowbitcore import dense
 
 pytestmark = pytest.mark.skipif(
     device.on_gpu() or dense.multiplies(torch.bfloat16),
@@ -44,11 +43,6 @@ PRODUCTS = [
     Product("head", 32, 49152, 576),
 ]
 each = pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
-
-
-def describe(benchmark: Any, op: str) -> None:
-    info = {"op": op, "isa": device.name(), "device": device.model(), "dtype": "bfloat16"}
-    benchmark.extra_info.update(info, threads=lbc.runtime.num_threads())
 
 
 def gradient(y: Tensor, *inputs: Tensor) -> Callable[[], Any]:

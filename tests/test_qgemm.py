@@ -173,12 +173,13 @@ def test_few_rows_of_bf16(
 @each_width
 def test_a_zero_of_either_sign(isa: str, bits: int) -> None:
     problem = ref.random_problem(3, bits=bits, group_size=64, out_features=32, in_features=128)
+    problem.codes[:] = 2**bits - 1
     core = Packed(problem)
-    # In fp32 the one between would be lost, on levels that multiply integers it is not.
+    # In fp32 the one between is lost, on levels that multiply integers it is not.
     x = torch.zeros(1, 128, dtype=torch.bfloat16)
-    x[0, 5], x[0, 7], x[0, 9] = 1.0, 2.0**-22, -1.0
+    x[0, 4], x[0, 8], x[0, 12] = 1.0, 2.0**-29, -1.0
     y = core.nt(x)
-    x[0, 8] = -0.0
+    x[0, 9] = -0.0
     assert torch.equal(core.nt(x), y)
 
 
