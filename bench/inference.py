@@ -1,8 +1,9 @@
 """What a person waits for: tokens a second of a quantized model beside transformers in 16 bits.
 
-    python bench/inference.py MODEL QMODEL [--rounds 5] [--profile]
+    python bench/inference.py MODEL QMODEL [--adapter DIRECTORY] [--rounds 5] [--profile]
 
-MODEL is a 16-bit directory, QMODEL the same model quantized. In turn, `rounds` times, medians:
+MODEL is a 16-bit directory, QMODEL the same model quantized, with an adapter if one is given. In
+turn, `rounds` times, medians:
 prefill is one forward over 1,024 tokens, decode 64 greedy tokens after a prompt of 16 with a cache,
 by transformers' own `generate` for both. --profile tells where the packed model's decode goes.
 """
@@ -55,6 +56,7 @@ def main() -> None:
     )
     parser.add_argument("model", help="a 16-bit directory")
     parser.add_argument("qmodel", help="the same model, quantized")
+    parser.add_argument("--adapter", help="on the quantized model alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
@@ -64,6 +66,8 @@ def main() -> None:
         ).eval(),
         "lowbitcore": lbc.load(arguments.qmodel).eval(),
     }
+    if arguments.adapter:
+        lbc.load_adapter(models["lowbitcore"], arguments.adapter)
     generator = torch.Generator().manual_seed(0)
     vocabulary = models["lowbitcore"].config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, PREFILL), generator=generator)

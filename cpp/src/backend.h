@@ -3,6 +3,7 @@
 #pragma once
 
 #include <lowbitcore/attention.h>
+#include <lowbitcore/decode.h>
 #include <lowbitcore/elementwise.h>
 #include <lowbitcore/gptq.h>
 #include <lowbitcore/losses.h>
@@ -85,6 +86,10 @@ struct Backend {
                              View<const float> lse, Bf16Heads dq, Bf16Heads dk, Bf16Heads dv,
                              const Resources&);
   std::size_t (*attention_backward_workspace)(std::int64_t rows, std::int64_t cols, int threads);
+  void (*attend)(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
+                 Matrix out, const Resources&);
+  void (*add_low_rank)(ConstMatrix x, const LowRank&, Matrix y, const Resources&);
+  void (*add)(ConstMatrix a, ConstMatrix b, Matrix sum, const Resources&);
 };
 
 // What a device does with memory, whatever its kernels are.

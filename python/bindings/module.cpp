@@ -4,6 +4,7 @@
 
 namespace lowbitcore::python {
 
+void init_decode(nanobind::module_& m);
 void init_ops(nanobind::module_& m);
 void init_runtime(nanobind::module_& m);
 
@@ -11,6 +12,7 @@ void init_runtime(nanobind::module_& m);
 
 NB_MODULE(_C, m) {
   nanobind::exception<lowbitcore::Error>(m, "Error", PyExc_RuntimeError);
+  lowbitcore::python::init_decode(m);
   lowbitcore::python::init_ops(m);
   lowbitcore::python::init_runtime(m);
 }

@@ -37,16 +37,6 @@ void check_layout(const char* op, const char* argument, const Array& a) {
   }
 }
 
-DType float_dtype(const char* op, const char* argument, const Array& a) {
-  if (a.dtype() == nb::dtype<float>()) return DType::f32;
-  const auto code = static_cast<nb::dlpack::dtype_code>(a.dtype().code);
-  if (a.dtype().bits == 16 && a.dtype().lanes == 1) {
-    if (code == nb::dlpack::dtype_code::Bfloat) return DType::bf16;
-    if (code == nb::dlpack::dtype_code::Float) return DType::f16;
-  }
-  fail(op, argument, "float32, bfloat16 or float16", dtype_name(a.dtype()));
-}
-
 template <typename V>
 V shaped(const char* op, const char* argument, const Array& a) {
   V v;
@@ -100,6 +90,16 @@ void on_cpu(const char* op, std::initializer_list<Argument> arguments) {
   }
 }
 
+DType dtype_of(const char* op, const char* argument, const Array& a) {
+  if (a.dtype() == nb::dtype<float>()) return DType::f32;
+  const auto code = static_cast<nb::dlpack::dtype_code>(a.dtype().code);
+  if (a.dtype().bits == 16 && a.dtype().lanes == 1) {
+    if (code == nb::dlpack::dtype_code::Bfloat) return DType::bf16;
+    if (code == nb::dlpack::dtype_code::Float) return DType::f16;
+  }
+  fail(op, argument, "float32, bfloat16 or float16", dtype_name(a.dtype()));
+}
+
 ConstMatrix const_matrix(const char* op, const char* argument, const Array& a) {
   return matrix(op, argument, a);
 }
@@ -107,7 +107,7 @@ ConstMatrix const_matrix(const char* op, const char* argument, const Array& a) {
 Matrix matrix(const char* op, const char* argument, const Array& a) {
   check_layout(op, argument, a);
   Matrix m = shaped<Matrix>(op, argument, a);
-  m.dtype = float_dtype(op, argument, a);
+  m.dtype = dtype_of(op, argument, a);
   m.data = a.data();
   return m;
 }

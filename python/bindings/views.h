@@ -27,6 +27,9 @@ Execution on_one_device(const char* op, std::uintptr_t stream,
 // For operations that only the CPU has.
 void on_cpu(const char* op, std::initializer_list<Argument> arguments);
 
+// float32, bfloat16 or float16.
+DType dtype_of(const char* op, const char* argument, const Array& array);
+
 ConstMatrix const_matrix(const char* op, const char* argument, const Array& array);
 Matrix matrix(const char* op, const char* argument, const Array& array);
 

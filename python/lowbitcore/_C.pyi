@@ -2,6 +2,11 @@ from torch import Tensor
 
 class Error(RuntimeError): ...
 
+_Norm = tuple[Tensor, float]
+_Linear = tuple[
+    Tensor, Tensor, Tensor | None, int, int, int, int, tuple[tuple[Tensor, Tensor, float], ...]
+]
+
 def available_isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
@@ -163,4 +168,33 @@ def fake_quantized_grads(
     bits: int,
     d_latent: Tensor,
     d_scales: Tensor,
+) -> None: ...
+def add_low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float, y: Tensor) -> None: ...
+def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None: ...
+def project_token(
+    x: Tensor,
+    norm: _Norm,
+    q_proj: _Linear,
+    k_proj: _Linear,
+    v_proj: _Linear,
+    q_norm: _Norm | None,
+    k_norm: _Norm | None,
+    cos: Tensor,
+    sin: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> None: ...
+def finish_token(
+    x: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    o_proj: _Linear,
+    norm: _Norm,
+    gate_proj: _Linear,
+    up_proj: _Linear,
+    down_proj: _Linear,
+    y: Tensor,
 ) -> None: ...

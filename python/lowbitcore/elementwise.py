@@ -7,7 +7,7 @@ keeps its inputs alone for its backward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
 from types import FunctionType
 from typing import Any, cast
@@ -36,16 +36,17 @@ def use_own_elementwise(model: PreTrainedModel) -> None:
     Modules keep their parameters and submodules under their names.
     """
     for module in model.modules():
-        if _computes_as(module, LlamaRMSNorm):
+        if computes_as(module, LlamaRMSNorm):
             module.__class__ = RmsNorm
-        elif _computes_as(module, LlamaMLP) and isinstance(module.act_fn, _SILU):
+        elif computes_as(module, LlamaMLP) and isinstance(module.act_fn, _SILU):
             module.__class__ = SwigluMlp
-        elif own := _with_own_rotary(cast(Any, type(module))):
-            module.__class__ = own
+        elif _calls_rotary(kind := cast(Any, type(module))):
+            module.__class__ = with_forward(kind, _with_own_rotary)
 
 
-def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
-    """transformers gives each model a copy of its own of such classes."""
+def computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether its forward is written as that of a class of transformers', which gives each model a
+    copy of its own of such classes."""
     return _code(type(module).forward) == _code(known.forward)
 
 
@@ -85,36 +86,47 @@ class SwigluMlp(LlamaMLP):  # type: ignore[misc]
 
 
 @cache
-def _with_own_rotary(kind: Any) -> type[nn.Module] | None:
-    """An attention whose forward calls our `_rotated` where it has called LLaMA's function, a
-    global of its module; None for what does not."""
+def with_forward(kind: Any, make: Callable[[Any], Callable[..., Any]]) -> type[nn.Module]:
+    """A subclass of the same name whose forward is what `make` makes of the class."""
+    own = {"forward": make(kind), "made_by": make, "__reduce_ex__": _reduce}
+    return type(kind.__name__, (kind,), own)
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickles cannot name a class that is made here: they say what it is made of."""
+    kind: Any = type(module)
+    return _empty_of, (kind.__bases__[0], kind.made_by), module.__dict__
+
+
+def _empty_of(kind: Any, make: Any) -> nn.Module:
+    own = with_forward(kind, make)
+    return own.__new__(own)
+
+
+@cache
+def _calls_rotary(kind: Any) -> bool:
+    """Whether an attention's forward calls LLaMA's function, a global of its module."""
     forward, name = inspect.unwrap(kind.forward), apply_rotary_pos_emb.__name__
     if not isinstance(forward, FunctionType) or name not in forward.__code__.co_names:
-        return None
-    scope = forward.__globals__
-    for known in (apply_rotary_pos_emb, rotate_half):
-        if _code(scope.get(known.__name__)) != _code(known):
-            return None
+        return False
+    return all(
+        _code(forward.__globals__.get(known.__name__)) == _code(known)
+        for known in (apply_rotary_pos_emb, rotate_half)
+    )
+
+
+def _with_own_rotary(kind: Any) -> Callable[..., Any]:
+    """Its forward, which calls our `_rotated` instead."""
+    forward = inspect.unwrap(kind.forward)
     own = FunctionType(
         forward.__code__,
-        {**scope, name: _rotated},
+        {**forward.__globals__, apply_rotary_pos_emb.__name__: _rotated},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
     )
     own.__kwdefaults__ = forward.__kwdefaults__
-    return type(kind.__name__, (kind,), {"forward": own, "__reduce_ex__": _reduce})
-
-
-def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Pickles cannot name a class that is made here: they say what it is made of."""
-    return _empty_of, (type(module).__bases__[0],), module.__dict__
-
-
-def _empty_of(kind: Any) -> nn.Module:
-    own = _with_own_rotary(kind)
-    assert own is not None
-    return own.__new__(own)
+    return own
 
 
 def _rotated(

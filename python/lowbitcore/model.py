@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from lowbitcore.attention import use_own_attention
+from lowbitcore.decode import use_own_blocks
 from lowbitcore.dense import use_own_linears
 from lowbitcore.elementwise import use_own_elementwise
 from lowbitcore.formats import checkpoint, gptq, peft
@@ -231,6 +232,7 @@ def use_own_operations(model: PreTrainedModel) -> None:
     quicker linears and head, where they compute the same."""
     use_own_attention(model)
     use_own_elementwise(model)
+    use_own_blocks(model)
     use_own_linears(model)
     use_own_head(model)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import dense, ops
 from ._C import Error
+from .ops.arguments import in_memory
 from .ops.operators import is_plain
 from .ops.products import fused_qgemm_nt
 
@@ -292,6 +293,36 @@ class QuantLinear(nn.Module):
             group_size=self.group_size,
             g_idx=buffers["g_idx"] if order is None else None,
             bias=self.bias,
+        )
+
+    def adapted_weight(
+        self, adapters: tuple[tuple[Tensor, Tensor, float], ...]
+    ) -> ops.AdaptedWeight | None:
+        """What `ops.project_token` and `ops.finish_token` take; None where they do not serve: on
+        other devices, of permuted inputs, of scales that are computed (parametrizations)."""
+        buffers: dict[str, Any] = self._buffers
+        parameters: dict[str, Any] = self._parameters
+        if (
+            buffers["g_idx"] is not None
+            or self._layout != "cpu"
+            or "scales" not in parameters
+            or "bias" not in parameters
+        ):
+            return None
+        packed, scales, bias = buffers["packed"], parameters["scales"], parameters["bias"]
+        if type(packed) is not Tensor or type(scales) is not nn.Parameter:
+            return None  # stand-ins, shards
+        if not scales.is_contiguous() or not (bias is None or in_memory(bias)):
+            return None
+        return ops.AdaptedWeight(
+            packed,
+            scales,
+            None if bias is None else bias.float().contiguous(),
+            self.bits,
+            self.group_size,
+            self.in_features,
+            self.out_features,
+            adapters,
         )
 
     def extra_repr(self) -> str:

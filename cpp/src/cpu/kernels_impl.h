@@ -40,6 +40,7 @@
 // Nothing here has external linkage, and nothing from the standard library that would: linking two
 // levels must never let code of the higher one serve the lower (see CONTRIBUTING).
 
+#include "decode.h"
 #include "direct.h"
 #include "doubles.h"
 #include "elementwise.h"
@@ -144,6 +145,9 @@ constexpr Backend make_backend(const char* name) {
   backend.swiglu_backward = swiglu_backward;
   backend.dropout = dropout;
   backend.token_losses = token_losses;
+  backend.attend = attend;
+  backend.add_low_rank = add_low_rank;
+  backend.add = add;
 #ifdef LOWBITCORE_TILES
   backend.attention = attention;
   backend.attention_workspace = attention_workspace;

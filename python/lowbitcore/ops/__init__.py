@@ -18,6 +18,16 @@ first called).
 
 from .arguments import serves
 from .causal_attention import attention, has_attention
+from .decoding import (
+    AdaptedWeight,
+    Norm,
+    Projections,
+    RestOfBlock,
+    add_low_rank_,
+    attend,
+    finish_token,
+    project_token,
+)
 from .elementwise import dropout, rms_norm, rotate, swiglu
 from .fake_quantization import add_fake_quantized_, fake_quantized_grads
 from .format import check_format, group_count, packed_size, trivial_g_idx
@@ -44,17 +54,24 @@ from .quantization import (
 )
 
 __all__ = [
+    "AdaptedWeight",
     "GptqFactor",
     "GptqResult",
+    "Norm",
+    "Projections",
     "Quantized",
+    "RestOfBlock",
     "accumulate_cross_",
     "accumulate_hessian_",
     "add_fake_quantized_",
+    "add_low_rank_",
+    "attend",
     "attention",
     "check_format",
     "dequantize",
     "dropout",
     "fake_quantized_grads",
+    "finish_token",
     "gptq_factorize",
     "gptq_quantize",
     "group_count",
@@ -64,6 +81,7 @@ __all__ = [
     "packed_size",
     "permute_columns",
     "prepack",
+    "project_token",
     "qgemm_grad_scales",
     "qgemm_nn",
     "qgemm_nt",

@@ -1,0 +1,83 @@
+// One new token of each sequence through a block of a LLaMA-like model, straight from packed
+// weights and past the keys and values of earlier tokens. Of so little work the calls between
+// products cost as much as these, so a block is two calls, between which a host puts the token's
+// keys and values where it keeps them:
+//
+//   n = norm(x);  q, k, v = Wq n, Wk n, Wv n;  q and k, normed if wanted, turned to the position
+//   h = x + Wo attend(q, keys, values);  n' = norm'(h);  y = h + Wd (silu(Wg n') * (Wu n'))
+//
+// x, y [batch, K] and whatever lies between are of one type, to which each operation above rounds
+// its result, as transformers does it; within one all is fp32. Results do not depend on the number
+// of threads. On the CPU; elsewhere Error. A workspace that a host brings serves the products.
+#pragma once
+
+#include <lowbitcore/format.h>
+#include <lowbitcore/types.h>
+
+namespace lowbitcore {
+
+// A low-rank adapter, scaling * B A (Hu et al., arXiv 2106.09685).
+struct LowRank {
+  View<const float> a;  // [rank, K]
+  View<const float> b;  // [N, rank]
+  float scaling = 1.0f;
+};
+
+// x W^T + bias, and what its adapters add.
+struct AdaptedWeight {
+  QuantWeight weight;
+  const float* bias = nullptr;  // [N]
+  const LowRank* adapters = nullptr;
+  std::size_t adapter_count = 0;
+};
+
+struct Norm {
+  ConstMatrix weight;  // [1, cols]; without data there is no norm
+  float eps = 0.0f;
+};
+
+// [batch, heads, rows, cols]; strides are in elements, columns contiguous.
+struct ConstHeads {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t batch = 0;
+  std::int64_t heads = 0;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t batch_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t row_stride = 0;
+};
+
+// y [M,N] += scaling B A x for x [M,K]; K and N multiples of 32. Made for few rows: B and A are
+// read for each.
+void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Execution& exec = {});
+
+// out = softmax(scale q keys^T) values for one query a head; q and out are [batch, heads * cols],
+// heads side by side. Query head h attends to head h / (heads of q / heads of keys). At least one
+// key; columns: a multiple of 32, at most 256; scale above 0. Scores and sums are fp32.
+void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
+            Matrix out, const Execution& exec = {});
+
+struct Projections {
+  Norm norm;
+  AdaptedWeight q, k, v;
+  Norm q_norm, k_norm;  // of each head's columns
+};
+
+// q, k and v of a token. cos, sin: [1 or batch, cols of a head], a multiple of 64, of the type of
+// x.
+void project_token(ConstMatrix x, const Projections& projections, ConstMatrix cos, ConstMatrix sin,
+                   Matrix q, Matrix k, Matrix v, const Execution& exec = {});
+
+struct RestOfBlock {
+  AdaptedWeight o;
+  Norm norm;
+  AdaptedWeight gate, up, down;
+};
+
+// The block's result, from its x, from q, and from all keys and values, the token's own among them.
+void finish_token(ConstMatrix x, ConstMatrix q, const ConstHeads& keys, const ConstHeads& values,
+                  float scale, const RestOfBlock& rest, Matrix y, const Execution& exec = {});
+
+}  // namespace lowbitcore

@@ -1,0 +1,167 @@
+// What a new token takes besides products, norms and positions: attention of one query to keys of
+// earlier tokens, and adapters.
+#pragma once
+
+#include "elementwise.h"
+
+namespace lowbitcore {
+namespace {
+
+// All lanes, one after another.
+inline float lane_sum(const Vec& v) {
+  alignas(64) float lanes[kWidth];
+  v.store(lanes);
+  float sum = 0.0f;
+  for (const float lane : lanes) sum += lane;
+  return sum;
+}
+
+// ---- attention ----
+
+constexpr int64_t kKeys = 64;  // whose scores are held at a time
+constexpr int64_t kMostHeadCols = 256;
+constexpr int kColsAtOnce = 32;  // of values
+
+template <DType Type>
+constexpr int64_t kBytes = Type == DType::f32 ? 4 : 2;
+
+// out [cols] of one query: its maximum so far, the sum of exponentials and that of values move on
+// with each `kKeys` keys (Milakov and Gimelshein, arXiv 1805.02867).
+template <DType Type>
+void attend_head(const char* q, const char* keys, int64_t key_step, const char* values,
+                 int64_t value_step, int64_t rows, int64_t cols, float scale, char* out) {
+  alignas(64) float query[kMostHeadCols], sums[kMostHeadCols], weights[kKeys];
+  for (int64_t c = 0; c < cols; c += kWidth) {
+    load_as_float(q, Type, c).store(query + c);
+    Vec::broadcast(0.0f).store(sums + c);
+  }
+  float most = -__builtin_inff(), total = 0.0f;
+  for (int64_t first = 0; first < rows; first += kKeys) {
+    const int64_t count = smaller(kKeys, rows - first);
+    float top = most;
+    for (int64_t i = 0; i < count; ++i) {
+      const char* key = keys + (first + i) * key_step;
+      Vec even = Vec::broadcast(0.0f), odd = even;
+      for (int64_t c = 0; c < cols; c += 2 * kWidth) {
+        even = madd(Vec::load(query + c), load_as_float(key, Type, c), even);
+        odd = madd(Vec::load(query + c + kWidth), load_as_float(key, Type, c + kWidth), odd);
+      }
+      weights[i] = scale * lane_sum(even + odd);
+      if (weights[i] > top) top = weights[i];
+    }
+    for (int64_t i = count; i < round_up(count, kWidth); ++i) weights[i] = top;
+    alignas(64) float before[kWidth];
+    exp(Vec::broadcast(most - top)).store(before);
+    const float factor = first == 0 ? 0.0f : before[0];
+    for (int64_t i = 0; i < count; i += kWidth) {
+      exp(Vec::load(weights + i) - Vec::broadcast(top)).store(weights + i);
+    }
+    total *= factor;
+    for (int64_t i = 0; i < count; ++i) total += weights[i];
+    most = top;
+    for (int64_t c = 0; c < cols; c += kColsAtOnce) {
+      constexpr int kVecs = kColsAtOnce / kWidth;
+      Vec sum[2][kVecs];  // of keys in turn, so that sums do not wait for one another
+      for (int v = 0; v < kVecs; ++v) {
+        sum[0][v] = Vec::load(sums + c + v * kWidth) * Vec::broadcast(factor);
+        sum[1][v] = Vec::broadcast(0.0f);
+      }
+      const auto add = [&](int64_t i, Vec(&to)[kVecs]) LOWBITCORE_LAMBDA {
+        const char* value = values + (first + i) * value_step;
+        for (int v = 0; v < kVecs; ++v) {
+          to[v] =
+              madd(Vec::broadcast(weights[i]), load_as_float(value, Type, c + v * kWidth), to[v]);
+        }
+      };
+      int64_t i = 0;
+      for (; i + 1 < count; i += 2) {
+        add(i, sum[0]);
+        add(i + 1, sum[1]);
+      }
+      if (i < count) add(i, sum[0]);
+      for (int v = 0; v < kVecs; ++v) (sum[0][v] + sum[1][v]).store(sums + c + v * kWidth);
+    }
+  }
+  for (int64_t c = 0; c < cols; c += kWidth) {
+    store_as(Vec::load(sums + c) / Vec::broadcast(total), out, Type, c);
+  }
+}
+
+void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
+            Matrix out, const Resources& use) {
+  const int64_t cols = keys.cols, heads = q.cols / cols, group = heads / keys.heads;
+  with_dtype(q.dtype, [&](auto type) {
+    constexpr DType dtype = decltype(type)::value;
+    constexpr int64_t bytes = kBytes<dtype>;
+    const auto head_of = [&](const ConstHeads& x, int64_t batch, int64_t head) {
+      return static_cast<const char*>(x.data) +
+             (batch * x.batch_stride + head / group * x.head_stride) * bytes;
+    };
+    parallel_for(q.rows * heads, use.threads, [&](int64_t task, int) {
+      const int64_t batch = task / heads, head = task % heads;
+      attend_head<dtype>(row_pointer(q, batch) + head * cols * bytes, head_of(keys, batch, head),
+                         keys.row_stride * bytes, head_of(values, batch, head),
+                         values.row_stride * bytes, keys.rows, cols, scale,
+                         row_pointer(out, batch) + head * cols * bytes);
+    });
+  });
+}
+
+// ---- adapters ----
+
+void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Resources& use) {
+  constexpr int64_t kElements = 1 << 14;  // of a factor, about, that a thread takes at a time
+  const int64_t rank = adapter.a.rows;
+  float* row = static_cast<float*>(use.workspace);
+  float* low = row + x.cols;
+  for (int64_t m = 0; m < x.rows; ++m) {
+    for (int64_t k = 0; k < x.cols; k += kWidth) {
+      load_as_float(row_pointer(x, m), x.dtype, k).store(row + k);
+    }
+    const int64_t ranks = larger(1, kElements / x.cols);
+    parallel_for(divide_up(rank, ranks), use.threads, [&](int64_t part, int) {
+      for (int64_t r = part * ranks; r < smaller(rank, (part + 1) * ranks); ++r) {
+        const float* a = adapter.a.data + r * adapter.a.stride;
+        low[r] = adapter.scaling *
+                 row_sum(x.cols, [&](int64_t k) { return Vec::load(row + k) * Vec::load(a + k); });
+      }
+    });
+    const int64_t vectors = larger(1, kElements / (larger(rank, 1) * kWidth));
+    parallel_for(divide_up(y.cols, vectors * kWidth), use.threads, [&](int64_t part, int) {
+      const int64_t end = smaller(y.cols, (part + 1) * vectors * kWidth);
+      for (int64_t n = part * vectors * kWidth; n < end; n += kWidth) {
+        alignas(64) float sums[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+          const float* b = adapter.b.data + (n + i) * adapter.b.stride;
+          Vec sum = Vec::broadcast(0.0f);
+          int64_t r = 0;
+          for (; r + kWidth <= rank; r += kWidth)
+            sum = madd(Vec::load(b + r), Vec::load(low + r), sum);
+          float rest = 0.0f;
+          for (; r < rank; ++r) rest += b[r] * low[r];
+          sums[i] = (rank < kWidth ? 0.0f : lane_sum(sum)) + rest;
+        }
+        char* out = row_pointer(y, m);
+        store_as(load_as_float(out, y.dtype, n) + Vec::load(sums), out, y.dtype, n);
+      }
+    });
+  }
+}
+
+// ---- sums ----
+
+void add(ConstMatrix a, ConstMatrix b, Matrix sum, const Resources& use) {
+  with_dtype(a.dtype, [&](auto type) {
+    constexpr DType dtype = decltype(type)::value;
+    for_each_row(a, use, [&](int64_t row) {
+      for (int64_t c = 0; c < a.cols; c += kWidth) {
+        store_as(load_as_float(row_pointer(a, row), dtype, c) +
+                     load_as_float(row_pointer(b, row), dtype, c),
+                 row_pointer(sum, row), dtype, c);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace lowbitcore

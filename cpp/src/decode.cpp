@@ -1,0 +1,160 @@
+#include <lowbitcore/decode.h>
+#include <lowbitcore/elementwise.h>
+#include <lowbitcore/qgemm.h>
+
+#include <cmath>
+#include <memory>
+#include <string>
+
+#include "call.h"
+
+namespace lowbitcore {
+
+namespace {
+
+constexpr std::int64_t kMostCols = 256;
+
+// Scratch that outlives the calls made while it is in use, as a Call's does not.
+class Rows {
+ public:
+  Rows(DType dtype, std::int64_t rows, std::int64_t cols)
+      : memory_(new char[static_cast<std::size_t>(rows * cols) * (dtype == DType::f32 ? 4 : 2)]),
+        matrix_{memory_.get(), dtype, rows, cols, cols} {}
+  operator const Matrix&() const { return matrix_; }
+  operator ConstMatrix() const { return matrix_; }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  Matrix matrix_;
+};
+
+const Backend& backend_with(const char* op, const Execution& exec) {
+  const Backend& backend = backend_of(exec);
+  check_has(op, backend, backend.attend != nullptr);
+  return backend;
+}
+
+void check_adapter(const char* op, const ConstMatrix& x, const LowRank& adapter, const Matrix& y) {
+  check::shape(op, "a", adapter.a, adapter.a.rows, x.cols);
+  check::shape(op, "b", adapter.b, y.cols, adapter.a.rows);
+}
+
+void check_heads(const char* op, const char* argument, const ConstHeads& heads, std::int64_t batch,
+                 std::int64_t count, std::int64_t rows, std::int64_t cols) {
+  const auto dims = [](std::int64_t b, std::int64_t h, std::int64_t r, std::int64_t c) {
+    return "[" + std::to_string(b) + ", " + std::to_string(h) + ", " + std::to_string(r) + ", " +
+           std::to_string(c) + "]";
+  };
+  if (heads.batch != batch || heads.heads != count || heads.rows != rows || heads.cols != cols) {
+    check::fail(op, argument, "shape " + dims(batch, count, rows, cols),
+                dims(heads.batch, heads.heads, heads.rows, heads.cols));
+  }
+  if (batch > 0) check::data(op, argument, heads.data);
+}
+
+void check_attention(const char* op, const ConstMatrix& q, const ConstHeads& keys,
+                     const ConstHeads& values, float scale, const Matrix& out) {
+  const std::int64_t cols = keys.cols;
+  if (cols <= 0 || cols % 32 != 0 || cols > kMostCols) {
+    check::fail(op, "keys", "a positive multiple of 32 columns, at most 256", std::to_string(cols));
+  }
+  if (keys.heads <= 0 || q.cols % (cols * keys.heads) != 0) {
+    check::fail(op, "keys",
+                "a number of heads of " + std::to_string(cols) + " columns that divides q's " +
+                    std::to_string(q.cols),
+                std::to_string(keys.heads));
+  }
+  if (keys.rows <= 0) check::fail(op, "keys", "at least 1 row", std::to_string(keys.rows));
+  check::vectors(op, "q", q);
+  check::like(op, "out", out, "q", q);
+  check_heads(op, "keys", keys, q.rows, keys.heads, keys.rows, cols);
+  check_heads(op, "values", values, q.rows, keys.heads, keys.rows, cols);
+  check::same_dtype(op, "keys", keys.dtype, "q", q.dtype);
+  check::same_dtype(op, "values", values.dtype, "q", q.dtype);
+  if (!(scale > 0.0f) || !std::isfinite(scale)) {
+    check::fail(op, "scale", "a number above 0", std::to_string(scale));
+  }
+}
+
+void add(const char* op, ConstMatrix a, ConstMatrix b, Matrix sum, const Execution& exec) {
+  backend_of(exec).add(a, b, sum, Call(op, exec, 0));
+}
+
+void multiply(ConstMatrix x, const AdaptedWeight& w, const Matrix& y, const Execution& exec) {
+  qgemm_nt(x, w.weight, w.bias, y, exec);
+  for (std::size_t i = 0; i < w.adapter_count; ++i) add_low_rank(x, w.adapters[i], y, exec);
+}
+
+// Turns the heads of x, which it takes apart from one another for their norm, if there is one.
+void place(const Rows& x, const Norm& norm, ConstMatrix cos, ConstMatrix sin, Matrix y,
+           const Execution& exec) {
+  ConstMatrix in = x;
+  if (norm.weight.data == nullptr) return rotate(in, cos, sin, false, y, exec);
+  const std::int64_t cols = norm.weight.cols;
+  if (cols <= 0 || in.cols % cols != 0) {
+    check::fail("project_token", "norm", "columns that divide " + std::to_string(in.cols),
+                std::to_string(cols));
+  }
+  const Rows normed(in.dtype, in.rows, in.cols);
+  Matrix out = normed;
+  out.rows = in.rows = in.rows * in.cols / cols;
+  out.cols = out.stride = in.cols = in.stride = cols;
+  rms_norm(in, norm.weight, norm.eps, out, exec);
+  rotate(normed, cos, sin, false, y, exec);
+}
+
+}  // namespace
+
+void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Execution& exec) {
+  const char* op = "add_low_rank";
+  check::vectors(op, "x", x);
+  check::vectors(op, "y", y);
+  check::shape(op, "y", y, x.rows, y.cols);
+  check::same_dtype(op, "y", y.dtype, "x", x.dtype);
+  check_adapter(op, x, adapter, y);
+  const Backend& backend = backend_with(op, exec);
+  const auto bytes = static_cast<std::size_t>(x.cols + adapter.a.rows) * sizeof(float);
+  backend.add_low_rank(x, adapter, y, Call(op, exec, bytes));
+}
+
+void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
+            Matrix out, const Execution& exec) {
+  const char* op = "attend";
+  check_attention(op, q, keys, values, scale, out);
+  backend_with(op, exec).attend(q, keys, values, scale, out, Call(op, exec, 0));
+}
+
+void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMatrix sin, Matrix q,
+                   Matrix k, Matrix v, const Execution& exec) {
+  backend_with("project_token", exec);
+  const Rows normed(x.dtype, x.rows, x.cols);
+  rms_norm(x, p.norm.weight, p.norm.eps, normed, exec);
+  const Rows queries(x.dtype, x.rows, q.cols), keys(x.dtype, x.rows, k.cols);
+  multiply(normed, p.q, queries, exec);
+  multiply(normed, p.k, keys, exec);
+  multiply(normed, p.v, v, exec);
+  place(queries, p.q_norm, cos, sin, q, exec);
+  place(keys, p.k_norm, cos, sin, k, exec);
+}
+
+void finish_token(ConstMatrix x, ConstMatrix q, const ConstHeads& keys, const ConstHeads& values,
+                  float scale, const RestOfBlock& rest, Matrix y, const Execution& exec) {
+  const char* op = "finish_token";
+  backend_with(op, exec);
+  check::vectors(op, "x", x);
+  check::like(op, "y", y, "x", x);
+  const std::int64_t rows = x.rows, width = rest.gate.weight.format.out_features;
+  const Rows attended(q.dtype, rows, q.cols), sum(x.dtype, rows, x.cols), to(x.dtype, rows, x.cols);
+  attend(q, keys, values, scale, attended, exec);
+  multiply(attended, rest.o, to, exec);
+  add(op, x, to, sum, exec);
+  rms_norm(sum, rest.norm.weight, rest.norm.eps, to, exec);
+  const Rows gate(x.dtype, rows, width), up(x.dtype, rows, width);
+  multiply(to, rest.gate, gate, exec);
+  multiply(to, rest.up, up, exec);
+  swiglu(gate, up, gate, exec);
+  multiply(gate, rest.down, to, exec);
+  add(op, sum, to, y, exec);
+}
+
+}  // namespace lowbitcore

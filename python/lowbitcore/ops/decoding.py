@@ -1,0 +1,146 @@
+"""A new token through a block of a LLaMA-like model, in two calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import _C
+from .arguments import as_rows, check_dims, empty, fail
+
+
+class AdaptedWeight(NamedTuple):
+    """``x W^T + bias + sum of scaling * B A x``, W packed, with a trivial ``g_idx``.
+
+    packed: from :func:`prepack`. scales: float32 [G, N]. bias: float32 [N]. adapters: of each A
+    [r, K], B [N, r], float32 (arXiv 2106.09685).
+    """
+
+    packed: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    adapters: tuple[tuple[Tensor, Tensor, float], ...]
+
+
+class Norm(NamedTuple):
+    """The weight, [D], and eps of :func:`rms_norm`."""
+
+    weight: Tensor
+    eps: float
+
+
+class Projections(NamedTuple):
+    """What makes queries, keys and values of a block's input. The last two are of each head's D
+    columns, where a model norms these."""
+
+    norm: Norm
+    q: AdaptedWeight
+    k: AdaptedWeight
+    v: AdaptedWeight
+    q_norm: Norm | None
+    k_norm: Norm | None
+
+
+class RestOfBlock(NamedTuple):
+    """What follows attention."""
+
+    o: AdaptedWeight
+    norm: Norm
+    gate: AdaptedWeight
+    up: AdaptedWeight
+    down: AdaptedWeight
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
+    """``softmax(scale q keys^T) values`` for one query a head, as :func:`finish_token` has it.
+
+    Args:
+        q: float32, bfloat16 or float16 [B, H, 1, D], D a multiple of 32, at most 256.
+        keys, values: [B, H', T, D] of the type of ``q``, T at least 1, any strides but the last;
+            H' divides H, and H / H' heads of q in a row share one of them.
+        scale: above 0.
+
+    Returns:
+        [B, H, 1, D] in the type of ``q``; scores and sums are float32. Not differentiable; for
+        plain tensors on the CPU.
+    """
+    check_dims("attend", "q", q, 4)
+    if q.shape[2] != 1:
+        fail("attend", "q", "shape [B, H, 1, D]", list(q.shape))
+    rows = as_rows(q.transpose(1, 2).flatten(1))
+    out = empty(q, *rows.shape)
+    _C.attend(rows, keys, values, scale, out)
+    return _heads(out, q.shape[3])
+
+
+def add_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
+    """``y += scaling x A^T B^T`` in place, for few rows, as :func:`finish_token` has it.
+
+    Args:
+        y: float32, bfloat16 or float16 [..., N]; x: [..., K], of its type; N and K multiples of 32.
+        a: float32 [r, K], b: float32 [N, r].
+
+    Returns:
+        ``y``, to whose type the sum is rounded once. Not differentiable; for plain tensors on the
+        CPU.
+    """
+    _C.add_low_rank(as_rows(x), a, b, scaling, y)
+    return y
+
+
+def project_token(
+    x: Tensor, projections: Projections, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one new token of each sequence, turned to its position.
+
+    Args:
+        x: float32, bfloat16 or float16 [B, 1, K].
+        cos, sin: [1 or B, 1, D], of the type of ``x``, D a multiple of 64.
+
+    Returns:
+        q, k, v [B, heads, 1, D] in the type of ``x``, to which what the modules in this place
+        return is rounded. Not differentiable; for plain tensors on the CPU.
+    """
+    check_dims("project_token", "x", x, 3)
+    check_dims("project_token", "cos", cos, 3)
+    batch, count, _ = x.shape
+    if count != 1:
+        fail("project_token", "x", "shape [B, 1, K]", list(x.shape))
+    norm, q_proj, k_proj, v_proj, q_norm, k_norm = projections
+    q, k, v = (empty(x, batch, weight.out_features) for weight in (q_proj, k_proj, v_proj))
+    _C.project_token(x, norm, q_proj, k_proj, v_proj, q_norm, k_norm, cos, sin, q, k, v)
+    width = cos.shape[-1]
+    return _heads(q, width), _heads(k, width), _heads(v, width)
+
+
+def _heads(rows: Tensor, width: int) -> Tensor:
+    """[B, heads * width] -> [B, heads, 1, width]"""
+    if rows.shape[1] % width:
+        fail("project_token", "cos", f"columns that divide {rows.shape[1]}", width)
+    return rows.view(len(rows), 1, -1, width).transpose(1, 2)
+
+
+def finish_token(
+    x: Tensor, q: Tensor, keys: Tensor, values: Tensor, scale: float, rest: RestOfBlock
+) -> Tensor:
+    """The block's result of one new token of each sequence.
+
+    Args:
+        x: [B, 1, K], the block's input; q: [B, H, 1, D], of :func:`project_token`.
+        keys, values: [B, H', T, D], of all tokens, any strides but the last; H' divides H. D: a
+            multiple of 32, at most 256.
+        scale: of the products of q and keys, above 0.
+
+    Returns:
+        [B, 1, K] in the type of ``x``.
+    """
+    check_dims("finish_token", "x", x, 3)
+    check_dims("finish_token", "q", q, 4)
+    y = empty(x, *x.shape)
+    _C.finish_token(x, q.transpose(1, 2).flatten(1), keys, values, scale, *rest, y)
+    return y
