@@ -3,9 +3,9 @@
     python bench/inference.py MODEL QMODEL [--adapter DIRECTORY] [--rounds 5] [--profile]
 
 MODEL is a 16-bit directory, QMODEL the same model quantized, with an adapter if one is given. In
-turn, `rounds` times, medians:
-prefill is one forward over 1,024 tokens, decode 64 greedy tokens after a prompt of 16 with a cache,
-by transformers' own `generate` for both. --profile tells where the packed model's decode goes.
+turn, `rounds` times, medians: prefill is one forward over 1,024 tokens, decode 64 greedy tokens
+after a prompt of 16 with a cache, by transformers' own `generate` for both. --profile tells where
+the packed model's decode goes.
 """
 
 from __future__ import annotations

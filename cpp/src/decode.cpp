@@ -90,10 +90,12 @@ void place(const Rows& x, const Norm& norm, ConstMatrix cos, ConstMatrix sin, Ma
            const Execution& exec) {
   ConstMatrix in = x;
   if (norm.weight.data == nullptr) return rotate(in, cos, sin, false, y, exec);
-  const std::int64_t cols = norm.weight.cols;
-  if (cols <= 0 || in.cols % cols != 0) {
-    check::fail("project_token", "norm", "columns that divide " + std::to_string(in.cols),
-                std::to_string(cols));
+  const std::int64_t cols = cos.cols;
+  if (norm.weight.cols != cols || cols <= 0 || in.cols % cols != 0) {
+    check::fail("project_token", "norm",
+                "those of a head, " + std::to_string(cols) + " columns that divide " +
+                    std::to_string(in.cols),
+                std::to_string(norm.weight.cols));
   }
   const Rows normed(in.dtype, in.rows, in.cols);
   Matrix out = normed;
@@ -126,7 +128,11 @@ void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, flo
 
 void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMatrix sin, Matrix q,
                    Matrix k, Matrix v, const Execution& exec) {
-  backend_with("project_token", exec);
+  const char* op = "project_token";
+  backend_with(op, exec);
+  check::vectors(op, "x", x);
+  check::vectors(op, "q", q);
+  check::vectors(op, "k", k);
   const Rows normed(x.dtype, x.rows, x.cols);
   rms_norm(x, p.norm.weight, p.norm.eps, normed, exec);
   const Rows queries(x.dtype, x.rows, q.cols), keys(x.dtype, x.rows, k.cols);
@@ -143,6 +149,9 @@ void finish_token(ConstMatrix x, ConstMatrix q, const ConstHeads& keys, const Co
   backend_with(op, exec);
   check::vectors(op, "x", x);
   check::like(op, "y", y, "x", x);
+  check::shape(op, "q", q, x.rows, q.cols);
+  check::vectors(op, "q", q);
+  check::format(op, rest.gate.weight.format);
   const std::int64_t rows = x.rows, width = rest.gate.weight.format.out_features;
   const Rows attended(q.dtype, rows, q.cols), sum(x.dtype, rows, x.cols), to(x.dtype, rows, x.cols);
   attend(q, keys, values, scale, attended, exec);

@@ -3,10 +3,9 @@
 // (weight, eps); what they hold is looked at in each call, since any of it may be replaced.
 #include <lowbitcore/lowbitcore.h>
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
 
 #include <deque>
-#include <optional>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -16,12 +15,27 @@ namespace lowbitcore::python {
 
 namespace {
 
-Array array_in(const char* op, const char* argument, nb::handle tensor) {
-  Array array;
-  if (!nb::try_cast<Array>(tensor, array)) {
-    check::fail(op, argument, "a tensor", nb::str(nb::type_name(tensor.type())).c_str());
+template <typename T>
+T field(const char* op, const std::string& argument, const char* expected, nb::handle value) {
+  T result;
+  if (!nb::try_cast<T>(value, result)) {
+    check::fail(op, argument.c_str(), expected, nb::str(nb::type_name(value.type())).c_str());
   }
-  on_cpu(op, {{argument, &array}});
+  return result;
+}
+
+nb::tuple fields(const char* op, const std::string& argument, nb::handle value, std::size_t count) {
+  const auto tuple = field<nb::tuple>(op, argument, "a tuple", value);
+  if (tuple.size() != count) {
+    check::fail(op, argument.c_str(), std::to_string(count) + " fields",
+                std::to_string(tuple.size()));
+  }
+  return tuple;
+}
+
+Array array_in(const char* op, const std::string& argument, nb::handle tensor) {
+  const auto array = field<Array>(op, argument, "a tensor", tensor);
+  on_cpu(op, {{argument.c_str(), &array}});
   return array;
 }
 
@@ -30,36 +44,40 @@ View<const float> factor(const char* op, const char* argument, const Array& a) {
   return {v.data, v.rows, v.cols, v.stride};
 }
 
+View<const float> factor_in(const char* op, const std::string& argument, nb::handle tensor) {
+  return factor(op, argument.c_str(), array_in(op, argument, tensor));
+}
+
 // Adapted weights, and the adapters that they point to.
 class Weights {
  public:
   explicit Weights(const char* op) : op_(op) {}
 
-  AdaptedWeight operator()(const nb::tuple& linear) {
-    constexpr std::size_t kFields = 8;
-    if (linear.size() != kFields) {
-      check::fail(op_, "linear", std::to_string(kFields) + " fields",
-                  std::to_string(linear.size()));
-    }
+  AdaptedWeight operator()(const std::string& name, nb::handle linear) {
+    const nb::tuple given = fields(op_, name, linear, 8);
+    const auto integer = [&](std::size_t i) {
+      return field<std::int64_t>(op_, name, "integers for its format", given[i]);
+    };
     AdaptedWeight w;
     QuantFormat& format = w.weight.format;
-    format = {nb::cast<int>(linear[3]), nb::cast<std::int64_t>(linear[4]),
-              nb::cast<std::int64_t>(linear[5]), nb::cast<std::int64_t>(linear[6])};
+    format = {static_cast<int>(integer(3)), integer(4), integer(5), integer(6)};
     check::format(op_, format);
-    w.weight.packed = vector<std::uint8_t>(op_, "packed", array_in(op_, "packed", linear[0]),
+    const std::string packed = name + ".packed";
+    w.weight.packed = vector<std::uint8_t>(op_, packed.c_str(), array_in(op_, packed, given[0]),
                                            static_cast<std::int64_t>(packed_size(format)));
-    w.weight.scales = factor(op_, "scales", array_in(op_, "scales", linear[1]));
-    if (!linear[2].is_none()) {
-      w.bias = vector<float>(op_, "bias", array_in(op_, "bias", linear[2]), format.out_features);
+    w.weight.scales = factor_in(op_, name + ".scales", given[1]);
+    if (!given[2].is_none()) {
+      const std::string bias = name + ".bias";
+      w.bias = vector<float>(op_, bias.c_str(), array_in(op_, bias, given[2]), format.out_features);
     }
-    const auto adapters = nb::cast<nb::tuple>(linear[7]);
+    const auto adapters = field<nb::tuple>(op_, name, "a tuple of adapters", given[7]);
     if (adapters.size() > 0) {
       std::vector<LowRank>& found = adapters_.emplace_back();
       for (const nb::handle item : adapters) {
-        const auto adapter = nb::cast<nb::tuple>(item);
-        found.push_back({factor(op_, "a", array_in(op_, "a", adapter[0])),
-                         factor(op_, "b", array_in(op_, "b", adapter[1])),
-                         nb::cast<float>(adapter[2])});
+        const nb::tuple adapter = fields(op_, name + "'s adapter", item, 3);
+        found.push_back({factor_in(op_, name + "'s adapter: a", adapter[0]),
+                         factor_in(op_, name + "'s adapter: b", adapter[1]),
+                         field<float>(op_, name, "a number to scale an adapter by", adapter[2])});
       }
       w.adapters = found.data();
       w.adapter_count = found.size();
@@ -72,10 +90,11 @@ class Weights {
   std::deque<std::vector<LowRank>> adapters_;
 };
 
-Norm norm(const char* op, const std::optional<nb::tuple>& given) {
-  if (!given) return {};
-  return {const_matrix(op, "norm", array_in(op, "norm", (*given)[0])),
-          nb::cast<float>((*given)[1])};
+Norm norm(const char* op, const std::string& name, nb::handle given) {
+  if (given.is_none()) return {};
+  const nb::tuple values = fields(op, name, given, 2);
+  return {const_matrix(op, name.c_str(), array_in(op, name, values[0])),
+          field<float>(op, name, "a number for eps", values[1])};
 }
 
 // [batch, heads, rows, cols]
@@ -114,16 +133,15 @@ void py_attend(const Array& q, const Array& keys, const Array& values, float sca
   attend(in, k, v, scale, result);
 }
 
-void py_project_token(const Array& x, const nb::tuple& norm_of_x, const nb::tuple& q_proj,
-                      const nb::tuple& k_proj, const nb::tuple& v_proj,
-                      const std::optional<nb::tuple>& q_norm,
-                      const std::optional<nb::tuple>& k_norm, const Array& cos, const Array& sin,
-                      const Array& q, const Array& k, const Array& v) {
+void py_project_token(const Array& x, nb::handle norm_of_x, nb::handle q_proj, nb::handle k_proj,
+                      nb::handle v_proj, nb::handle q_norm, nb::handle k_norm, const Array& cos,
+                      const Array& sin, const Array& q, const Array& k, const Array& v) {
   const char* op = "project_token";
   on_cpu(op, {{"x", &x}, {"cos", &cos}, {"sin", &sin}, {"q", &q}, {"k", &k}, {"v", &v}});
   Weights weights(op);
-  const Projections projections{norm(op, norm_of_x), weights(q_proj),  weights(k_proj),
-                                weights(v_proj),     norm(op, q_norm), norm(op, k_norm)};
+  const Projections projections{norm(op, "norm", norm_of_x), weights("q_proj", q_proj),
+                                weights("k_proj", k_proj),   weights("v_proj", v_proj),
+                                norm(op, "q_norm", q_norm),  norm(op, "k_norm", k_norm)};
   const ConstMatrix in = const_matrix(op, "x", x);
   const ConstMatrix c = const_matrix(op, "cos", cos), s = const_matrix(op, "sin", sin);
   const Matrix queries = matrix(op, "q", q), keys = matrix(op, "k", k), values = matrix(op, "v", v);
@@ -132,14 +150,14 @@ void py_project_token(const Array& x, const nb::tuple& norm_of_x, const nb::tupl
 }
 
 void py_finish_token(const Array& x, const Array& q, const Array& keys, const Array& values,
-                     float scale, const nb::tuple& o_proj, const nb::tuple& norm_of_h,
-                     const nb::tuple& gate_proj, const nb::tuple& up_proj,
-                     const nb::tuple& down_proj, const Array& y) {
+                     float scale, nb::handle o_proj, nb::handle norm_of_h, nb::handle gate_proj,
+                     nb::handle up_proj, nb::handle down_proj, const Array& y) {
   const char* op = "finish_token";
   on_cpu(op, {{"x", &x}, {"q", &q}, {"keys", &keys}, {"values", &values}, {"y", &y}});
   Weights weights(op);
-  const RestOfBlock rest{weights(o_proj), norm(op, norm_of_h), weights(gate_proj), weights(up_proj),
-                         weights(down_proj)};
+  const RestOfBlock rest{weights("o_proj", o_proj), norm(op, "norm", norm_of_h),
+                         weights("gate_proj", gate_proj), weights("up_proj", up_proj),
+                         weights("down_proj", down_proj)};
   const ConstMatrix in = const_matrix(op, "x", x), query = const_matrix(op, "q", q);
   const ConstHeads k = cached(op, "keys", keys), v = cached(op, "values", values);
   const Matrix out = matrix(op, "y", y);

@@ -2,12 +2,15 @@
 
 A token of a small model spends most of its time between products, in torch and in Python. Where a
 block computes as LLaMA's does, from packed linears with or without adapters, and gets one token of
-each sequence without a mask, as when it generates, that is left out.
+each sequence without a mask, as when it generates, that is left out. Whatever is watched goes from
+module to module: so does, from then on, a model that has once been asked for its hidden states or
+attentions, as transformers leaves its hooks on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -20,7 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from lowbitcore import ops
-from lowbitcore.elementwise import RmsNorm, SwigluMlp, computes_as, with_forward
+from lowbitcore.elementwise import RmsNorm, SwigluMlp, computes_as, with_forward, with_own_rotary
 from lowbitcore.nn import LoraLinear, QuantLinear
 from lowbitcore.ops.operators import is_plain
 
@@ -35,25 +38,35 @@ _IGNORED = {*_CACHES, "attention_mask", "position_embeddings", "position_ids", "
 
 
 def use_own_blocks(model: PreTrainedModel) -> None:
-    """For models whose norms and MLPs are ours already (elementwise)."""
+    """For models whose norms, rotary positions and MLPs are ours already (elementwise)."""
     for module in model.modules():
+        kind = cast(Any, type(module))
         if (
-            computes_as(module, LlamaDecoderLayer)
-            and isinstance(module.mlp, SwigluMlp)
-            and any(computes_as(module.self_attn, known) for known in _ATTENTIONS)
+            computes_as(kind, LlamaDecoderLayer)
+            and type(module.mlp) is SwigluMlp
+            and _is_known(cast(Any, type(module.self_attn)))
         ):
-            module.__class__ = with_forward(cast(Any, type(module)), _in_two_calls)
+            module.__class__ = with_forward(kind, _in_two_calls)
+
+
+@cache
+def _is_known(attention: Any) -> bool:
+    """Whether it computes as one of ours, rotary positions and all, which have been compared where
+    they were replaced."""
+    return vars(attention).get("made_by") is with_own_rotary and any(
+        computes_as(attention, known) for known in _ATTENTIONS
+    )
 
 
 def _in_two_calls(kind: Any) -> Callable[..., Any]:
     original = kind.forward
 
     def forward(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        past = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         positions = kwargs.get("position_embeddings")
         if (
             not args
-            and cache is not None
+            and past is not None
             and positions is not None
             and kwargs.get("attention_mask") is None
             and hidden_states.dim() == 3
@@ -62,17 +75,28 @@ def _in_two_calls(kind: Any) -> Callable[..., Any]:
             and not block.training
             and not torch.is_autocast_enabled("cpu")
             and is_plain(hidden_states, *positions)
-            and all(x.dtype == hidden_states.dtype for x in positions)
+            and _fit(hidden_states, *positions)
             and (parts := _parts(block, positions[0].shape[-1], hidden_states.dtype)) is not None
         ):
             projections, rest = parts
             attention = block.self_attn
             q, k, v = ops.project_token(hidden_states, projections, *positions)
-            keys, values = cache.update(k, v, attention.layer_idx)
+            keys, values = past.update(k, v, attention.layer_idx)
             return ops.finish_token(hidden_states, q, keys, values, attention.scaling, rest)
         return cast(Tensor, original(block, hidden_states, *args, **kwargs))
 
     return forward
+
+
+def _fit(hidden_states: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether these are positions of one token of each sequence, of the type of the states."""
+    return (
+        cos.dim() == 3
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, len(hidden_states))
+        and cos.shape[1] == 1
+        and cos.dtype == sin.dtype == hidden_states.dtype
+    )
 
 
 def _parts(
@@ -83,10 +107,12 @@ def _parts(
     modules: dict[str, Any] = block._modules
     attention, mlp = modules["self_attn"], modules["mlp"]
     if (
-        _is_watched(attention)
+        not _is_known(cast(Any, type(attention)))
+        or type(mlp) is not SwigluMlp
+        or attention.training  # it drops out
+        or _is_watched(attention)
         or _is_watched(mlp)
         or torch_module._has_any_global_hook()
-        or not isinstance(mlp, SwigluMlp)
         or attention.config._attn_implementation not in _IMPLEMENTATIONS
         or attention.head_dim != width
         or width % 64 != 0
@@ -126,7 +152,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _norm(module: nn.Module, dtype: torch.dtype) -> ops.Norm | None:
     weight: Any = module._parameters.get("weight")
-    if not isinstance(module, RmsNorm) or _is_watched(module):
+    if type(module) is not RmsNorm or _is_watched(module):
         return None
     if type(weight) is not nn.Parameter or weight.dtype != dtype or not weight.is_contiguous():
         return None
@@ -145,7 +171,8 @@ def _weight(module: nn.Module) -> ops.AdaptedWeight | None:
             return None
         for adapter in modules["adapters"]._modules.values():
             a, b = adapter._parameters.get("a"), adapter._parameters.get("b")
-            if adapter.training or _is_watched(adapter):  # it drops out
+            dropout = adapter._modules["dropout"]
+            if dropout.training or _is_watched(dropout) or _is_watched(adapter):
                 return None
             if not (_is_master(a) and _is_master(b)):
                 return None

@@ -36,18 +36,18 @@ def use_own_elementwise(model: PreTrainedModel) -> None:
     Modules keep their parameters and submodules under their names.
     """
     for module in model.modules():
-        if computes_as(module, LlamaRMSNorm):
+        if computes_as(type(module), LlamaRMSNorm):
             module.__class__ = RmsNorm
-        elif computes_as(module, LlamaMLP) and isinstance(module.act_fn, _SILU):
+        elif computes_as(type(module), LlamaMLP) and isinstance(module.act_fn, _SILU):
             module.__class__ = SwigluMlp
         elif _calls_rotary(kind := cast(Any, type(module))):
-            module.__class__ = with_forward(kind, _with_own_rotary)
+            module.__class__ = with_forward(kind, with_own_rotary)
 
 
-def computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
-    """Whether its forward is written as that of a class of transformers', which gives each model a
-    copy of its own of such classes."""
-    return _code(type(module).forward) == _code(known.forward)
+def computes_as(kind: Any, known: type[nn.Module]) -> bool:
+    """Whether a class's forward is written as that of a class of transformers', which gives each
+    model a copy of its own of such classes."""
+    return _code(kind.forward) == _code(known.forward)
 
 
 @cache
@@ -95,6 +95,8 @@ def with_forward(kind: Any, make: Callable[[Any], Callable[..., Any]]) -> type[n
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickles cannot name a class that is made here: they say what it is made of."""
     kind: Any = type(module)
+    if "made_by" not in vars(kind):  # somebody's subclass of one has a name
+        return cast("tuple[Any, ...]", object.__reduce_ex__(module, protocol))
     return _empty_of, (kind.__bases__[0], kind.made_by), module.__dict__
 
 
@@ -115,8 +117,8 @@ def _calls_rotary(kind: Any) -> bool:
     )
 
 
-def _with_own_rotary(kind: Any) -> Callable[..., Any]:
-    """Its forward, which calls our `_rotated` instead."""
+def with_own_rotary(kind: Any) -> Callable[..., Any]:
+    """The forward of such a one, which calls our `_rotated` instead."""
     forward = inspect.unwrap(kind.forward)
     own = FunctionType(
         forward.__code__,

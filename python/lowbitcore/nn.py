@@ -459,7 +459,8 @@ class _Dropout(nn.Dropout):
 class LowRank(nn.Module):
     """One adapter of one linear: ``scaling * B A dropout(x)``.
 
-    `a` [r, K] and `b` [N, r] are float32 masters; products are in the type of the activations.
+    `a` [r, K] and `b` [N, r] are float32 masters; products are in the type of the activations, but
+    for a token's that a model generates (decode), which are float32.
     `a` starts as PEFT's does, `b` as zeros: an adapter starts out as nothing. `with_scales` says
     that it was trained together with its base's scales and means nothing without them; `file` and
     `start` are digests of the adapters that it was read from and that its training started from;

@@ -8,7 +8,9 @@
 //
 // x, y [batch, K] and whatever lies between are of one type, to which each operation above rounds
 // its result, as transformers does it; within one all is fp32. Results do not depend on the number
-// of threads. On the CPU; elsewhere Error. A workspace that a host brings serves the products.
+// of threads. On the CPU; elsewhere Error. A workspace that a host brings serves each operation
+// inside in turn: the most that qgemm_nt_workspace_size says of the weights and, with adapters, (K
+// + rank) floats will do. What lies between them a call allocates.
 #pragma once
 
 #include <lowbitcore/format.h>

@@ -35,7 +35,8 @@ void attend_head(const char* q, const char* keys, int64_t key_step, const char* 
     load_as_float(q, Type, c).store(query + c);
     Vec::broadcast(0.0f).store(sums + c);
   }
-  float most = -__builtin_inff(), total = 0.0f;
+  constexpr float kNothing = -__builtin_inff();
+  float most = kNothing, total = 0.0f;
   for (int64_t first = 0; first < rows; first += kKeys) {
     const int64_t count = smaller(kKeys, rows - first);
     float top = most;
@@ -49,12 +50,14 @@ void attend_head(const char* q, const char* keys, int64_t key_step, const char* 
       weights[i] = scale * lane_sum(even + odd);
       if (weights[i] > top) top = weights[i];
     }
-    for (int64_t i = count; i < round_up(count, kWidth); ++i) weights[i] = top;
+    for (int64_t i = count; i < round_up(count, kWidth); ++i) weights[i] = 0.0f;
+    // Of scores that overflowed there may be nothing but -inf so far.
+    const float base = top == kNothing ? 0.0f : top;
     alignas(64) float before[kWidth];
-    exp(Vec::broadcast(most - top)).store(before);
+    exp(Vec::broadcast(most - base)).store(before);
     const float factor = first == 0 ? 0.0f : before[0];
     for (int64_t i = 0; i < count; i += kWidth) {
-      exp(Vec::load(weights + i) - Vec::broadcast(top)).store(weights + i);
+      exp(Vec::load(weights + i) - Vec::broadcast(base)).store(weights + i);
     }
     total *= factor;
     for (int64_t i = 0; i < count; ++i) total += weights[i];
@@ -82,6 +85,7 @@ void attend_head(const char* q, const char* keys, int64_t key_step, const char* 
       for (int v = 0; v < kVecs; ++v) (sum[0][v] + sum[1][v]).store(sums + c + v * kWidth);
     }
   }
+  if (most == kNothing) total = __builtin_nanf("");  // as of 0 / 0
   for (int64_t c = 0; c < cols; c += kWidth) {
     store_as(Vec::load(sums + c) / Vec::broadcast(total), out, Type, c);
   }

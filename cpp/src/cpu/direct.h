@@ -1,8 +1,8 @@
-// X W^T for few rows, straight from the packed integers: nothing dequantised is ever stored.
+// X W^T for few rows, straight from the packed integers.
 //
 // Where bytes and decoding bound the time, each integer is decoded once for all rows, multiplied as
-// the exact q - z, and a group's scale is applied to its sums. Act-order layers have no runs of
-// inputs with one scale: there each weight is scaled, in fp32.
+// the exact q - z, and a group's scale is applied to its sums. With a g_idx there are no runs of
+// inputs with one scale: each weight is scaled, in fp32.
 #pragma once
 
 #include "common.h"
@@ -129,16 +129,6 @@ LOWBITCORE_INLINE void add_group(const Block<B>& block, int64_t g, int64_t first
   }
 }
 
-// total[r] += the sums over one tile whose inputs may be of any groups.
-template <int B, int R>
-LOWBITCORE_INLINE void add_scaled(const Block<B>& block, int64_t tile, int lane, const float* x,
-                                  Vec (&total)[R]) {
-  const float* xt = x + tile * kTileK * R;
-  for_each_weight(block, tile, lane, [&](int i, const Vec& w) LOWBITCORE_LAMBDA {
-    for (int r = 0; r < R; ++r) total[r] = madd(w, Vec::broadcast(xt[i * R + r]), total[r]);
-  });
-}
-
 // y [R][16] = x W^T for one block of outputs.
 template <int B, int R, typename Element>
 void direct_block(const Block<B>& block, int64_t tiles, const Element* x, float* y) {
@@ -146,15 +136,50 @@ void direct_block(const Block<B>& block, int64_t tiles, const Element* x, float*
   for (int lane = 0; lane < kBlockN; lane += kWidth) {
     Vec total[R];
     for (int r = 0; r < R; ++r) total[r] = Vec::broadcast(0.0f);
-    if (block.g_idx == nullptr) {
-      for (int64_t first = 0, g = 0; first < tiles; first += group_tiles, ++g) {
-        fetch_group(block, g, groups);
-        add_group(block, g, first, smaller(first + group_tiles, tiles), lane, x, total);
-      }
-    } else if constexpr (Operand<Element>::kPer == 1) {
-      for (int64_t tile = 0; tile < tiles; ++tile) add_scaled(block, tile, lane, x, total);
+    for (int64_t first = 0, g = 0; first < tiles; first += group_tiles, ++g) {
+      fetch_group(block, g, groups);
+      add_group(block, g, first, smaller(first + group_tiles, tiles), lane, x, total);
     }
     for (int r = 0; r < R; ++r) total[r].store(y + r * kBlockN + lane);
+  }
+}
+
+// The integers of a tile for one vector of outputs, [32][kWidth].
+template <int B>
+void store_codes(const uint32_t* words, float* out) {
+  for_each_code<B>(words,
+                   [&](int i, const Vec& q) LOWBITCORE_LAMBDA { q.store(out + i * kWidth); });
+}
+
+// The same where inputs may be of any groups. A loop over them: to write it out for each number of
+// rows, as above, would take half of all compile time.
+template <int B, int R>
+void permuted_block(const Block<B>& block, int64_t tiles, const float* x, float* y) {
+  constexpr int C = chains(R);
+  for (int lane = 0; lane < kBlockN; lane += kWidth) {
+    Vec total[R][C];
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < C; ++c) total[r][c] = Vec::broadcast(0.0f);
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      alignas(64) float codes[kTileK * kWidth];
+      store_codes<B>(block.tile_words(tile) + lane, codes);
+      const float* xt = x + tile * kTileK * R;
+      for (int i = 0; i < kTileK; i += C) {
+        for (int c = 0; c < C; ++c) {
+          const int64_t g = block.g_idx[tile * kTileK + i + c];
+          const Vec q = Vec::load(codes + (i + c) * kWidth);
+          const Vec w = (q - block.zero(g, lane)) * block.scale(g, lane);
+          for (int r = 0; r < R; ++r) {
+            total[r][c] = madd(w, Vec::broadcast(xt[(i + c) * R + r]), total[r][c]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int c = 1; c < C; ++c) total[r][0] = total[r][0] + total[r][c];
+      total[r][0].store(y + r * kBlockN + lane);
+    }
   }
 }
 
@@ -164,7 +189,12 @@ void direct_strip(const ConstMatrix& x, int64_t first, int64_t rows, const Quant
   pack_few<B, R>(x, first, rows, packed);
   for_each_block(y.cols / kBlockN, threads, [&](int64_t n) {
     alignas(64) float out[R * kBlockN];
-    direct_block<B, R>(Block<B>(w, n), x.cols / kTileK, packed, out);
+    const Block<B> block(w, n);
+    if (w.g_idx == nullptr) {
+      direct_block<B, R>(block, x.cols / kTileK, packed, out);
+    } else if constexpr (Operand<Element>::kPer == 1) {
+      permuted_block<B, R>(block, x.cols / kTileK, packed, out);
+    }
     store_outputs(out, rows, kBlockN, bias, y, first, n * kBlockN);
   });
 }

@@ -82,6 +82,12 @@ def as_rows(tensor: Tensor) -> Tensor:
     return flat
 
 
+def as_heads(tensor: Tensor) -> Tensor:
+    """[B, H, T, D] as the core takes it: columns contiguous."""
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def dense(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .arguments import check_dims, dense, heads_like
+from .arguments import as_heads, check_dims, dense, heads_like
 from .operators import define, differentiate, fake, kernel_or_operator
 
 
@@ -42,16 +42,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
     return out
 
 
-def _heads(tensor: Tensor) -> Tensor:
-    """[B, H, T, D] as the core takes it: columns contiguous."""
-    tensor = tensor.resolve_neg()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 @define("attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = _attention_fake(q, k, v, scale)
-    _C.attention(_heads(q), _heads(k), _heads(v), scale, out, lse)
+    _C.attention(as_heads(q), as_heads(k), as_heads(v), scale, out, lse)
     return out, lse
 
 
@@ -69,7 +63,16 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _attention_backward_fake(d_out, q, k, v, out, lse, scale)
     _C.attention_backward(
-        _heads(d_out), _heads(q), _heads(k), _heads(v), _heads(out), dense(lse), scale, dq, dk, dv
+        as_heads(d_out),
+        as_heads(q),
+        as_heads(k),
+        as_heads(v),
+        as_heads(out),
+        dense(lse),
+        scale,
+        dq,
+        dk,
+        dv,
     )
     return dq, dk, dv
 

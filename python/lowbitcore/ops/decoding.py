@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import _C
-from .arguments import as_rows, check_dims, empty, fail
+from .arguments import as_heads, as_rows, check_dims, empty, fail
 
 
 class AdaptedWeight(NamedTuple):
@@ -61,7 +61,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
 
     Args:
         q: float32, bfloat16 or float16 [B, H, 1, D], D a multiple of 32, at most 256.
-        keys, values: [B, H', T, D] of the type of ``q``, T at least 1, any strides but the last;
+        keys, values: [B, H', T, D] of the type of ``q``, T at least 1, any strides;
             H' divides H, and H / H' heads of q in a row share one of them.
         scale: above 0.
 
@@ -74,7 +74,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
         fail("attend", "q", "shape [B, H, 1, D]", list(q.shape))
     rows = as_rows(q.transpose(1, 2).flatten(1))
     out = empty(q, *rows.shape)
-    _C.attend(rows, keys, values, scale, out)
+    _C.attend(rows, as_heads(keys), as_heads(values), scale, out)
     return _heads(out, q.shape[3])
 
 
@@ -107,13 +107,29 @@ def project_token(
         return is rounded. Not differentiable; for plain tensors on the CPU.
     """
     check_dims("project_token", "x", x, 3)
-    check_dims("project_token", "cos", cos, 3)
     batch, count, _ = x.shape
     if count != 1:
         fail("project_token", "x", "shape [B, 1, K]", list(x.shape))
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        check_dims("project_token", name, tensor, 3)
+        if tensor.shape[0] not in (1, batch) or tensor.shape[1] != 1:
+            fail("project_token", name, f"shape [1 or {batch}, 1, D]", list(tensor.shape))
     norm, q_proj, k_proj, v_proj, q_norm, k_norm = projections
     q, k, v = (empty(x, batch, weight.out_features) for weight in (q_proj, k_proj, v_proj))
-    _C.project_token(x, norm, q_proj, k_proj, v_proj, q_norm, k_norm, cos, sin, q, k, v)
+    _C.project_token(
+        as_rows(x),
+        norm,
+        q_proj,
+        k_proj,
+        v_proj,
+        q_norm,
+        k_norm,
+        as_rows(cos),
+        as_rows(sin),
+        q,
+        k,
+        v,
+    )
     width = cos.shape[-1]
     return _heads(q, width), _heads(k, width), _heads(v, width)
 
@@ -132,8 +148,8 @@ def finish_token(
 
     Args:
         x: [B, 1, K], the block's input; q: [B, H, 1, D], of :func:`project_token`.
-        keys, values: [B, H', T, D], of all tokens, any strides but the last; H' divides H. D: a
-            multiple of 32, at most 256.
+        keys, values: [B, H', T, D], of all tokens, any strides; H' divides H. D: a multiple of 32,
+            at most 256.
         scale: of the products of q and keys, above 0.
 
     Returns:
@@ -142,5 +158,13 @@ def finish_token(
     check_dims("finish_token", "x", x, 3)
     check_dims("finish_token", "q", q, 4)
     y = empty(x, *x.shape)
-    _C.finish_token(x, q.transpose(1, 2).flatten(1), keys, values, scale, *rest, y)
+    _C.finish_token(
+        as_rows(x),
+        q.transpose(1, 2).flatten(1),
+        as_heads(keys),
+        as_heads(values),
+        scale,
+        *rest,
+        y,
+    )
     return y
