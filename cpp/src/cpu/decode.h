@@ -139,8 +139,9 @@ void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Resourc
           const float* b = adapter.b.data + (n + i) * adapter.b.stride;
           Vec sum = Vec::broadcast(0.0f);
           int64_t r = 0;
-          for (; r + kWidth <= rank; r += kWidth)
+          for (; r + kWidth <= rank; r += kWidth) {
             sum = madd(Vec::load(b + r), Vec::load(low + r), sum);
+          }
           float rest = 0.0f;
           for (; r < rank; ++r) rest += b[r] * low[r];
           sums[i] = (rank < kWidth ? 0.0f : lane_sum(sum)) + rest;
