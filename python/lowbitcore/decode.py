@@ -32,9 +32,15 @@ __all__ = ["use_own_blocks"]
 # They differ in how wide a window they attend to, which keys and masks say as well, and in norms
 # of heads.
 _ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
-_CACHES = ("cache", "past_key_values")  # names of one argument in versions of transformers
 _IMPLEMENTATIONS = ("lowbitcore", "sdpa")  # of attention, which compute what the core does
-_IGNORED = {*_CACHES, "attention_mask", "position_embeddings", "position_ids", "use_cache"}
+_KNOWN = {
+    "attention_mask",
+    "cache",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "use_cache",
+}
 
 
 def use_own_blocks(model: PreTrainedModel) -> None:
@@ -62,7 +68,9 @@ def _in_two_calls(kind: Any) -> Callable[..., Any]:
     original = kind.forward
 
     def forward(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        past = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        past = kwargs.get("cache")
+        if past is None:  # its name in versions of transformers before 5.24
+            past = kwargs.get("past_key_values")
         positions = kwargs.get("position_embeddings")
         if (
             not args
@@ -71,7 +79,7 @@ def _in_two_calls(kind: Any) -> Callable[..., Any]:
             and kwargs.get("attention_mask") is None
             and hidden_states.dim() == 3
             and hidden_states.shape[1] == 1
-            and all(value is None for name, value in kwargs.items() if name not in _IGNORED)
+            and all(kwargs[name] is None for name in kwargs.keys() - _KNOWN)
             and not block.training
             and not torch.is_autocast_enabled("cpu")
             and is_plain(hidden_states, *positions)

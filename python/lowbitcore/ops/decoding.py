@@ -72,10 +72,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
     check_dims("attend", "q", q, 4)
     if q.shape[2] != 1:
         fail("attend", "q", "shape [B, H, 1, D]", list(q.shape))
-    rows = as_rows(q.transpose(1, 2).flatten(1))
-    out = empty(q, *rows.shape)
-    _C.attend(rows, as_heads(keys), as_heads(values), scale, out)
-    return _heads(out, q.shape[3])
+    out = q.new_empty(q.shape)
+    _C.attend(as_rows(q.flatten(1)), as_heads(keys), as_heads(values), scale, out.flatten(1))
+    return out
 
 
 def add_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
@@ -107,15 +106,16 @@ def project_token(
         return is rounded. Not differentiable; for plain tensors on the CPU.
     """
     check_dims("project_token", "x", x, 3)
-    batch, count, _ = x.shape
-    if count != 1:
+    batch = len(x)
+    if x.shape[1] != 1:
         fail("project_token", "x", "shape [B, 1, K]", list(x.shape))
     for name, tensor in (("cos", cos), ("sin", sin)):
         check_dims("project_token", name, tensor, 3)
         if tensor.shape[0] not in (1, batch) or tensor.shape[1] != 1:
             fail("project_token", name, f"shape [1 or {batch}, 1, D]", list(tensor.shape))
+    width = cos.shape[-1]
     norm, q_proj, k_proj, v_proj, q_norm, k_norm = projections
-    q, k, v = (empty(x, batch, weight.out_features) for weight in (q_proj, k_proj, v_proj))
+    q, k, v = (_new_heads(x, weight.out_features, width) for weight in (q_proj, k_proj, v_proj))
     _C.project_token(
         as_rows(x),
         norm,
@@ -126,19 +126,18 @@ def project_token(
         k_norm,
         as_rows(cos),
         as_rows(sin),
-        q,
-        k,
-        v,
+        q.flatten(1),
+        k.flatten(1),
+        v.flatten(1),
     )
-    width = cos.shape[-1]
-    return _heads(q, width), _heads(k, width), _heads(v, width)
+    return q, k, v
 
 
-def _heads(rows: Tensor, width: int) -> Tensor:
-    """[B, heads * width] -> [B, heads, 1, width]"""
-    if rows.shape[1] % width:
-        fail("project_token", "cos", f"columns that divide {rows.shape[1]}", width)
-    return rows.view(len(rows), 1, -1, width).transpose(1, 2)
+def _new_heads(x: Tensor, columns: int, width: int) -> Tensor:
+    """[B, heads, 1, width]: as there is one row, heads lie side by side."""
+    if width == 0 or columns % width:
+        fail("project_token", "cos", f"columns that divide {columns}", width)
+    return x.new_empty((len(x), columns // width, 1, width))
 
 
 def finish_token(
@@ -160,7 +159,7 @@ def finish_token(
     y = empty(x, *x.shape)
     _C.finish_token(
         as_rows(x),
-        q.transpose(1, 2).flatten(1),
+        as_rows(q.flatten(1)),
         as_heads(keys),
         as_heads(values),
         scale,
