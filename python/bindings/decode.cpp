@@ -39,13 +39,8 @@ Array array_in(const char* op, const std::string& argument, nb::handle tensor) {
   return array;
 }
 
-View<const float> factor(const char* op, const char* argument, const Array& a) {
-  const View<float> v = view<float>(op, argument, a);
-  return {v.data, v.rows, v.cols, v.stride};
-}
-
-View<const float> factor_in(const char* op, const std::string& argument, nb::handle tensor) {
-  return factor(op, argument.c_str(), array_in(op, argument, tensor));
+View<const float> input_in(const char* op, const std::string& argument, nb::handle tensor) {
+  return input<float>(op, argument.c_str(), array_in(op, argument, tensor));
 }
 
 // Adapted weights, and the adapters that they point to.
@@ -65,7 +60,7 @@ class Weights {
     const std::string packed = name + ".packed";
     w.weight.packed = vector<std::uint8_t>(op_, packed.c_str(), array_in(op_, packed, given[0]),
                                            static_cast<std::int64_t>(packed_size(format)));
-    w.weight.scales = factor_in(op_, name + ".scales", given[1]);
+    w.weight.scales = input_in(op_, name + ".scales", given[1]);
     if (!given[2].is_none()) {
       const std::string bias = name + ".bias";
       w.bias = vector<float>(op_, bias.c_str(), array_in(op_, bias, given[2]), format.out_features);
@@ -75,8 +70,8 @@ class Weights {
       std::vector<LowRank>& found = adapters_.emplace_back();
       for (const nb::handle item : adapters) {
         const nb::tuple adapter = fields(op_, name + "'s adapter", item, 3);
-        found.push_back({factor_in(op_, name + "'s adapter: a", adapter[0]),
-                         factor_in(op_, name + "'s adapter: b", adapter[1]),
+        found.push_back({input_in(op_, name + "'s adapter: a", adapter[0]),
+                         input_in(op_, name + "'s adapter: b", adapter[1]),
                          field<float>(op_, name, "a number to scale an adapter by", adapter[2])});
       }
       w.adapters = found.data();
@@ -116,7 +111,7 @@ void py_add_low_rank(const Array& x, const Array& a, const Array& b, float scali
   const char* op = "add_low_rank";
   on_cpu(op, {{"x", &x}, {"a", &a}, {"b", &b}, {"y", &y}});
   const ConstMatrix in = const_matrix(op, "x", x);
-  const LowRank adapter{factor(op, "a", a), factor(op, "b", b), scaling};
+  const LowRank adapter{input<float>(op, "a", a), input<float>(op, "b", b), scaling};
   const Matrix out = matrix(op, "y", y);
   nb::gil_scoped_release release;
   add_low_rank(in, adapter, out);

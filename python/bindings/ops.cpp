@@ -18,16 +18,6 @@ using OptionalArray = std::optional<Array>;
 
 const Array* present(const OptionalArray& array) { return array ? &*array : nullptr; }
 
-template <typename T>
-View<const T> readonly(const View<T>& v) {
-  return {v.data, v.rows, v.cols, v.stride};
-}
-
-template <typename T>
-View<const T> input(const char* op, const char* argument, const Array& a) {
-  return readonly(view<T>(op, argument, a));
-}
-
 // A packed weight of `format`; `scales` is left out where an operation does not read them.
 QuantWeight weight(const char* op, const QuantFormat& format, const Array& packed,
                    const Array* scales, const OptionalArray& g_idx) {

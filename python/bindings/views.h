@@ -38,6 +38,13 @@ Matrix matrix(const char* op, const char* argument, const Array& array);
 template <typename T>
 View<T> view(const char* op, const char* argument, const Array& array);
 
+// The same, to read.
+template <typename T>
+View<const T> input(const char* op, const char* argument, const Array& array) {
+  const View<T> v = view<T>(op, argument, array);
+  return {v.data, v.rows, v.cols, v.stride};
+}
+
 // [batch, heads, rows, cols] of bf16, of any strides but the last.
 Bf16Heads heads(const char* op, const char* argument, const Array& array);
 

@@ -7,15 +7,6 @@
 namespace lowbitcore {
 namespace {
 
-// All lanes, one after another.
-inline float lane_sum(const Vec& v) {
-  alignas(64) float lanes[kWidth];
-  v.store(lanes);
-  float sum = 0.0f;
-  for (const float lane : lanes) sum += lane;
-  return sum;
-}
-
 // ---- attention ----
 
 constexpr int64_t kKeys = 64;  // whose scores are held at a time

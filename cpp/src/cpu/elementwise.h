@@ -38,6 +38,15 @@ Vec rounded(const Vec& v) {
   return v;
 }
 
+// All lanes, one after another.
+inline float lane_sum(const Vec& v) {
+  alignas(64) float lanes[kWidth];
+  v.store(lanes);
+  float sum = 0.0f;
+  for (const float lane : lanes) sum += lane;
+  return sum;
+}
+
 // The sum of a row of products in a fixed order: two vectors in turn, then lane after lane.
 template <typename F>
 float row_sum(int64_t cols, const F& product) {
@@ -46,11 +55,7 @@ float row_sum(int64_t cols, const F& product) {
     even = even + product(c);
     odd = odd + product(c + kWidth);
   }
-  alignas(64) float lanes[kWidth];
-  (even + odd).store(lanes);
-  float sum = 0.0f;
-  for (const float lane : lanes) sum += lane;
-  return sum;
+  return lane_sum(even + odd);
 }
 
 // e^x by 2^n e^r with |r| <= ln 2 / 2; relative error below 4e-7. What lies beyond the range of
