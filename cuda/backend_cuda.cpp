@@ -81,7 +81,7 @@ void check_finite(const char* op, const char* argument, const char* expected, Co
   Execution exec;
   exec.device = Device::cuda;
   exec.stream = stream;
-  const Call call(op, exec, kAllFiniteWorkspace);
+  const Call call(op, exec, 1, kAllFiniteWorkspace);
   if (!all_finite(matrix, call.workspace(), stream_of(stream))) {
     lowbitcore::check::fail(op, argument, expected, "NaN or Inf");
   }

@@ -1,5 +1,5 @@
-# The sources of the CUDA backend, in cuda_sources. Tensor-core kernels are one object for each family
-# and width, so that they compile side by side.
+# The sources of the CUDA backend, in cuda_sources. Tensor-core kernels are one object for each family:
+# for each width, too, half of the time went to reading the same headers again.
 set(cuda_sources
   cuda/backend_cuda.cpp
   cuda/checks.cu
@@ -12,19 +12,17 @@ set(cuda_sources
   cuda/reduce.cu)
 
 function(lowbitcore_kernels result)
-  set(instances)
+  set(sources)
   foreach(family ${ARGN})
-    foreach(bits 2 3 4 8)
-      set(instance "${CMAKE_CURRENT_BINARY_DIR}/cuda/${family}_${bits}.cu")
-      configure_file(cuda/instance.cu.in "${instance}" @ONLY)
-      list(APPEND instances "${instance}")
-    endforeach()
+    set(source "${CMAKE_CURRENT_BINARY_DIR}/cuda/${family}.cu")
+    configure_file(cuda/family.cu.in "${source}" @ONLY)
+    list(APPEND sources "${source}")
   endforeach()
-  set(${result} ${instances} PARENT_SCOPE)
+  set(${result} ${sources} PARENT_SCOPE)
 endfunction()
 
-lowbitcore_kernels(instances qgemm_nt qgemm_nn qgemm_grad_scales)
-list(APPEND cuda_sources ${instances})
+lowbitcore_kernels(kernels qgemm_nt qgemm_nn qgemm_grad_scales)
+list(APPEND cuda_sources ${kernels})
 
 # wgmma is there on sm_90a and nowhere else, before or after: a target with this one architecture.
 set(wgmma_architecture)
@@ -35,8 +33,8 @@ elseif("${CMAKE_CUDA_ARCHITECTURES};" MATCHES "(^|;)(90a?(-|;)|all)"
   set(wgmma_architecture 90a-real)
 endif()
 if(wgmma_architecture)
-  lowbitcore_kernels(instances qgemm_nt_wgmma qgemm_nn_wgmma)
-  add_library(lowbitcore_wgmma OBJECT ${instances})
+  lowbitcore_kernels(kernels qgemm_nt_wgmma qgemm_nn_wgmma)
+  add_library(lowbitcore_wgmma OBJECT ${kernels})
   set_target_properties(lowbitcore_wgmma PROPERTIES
     CUDA_ARCHITECTURES "${wgmma_architecture}"
     CUDA_STANDARD 17

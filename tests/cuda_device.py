@@ -52,10 +52,10 @@ def build_emulated() -> Path:
     toolkit.cmake(
         REPOSITORY,
         build,
-        "-DCMAKE_BUILD_TYPE=Release",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O1",  # the kernels run in the interpreter, which has its own
         "-DLOWBITCORE_PYTHON=ON",
         "-DLOWBITCORE_CUDA=ON",
-        "-DLOWBITCORE_EMULATE_CUDA=ON",
+        f"-DLOWBITCORE_EMULATE_CUDA={ptxsim.build().parent}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dnanobind_DIR={Path(nanobind.origin).parent / 'cmake'}",
     )

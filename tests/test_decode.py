@@ -28,7 +28,7 @@ from transformers import (
 
 import lowbitcore as lbc
 import reference as ref
-from lowbitcore import decode, ops
+from lowbitcore import _C, decode, ops
 from lowbitcore.model import build_skeleton
 from lowbitcore.nn import LoraLinear, QuantLinear
 
@@ -209,6 +209,33 @@ def product(x: Tensor, w: ops.AdaptedWeight) -> Tensor:
 
 def norm(seed: int, width: int, dtype: torch.dtype) -> ops.Norm:
     return ops.Norm((1 + 0.3 * randn(seed, width)).to(dtype), EPS)
+
+
+class _Exporter:
+    """Makes the memory that it hands out, as a converting array would."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.tensor.clone().__dlpack__()
+
+
+def test_arrays_live_as_long_as_the_call() -> None:
+    packed, scales, *form = weight(0, 64, 64)
+    x, out = torch.ones(1, 64), [torch.empty(1, 64) for _ in range(3)]
+    cos, sin = torch.ones(1, 64), torch.zeros(1, 64)
+    found = []
+    for wrap in (lambda tensor: tensor, _Exporter):
+        own = (packed, wrap(scales), *form)
+        of_x = (wrap(torch.ones(1, 64)), EPS)
+        _C.project_token(x, of_x, own, own, own, None, None, cos, sin, *out)
+        found.append([item.clone() for item in out])
+    for wanted, item in zip(*found, strict=True):
+        assert torch.equal(wanted, item)
 
 
 @pytest.mark.usefixtures("poisoned_outputs")

@@ -104,6 +104,45 @@ def test_distillation(
     check(found, logits, kl * divergence - ce * log_p[at], gradient, kl + ce)
 
 
+@pytest.mark.parametrize("masked", [torch.finfo(torch.bfloat16).min, -torch.inf])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_logits_count_for_nothing(
+    isa: str, dtype: torch.dtype, reverse: bool, masked: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words that a model never says: in both, or (where KL is finite then) in one of them."""
+    logits, teacher, targets = make(10, 6, 96, dtype, 3.0, "contiguous")
+    logits, teacher, targets = logits.clone(), teacher.clone(), targets.clamp(max=80)
+    logits[:3, 90:] = masked
+    teacher[:3, 90:] = masked
+    (logits if reverse else teacher)[3:, 85:93] = masked
+    log_p, log_t = (log_softmax(ref.as_float64(x)) for x in (logits, teacher))
+    p, p_t, at = np.exp(log_p), np.exp(log_t), (np.arange(6), targets.numpy())
+    weight = p if reverse else p_t
+    with np.errstate(invalid="ignore"):
+        apart = np.where(weight > 0, log_p - log_t, 0.0)
+    divergence = (weight * apart).sum(-1) * (1 if reverse else -1)
+    gradient = p * (apart - divergence[:, None]) if reverse else p - p_t
+    bound = 1e-4 if dtype == torch.float32 else 1e-2
+    values, found = ops.token_losses(
+        logits, targets, lambda_ce=0.0, teacher=teacher, lambda_kl=1.0, reverse=reverse
+    )
+    assert found is not None
+    ref.assert_close(values, divergence, np.full(6, 1e-4))
+    ref.assert_close(found, gradient, np.full(gradient.shape, bound))
+    monkeypatch.setattr(ops, "serves", lambda *tensors: False)
+    value, found = losses.distillation(
+        logits,
+        teacher,
+        targets,
+        lambda_kl=1.0,
+        lambda_ce=0.0,
+        kl="reverse" if reverse else "forward",
+    )
+    assert abs(float(value) - divergence.sum()) < 1e-3
+    ref.assert_close(found, gradient, np.full(gradient.shape, bound))
+
+
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 def test_torchs_way_is_the_same(kl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of other devices and of a vocabulary that is no multiple of 32."""

@@ -62,8 +62,9 @@ def test_threads() -> None:
     assert runtime.num_threads() == 3
     runtime.set_num_threads(0)
     assert runtime.num_threads() == default
-    with pytest.raises(ValueError, match="num_threads: expected 0 or more, got -1"):
-        runtime.set_num_threads(-1)
+    for wrong in (-1, 1025):
+        with pytest.raises(ValueError, match=f"num_threads: expected 0 to 1024, got {wrong}"):
+            runtime.set_num_threads(wrong)
     done = run_python(
         "from lowbitcore import runtime; print(runtime.num_threads())", OMP_NUM_THREADS="1"
     )

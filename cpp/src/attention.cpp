@@ -1,7 +1,6 @@
 #include <lowbitcore/attention.h>
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
 #include <string>
 
@@ -11,42 +10,23 @@ namespace lowbitcore {
 
 namespace {
 
-constexpr std::int64_t kMostCols = 256;
-
-std::string dims(std::int64_t batch, std::int64_t heads, std::int64_t rows, std::int64_t cols) {
-  return "[" + std::to_string(batch) + ", " + std::to_string(heads) + ", " + std::to_string(rows) +
-         ", " + std::to_string(cols) + "]";
-}
-
 const Backend& backend_with_attention(const char* op, const Execution& exec) {
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.attention != nullptr);
   return backend;
 }
 
-void check_cols(const char* op, const char* argument, std::int64_t cols) {
-  if (cols <= 0 || cols % 32 != 0 || cols > kMostCols) {
-    check::fail(op, argument, "a positive multiple of 32 columns, at most 256",
-                std::to_string(cols));
-  }
-}
-
-void check_shape(const char* op, const char* argument, const ConstBf16Heads& x,
-                 const ConstBf16Heads& like, std::int64_t heads) {
-  if (x.batch != like.batch || x.heads != heads || x.rows != like.rows || x.cols != like.cols) {
-    check::fail(op, argument, "shape " + dims(like.batch, heads, like.rows, like.cols),
-                dims(x.batch, x.heads, x.rows, x.cols));
-  }
-  if (x.batch < 0 || x.heads < 0 || x.rows < 0) {
-    check::fail(op, argument, "no negative dimension", dims(x.batch, x.heads, x.rows, x.cols));
-  }
-  if (x.batch > 0 && x.heads > 0 && x.rows > 0) check::data(op, argument, x.data);
+void check_heads(const char* op, const char* argument, const ConstHeads& x, const ConstHeads& like,
+                 std::int64_t count) {
+  check::heads(op, argument, x, like.batch, count, like.rows, like.cols);
+  if (x.dtype != DType::bf16) check::fail(op, argument, "bfloat16", check::name(x.dtype));
 }
 
 // What is written: no two elements in one place.
-void check_result(const char* op, const char* argument, const ConstBf16Heads& x,
-                  const ConstBf16Heads& like, std::int64_t heads) {
-  check_shape(op, argument, x, like, heads);
+void check_result(const char* op, const char* argument, const ConstHeads& x, const ConstHeads& like,
+                  std::int64_t count) {
+  check_heads(op, argument, x, like, count);
+  if (x.batch == 0 || x.heads == 0 || x.rows == 0) return;
   struct Dimension {
     std::int64_t stride, size;
   };
@@ -65,58 +45,57 @@ void check_result(const char* op, const char* argument, const ConstBf16Heads& x,
 }
 
 void check_inputs(const char* op, const AttentionInputs& in) {
-  check_cols(op, "q", in.q.cols);
-  check_shape(op, "q", in.q, in.q, in.q.heads);
-  check_shape(op, "k", in.k, in.q, in.k.heads);
-  check_shape(op, "v", in.v, in.q, in.k.heads);
+  check::head_columns(op, "q", in.q.cols);
+  check_heads(op, "q", in.q, in.q, in.q.heads);
+  check_heads(op, "k", in.k, in.q, in.k.heads);
+  check_heads(op, "v", in.v, in.q, in.k.heads);
   if (in.k.heads <= 0 || in.q.heads % in.k.heads != 0) {
     check::fail(op, "k", "a number of heads that divides q's " + std::to_string(in.q.heads),
                 std::to_string(in.k.heads));
   }
-  if (!(in.scale > 0.0f) || !std::isfinite(in.scale)) {
-    check::fail(op, "scale", "a number above 0", std::to_string(in.scale));
-  }
+  check::score_scale(op, in.scale);
 }
 
 std::size_t sized(const char* op, std::size_t (*Backend::*size)(std::int64_t, std::int64_t, int),
                   std::int64_t rows, std::int64_t cols, const Execution& exec) {
   check::row_count(op, "rows", rows);
-  check_cols(op, "cols", cols);
+  check::head_columns(op, "cols", cols);
   const Backend& backend = backend_with_attention(op, exec);
-  return (backend.*size)(rows, cols, resolve_threads(exec.num_threads));
+  return (backend.*size)(rows, cols, resolve_threads(exec));
 }
 
 }  // namespace
 
 bool has_attention(const Execution& exec) { return backend_of(exec).attention != nullptr; }
 
-void attention(const AttentionInputs& in, Bf16Heads out, View<float> lse, const Execution& exec) {
+void attention(const AttentionInputs& in, Heads out, View<float> lse, const Execution& exec) {
   const char* op = "attention";
   check_inputs(op, in);
   check_result(op, "out", out, in.q, in.q.heads);
   check::shape(op, "lse", lse, in.q.batch * in.q.heads, in.q.rows);
   const Backend& backend = backend_with_attention(op, exec);
   if (in.q.rows == 0) return;
-  const int threads = resolve_threads(exec.num_threads);
-  const Call call(op, exec, backend.attention_workspace(in.q.rows, in.q.cols, threads));
+  const int threads = resolve_threads(exec);
+  const Call call(op, exec, threads, backend.attention_workspace(in.q.rows, in.q.cols, threads));
   backend.attention(in, out, lse, call);
 }
 
-void attention_backward(ConstBf16Heads d_out, const AttentionInputs& in, ConstBf16Heads out,
-                        View<const float> lse, Bf16Heads dq, Bf16Heads dk, Bf16Heads dv,
+void attention_backward(ConstHeads d_out, const AttentionInputs& in, ConstHeads out,
+                        View<const float> lse, Heads dq, Heads dk, Heads dv,
                         const Execution& exec) {
   const char* op = "attention_backward";
   check_inputs(op, in);
-  check_shape(op, "d_out", d_out, in.q, in.q.heads);
-  check_shape(op, "out", out, in.q, in.q.heads);
+  check_heads(op, "d_out", d_out, in.q, in.q.heads);
+  check_heads(op, "out", out, in.q, in.q.heads);
   check::shape(op, "lse", lse, in.q.batch * in.q.heads, in.q.rows);
   check_result(op, "dq", dq, in.q, in.q.heads);
   check_result(op, "dk", dk, in.q, in.k.heads);
   check_result(op, "dv", dv, in.q, in.k.heads);
   const Backend& backend = backend_with_attention(op, exec);
   if (in.q.rows == 0) return;
-  const int threads = resolve_threads(exec.num_threads);
-  const Call call(op, exec, backend.attention_backward_workspace(in.q.rows, in.q.cols, threads));
+  const int threads = resolve_threads(exec);
+  const Call call(op, exec, threads,
+                  backend.attention_backward_workspace(in.q.rows, in.q.cols, threads));
   backend.attention_backward(d_out, in, out, lse, dq, dk, dv, call);
 }
 

@@ -38,6 +38,9 @@ struct GptqProblem {
 // Outputs are quantized in strips of this many, on every backend and level.
 constexpr std::int64_t kLanes = 64;
 
+// Heads of attention have at most so many columns.
+constexpr std::int64_t kMostHeadCols = 256;
+
 // Hessians are factored in square tiles of this size.
 constexpr std::int64_t kFactorTile = 96;
 
@@ -80,11 +83,10 @@ struct Backend {
                   const Resources&);
   void (*token_losses)(ConstMatrix logits, View<const std::int64_t> targets, const LossTerms&,
                        View<float> losses, Matrix gradient, const Resources&);
-  void (*attention)(const AttentionInputs&, Bf16Heads out, View<float> lse, const Resources&);
+  void (*attention)(const AttentionInputs&, Heads out, View<float> lse, const Resources&);
   std::size_t (*attention_workspace)(std::int64_t rows, std::int64_t cols, int threads);
-  void (*attention_backward)(ConstBf16Heads d_out, const AttentionInputs&, ConstBf16Heads out,
-                             View<const float> lse, Bf16Heads dq, Bf16Heads dk, Bf16Heads dv,
-                             const Resources&);
+  void (*attention_backward)(ConstHeads d_out, const AttentionInputs&, ConstHeads out,
+                             View<const float> lse, Heads dq, Heads dk, Heads dv, const Resources&);
   std::size_t (*attention_backward_workspace)(std::int64_t rows, std::int64_t cols, int threads);
   void (*attend)(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
                  Matrix out, const Resources&);

@@ -18,9 +18,10 @@ inline void check_has(const char* op, const Backend& backend, bool kernel) {
 // else memory that is the call's until this goes.
 class Call {
  public:
-  Call(const char* op, const Execution& exec, std::size_t bytes)
-      : memory_(memory_of(exec)),
-        use_{resolve_threads(exec.num_threads), exec.workspace, exec.stream} {
+  // Scratch for as many threads as the call then uses: to ask for their number again could give
+  // another one, which somebody has set in between.
+  Call(const char* op, const Execution& exec, int threads, std::size_t bytes)
+      : memory_(memory_of(exec)), use_{threads, exec.workspace, exec.stream} {
     constexpr std::size_t kAlignment = 64;
     if (exec.workspace == nullptr) {
       if (bytes > 0) use_.workspace = owned_ = memory_.allocate(bytes, exec.stream);
@@ -34,6 +35,7 @@ class Call {
       check::fail(op, "workspace", "an address aligned to 64 bytes", "one that is not");
     }
   }
+  Call(const char* op, const Execution& exec) : Call(op, exec, resolve_threads(exec), 0) {}
   ~Call() {
     if (owned_ != nullptr) memory_.release(owned_, use_.stream);
   }

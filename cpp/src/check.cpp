@@ -11,8 +11,16 @@ namespace lowbitcore::check {
 
 namespace {
 
+// Keeps every product of a dimension with 32 or with the element size far from overflow.
+constexpr std::int64_t kMaxFeatures = std::int64_t{1} << 30;
+
 std::string dims(std::int64_t rows, std::int64_t cols) {
   return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+}
+
+std::string dims(const ConstHeads& x) {
+  return "[" + std::to_string(x.batch) + ", " + std::to_string(x.heads) + ", " +
+         std::to_string(x.rows) + ", " + std::to_string(x.cols) + "]";
 }
 
 float element(const ConstMatrix& m, std::int64_t row, std::int64_t col) {
@@ -43,8 +51,6 @@ void bits(const char* op, int bits) {
 
 void format(const char* op, const QuantFormat& f) {
   bits(op, f.bits);
-  // Keeps every product of a dimension with 32 or with the element size far from overflow.
-  constexpr std::int64_t kMaxFeatures = std::int64_t{1} << 30;
   if (f.group_size != -1 &&
       (f.group_size <= 0 || f.group_size % 32 != 0 || f.group_size > kMaxFeatures)) {
     fail(op, "group_size", "-1 or a positive multiple of 32, at most 2^30",
@@ -84,8 +90,8 @@ void row_count(const char* op, const char* argument, std::int64_t rows) {
 }
 
 void columns(const char* op, const char* argument, std::int64_t cols) {
-  if (cols <= 0 || cols % 32 != 0) {
-    fail(op, argument, "a positive multiple of 32 columns", std::to_string(cols));
+  if (cols <= 0 || cols % 32 != 0 || cols > kMaxFeatures) {
+    fail(op, argument, "a positive multiple of 32 columns, at most 2^30", std::to_string(cols));
   }
 }
 
@@ -94,6 +100,32 @@ void same_dtype(const char* op, const char* argument, DType got, const char* oth
   if (got != expected) {
     fail(op, argument, std::string("the type of ") + other + " (" + name(expected) + ")",
          name(got));
+  }
+}
+
+void head_columns(const char* op, const char* argument, std::int64_t cols) {
+  if (cols <= 0 || cols % 32 != 0 || cols > kMostHeadCols) {
+    fail(op, argument,
+         "a positive multiple of 32 columns, at most " + std::to_string(kMostHeadCols),
+         std::to_string(cols));
+  }
+}
+
+void heads(const char* op, const char* argument, const ConstHeads& x, std::int64_t batch,
+           std::int64_t count, std::int64_t rows, std::int64_t cols) {
+  if (x.batch < 0 || x.heads < 0 || x.rows < 0) {
+    fail(op, argument, "no negative dimension", dims(x));
+  }
+  if (x.batch != batch || x.heads != count || x.rows != rows || x.cols != cols) {
+    fail(op, argument, "shape " + dims({nullptr, x.dtype, batch, count, rows, cols, 0, 0, 0}),
+         dims(x));
+  }
+  if (batch > 0 && count > 0 && rows > 0) data(op, argument, x.data);
+}
+
+void score_scale(const char* op, float scale) {
+  if (!(scale > 0.0f) || !std::isfinite(scale)) {
+    fail(op, "scale", "a number above 0", std::to_string(scale));
   }
 }
 

@@ -53,6 +53,16 @@ inline void like(const char* op, const char* argument, const ConstMatrix& matrix
   same_dtype(op, argument, matrix.dtype, other, expected.dtype);
 }
 
+// Columns of a head.
+void head_columns(const char* op, const char* argument, std::int64_t cols);
+
+// Heads of this shape.
+void heads(const char* op, const char* argument, const ConstHeads& heads, std::int64_t batch,
+           std::int64_t count, std::int64_t rows, std::int64_t cols);
+
+// What scores are multiplied by.
+void score_scale(const char* op, float scale);
+
 // Every entry finite. Reads the matrix once.
 void finite(const char* op, const char* argument, const char* expected, const ConstMatrix& matrix);
 

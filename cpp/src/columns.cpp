@@ -39,7 +39,7 @@ void permute_columns(ConstMatrix x, const std::int32_t* order, Matrix y, const E
                   std::to_string(order[k]));
     }
   }
-  const int threads = resolve_threads(exec.num_threads);
+  const int threads = resolve_threads(exec);
   if (x.dtype == DType::f32) {
     permute<std::uint32_t>(x, order, y, threads);
   } else {

@@ -2,7 +2,6 @@
 #include <lowbitcore/elementwise.h>
 #include <lowbitcore/qgemm.h>
 
-#include <cmath>
 #include <memory>
 #include <string>
 
@@ -11,8 +10,6 @@
 namespace lowbitcore {
 
 namespace {
-
-constexpr std::int64_t kMostCols = 256;
 
 // Scratch that outlives the calls made while it is in use, as a Call's does not.
 class Rows {
@@ -39,26 +36,11 @@ void check_adapter(const char* op, const ConstMatrix& x, const LowRank& adapter,
   check::shape(op, "b", adapter.b, y.cols, adapter.a.rows);
 }
 
-void check_heads(const char* op, const char* argument, const ConstHeads& heads, std::int64_t batch,
-                 std::int64_t count, std::int64_t rows, std::int64_t cols) {
-  const auto dims = [](std::int64_t b, std::int64_t h, std::int64_t r, std::int64_t c) {
-    return "[" + std::to_string(b) + ", " + std::to_string(h) + ", " + std::to_string(r) + ", " +
-           std::to_string(c) + "]";
-  };
-  if (heads.batch != batch || heads.heads != count || heads.rows != rows || heads.cols != cols) {
-    check::fail(op, argument, "shape " + dims(batch, count, rows, cols),
-                dims(heads.batch, heads.heads, heads.rows, heads.cols));
-  }
-  if (batch > 0) check::data(op, argument, heads.data);
-}
-
 void check_attention(const char* op, const ConstMatrix& q, const ConstHeads& keys,
                      const ConstHeads& values, float scale, const Matrix& out) {
   const std::int64_t cols = keys.cols;
-  if (cols <= 0 || cols % 32 != 0 || cols > kMostCols) {
-    check::fail(op, "keys", "a positive multiple of 32 columns, at most 256", std::to_string(cols));
-  }
-  if (keys.heads <= 0 || q.cols % (cols * keys.heads) != 0) {
+  check::head_columns(op, "keys", cols);
+  if (keys.heads <= 0 || q.cols % cols != 0 || q.cols / cols % keys.heads != 0) {
     check::fail(op, "keys",
                 "a number of heads of " + std::to_string(cols) + " columns that divides q's " +
                     std::to_string(q.cols),
@@ -67,20 +49,20 @@ void check_attention(const char* op, const ConstMatrix& q, const ConstHeads& key
   if (keys.rows <= 0) check::fail(op, "keys", "at least 1 row", std::to_string(keys.rows));
   check::vectors(op, "q", q);
   check::like(op, "out", out, "q", q);
-  check_heads(op, "keys", keys, q.rows, keys.heads, keys.rows, cols);
-  check_heads(op, "values", values, q.rows, keys.heads, keys.rows, cols);
+  check::heads(op, "keys", keys, q.rows, keys.heads, keys.rows, cols);
+  check::heads(op, "values", values, q.rows, keys.heads, keys.rows, cols);
   check::same_dtype(op, "keys", keys.dtype, "q", q.dtype);
   check::same_dtype(op, "values", values.dtype, "q", q.dtype);
-  if (!(scale > 0.0f) || !std::isfinite(scale)) {
-    check::fail(op, "scale", "a number above 0", std::to_string(scale));
-  }
+  check::score_scale(op, scale);
 }
 
 void add(const char* op, ConstMatrix a, ConstMatrix b, Matrix sum, const Execution& exec) {
-  backend_of(exec).add(a, b, sum, Call(op, exec, 0));
+  backend_of(exec).add(a, b, sum, Call(op, exec));
 }
 
-void multiply(ConstMatrix x, const AdaptedWeight& w, const Matrix& y, const Execution& exec) {
+void multiply(const char* op, ConstMatrix x, const AdaptedWeight& w, const Matrix& y,
+              const Execution& exec) {
+  if (w.adapter_count > 0) check::data(op, "adapters", w.adapters);
   qgemm_nt(x, w.weight, w.bias, y, exec);
   for (std::size_t i = 0; i < w.adapter_count; ++i) add_low_rank(x, w.adapters[i], y, exec);
 }
@@ -116,14 +98,14 @@ void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Executi
   check_adapter(op, x, adapter, y);
   const Backend& backend = backend_with(op, exec);
   const auto bytes = static_cast<std::size_t>(x.cols + adapter.a.rows) * sizeof(float);
-  backend.add_low_rank(x, adapter, y, Call(op, exec, bytes));
+  backend.add_low_rank(x, adapter, y, Call(op, exec, resolve_threads(exec), bytes));
 }
 
 void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
             Matrix out, const Execution& exec) {
   const char* op = "attend";
   check_attention(op, q, keys, values, scale, out);
-  backend_with(op, exec).attend(q, keys, values, scale, out, Call(op, exec, 0));
+  backend_with(op, exec).attend(q, keys, values, scale, out, Call(op, exec));
 }
 
 void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMatrix sin, Matrix q,
@@ -136,9 +118,9 @@ void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMa
   const Rows normed(x.dtype, x.rows, x.cols);
   rms_norm(x, p.norm.weight, p.norm.eps, normed, exec);
   const Rows queries(x.dtype, x.rows, q.cols), keys(x.dtype, x.rows, k.cols);
-  multiply(normed, p.q, queries, exec);
-  multiply(normed, p.k, keys, exec);
-  multiply(normed, p.v, v, exec);
+  multiply(op, normed, p.q, queries, exec);
+  multiply(op, normed, p.k, keys, exec);
+  multiply(op, normed, p.v, v, exec);
   place(queries, p.q_norm, cos, sin, q, exec);
   place(keys, p.k_norm, cos, sin, k, exec);
 }
@@ -155,14 +137,14 @@ void finish_token(ConstMatrix x, ConstMatrix q, const ConstHeads& keys, const Co
   const std::int64_t rows = x.rows, width = rest.gate.weight.format.out_features;
   const Rows attended(q.dtype, rows, q.cols), sum(x.dtype, rows, x.cols), to(x.dtype, rows, x.cols);
   attend(q, keys, values, scale, attended, exec);
-  multiply(attended, rest.o, to, exec);
+  multiply(op, attended, rest.o, to, exec);
   add(op, x, to, sum, exec);
   rms_norm(sum, rest.norm.weight, rest.norm.eps, to, exec);
   const Rows gate(x.dtype, rows, width), up(x.dtype, rows, width);
-  multiply(to, rest.gate, gate, exec);
-  multiply(to, rest.up, up, exec);
+  multiply(op, to, rest.gate, gate, exec);
+  multiply(op, to, rest.up, up, exec);
   swiglu(gate, up, gate, exec);
-  multiply(gate, rest.down, to, exec);
+  multiply(op, gate, rest.down, to, exec);
   add(op, sum, to, y, exec);
 }
 

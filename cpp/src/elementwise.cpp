@@ -31,7 +31,7 @@ void rms_norm(ConstMatrix x, ConstMatrix weight, float eps, Matrix y, const Exec
   check::like(op, "y", y, "x", x);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.rms_norm != nullptr);
-  backend.rms_norm(x, weight, eps, y, Call(op, exec, 0));
+  backend.rms_norm(x, weight, eps, y, Call(op, exec));
 }
 
 void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float eps, Matrix dx,
@@ -42,7 +42,7 @@ void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float 
   check::like(op, "dx", dx, "x", x);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.rms_norm_backward != nullptr);
-  backend.rms_norm_backward(dy, x, weight, eps, dx, Call(op, exec, 0));
+  backend.rms_norm_backward(dy, x, weight, eps, dx, Call(op, exec));
 }
 
 void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matrix y,
@@ -63,7 +63,7 @@ void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matri
   check::like(op, "sin", sin, "cos", cos);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.rotate != nullptr);
-  backend.rotate(x, cos, sin, inverse, y, Call(op, exec, 0));
+  backend.rotate(x, cos, sin, inverse, y, Call(op, exec));
 }
 
 void swiglu(ConstMatrix gate, ConstMatrix up, Matrix out, const Execution& exec) {
@@ -72,7 +72,7 @@ void swiglu(ConstMatrix gate, ConstMatrix up, Matrix out, const Execution& exec)
   check::like(op, "out", out, "gate", gate);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.swiglu != nullptr);
-  backend.swiglu(gate, up, out, Call(op, exec, 0));
+  backend.swiglu(gate, up, out, Call(op, exec));
 }
 
 void swiglu_backward(ConstMatrix d_out, ConstMatrix gate, ConstMatrix up, Matrix d_gate,
@@ -84,7 +84,7 @@ void swiglu_backward(ConstMatrix d_out, ConstMatrix gate, ConstMatrix up, Matrix
   check::like(op, "d_up", d_up, "gate", gate);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.swiglu_backward != nullptr);
-  backend.swiglu_backward(d_out, gate, up, d_gate, d_up, Call(op, exec, 0));
+  backend.swiglu_backward(d_out, gate, up, d_gate, d_up, Call(op, exec));
 }
 
 void dropout(ConstMatrix x, std::uint64_t seed, std::uint32_t dropped, Matrix y,
@@ -95,7 +95,7 @@ void dropout(ConstMatrix x, std::uint64_t seed, std::uint32_t dropped, Matrix y,
   if (dropped >= 1u << 16) check::fail(op, "dropped", "less than 65536", std::to_string(dropped));
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.dropout != nullptr);
-  backend.dropout(x, seed, dropped, y, Call(op, exec, 0));
+  backend.dropout(x, seed, dropped, y, Call(op, exec));
 }
 
 }  // namespace lowbitcore

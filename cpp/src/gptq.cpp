@@ -31,8 +31,8 @@ std::size_t room(std::size_t count) {
 struct Scratch {
   std::size_t of_backend, columns, strips;
 
-  Scratch(const Backend& backend, const QuantFormat& format, const Execution& exec)
-      : of_backend(room<char>(backend.gptq_workspace(format, resolve_threads(exec.num_threads)))),
+  Scratch(const Backend& backend, const QuantFormat& format, int threads)
+      : of_backend(room<char>(backend.gptq_workspace(format, threads))),
         columns(static_cast<std::size_t>(format.in_features)),
         strips(static_cast<std::size_t>((format.out_features + kLanes - 1) / kLanes)) {}
 
@@ -55,7 +55,8 @@ void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exe
   if (x.rows == 0) return;
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.accumulate_hessian != nullptr);
-  const Call call(op, exec, backend.accumulate_hessian_workspace(x.rows, x.cols));
+  const Call call(op, exec, resolve_threads(exec),
+                  backend.accumulate_hessian_workspace(x.rows, x.cols));
   backend.accumulate_hessian(x, hessian, call);
 }
 
@@ -67,7 +68,8 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Exe
   if (a.rows == 0) return;
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.accumulate_cross != nullptr);
-  const Call call(op, exec, backend.accumulate_cross_workspace(a.rows, a.cols));
+  const Call call(op, exec, resolve_threads(exec),
+                  backend.accumulate_cross_workspace(a.rows, a.cols));
   backend.accumulate_cross(a, b, cross, call);
 }
 
@@ -105,7 +107,7 @@ double gptq_factorize(View<const float> hessian, const FactorOptions& options, s
   }
 
   const Backend& backend = backend_of(exec);
-  const int threads = resolve_threads(exec.num_threads);
+  const int threads = resolve_threads(exec);
   constexpr int kRaises = 3;
   double percdamp = options.percdamp;
   for (int attempt = 0; attempt <= kRaises; ++attempt) {
@@ -155,9 +157,10 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
     importance[options.static_groups ? static_cast<std::size_t>(steps[i]) : i] = 1.0f / (d * d);
   }
 
-  const Scratch scratch(backend, format, exec);
+  const int threads = resolve_threads(exec);
+  const Scratch scratch(backend, format, threads);
   const std::size_t strips = scratch.strips;
-  const Call call(op, exec, scratch.bytes());
+  const Call call(op, exec, threads, scratch.bytes());
   char* extra = static_cast<char*>(call.workspace()) + scratch.of_backend;
   auto* costs = reinterpret_cast<float*>(extra);
   auto* losses = reinterpret_cast<double*>(extra + room<float>(columns));
@@ -175,7 +178,12 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
   memory.from_host(g_idx, groups.data(), columns * sizeof(std::int32_t), exec.stream);
   std::vector<double> loss(strips);
   memory.to_host(loss.data(), losses, 8, 8, strips, exec.stream);
-  return std::accumulate(loss.begin(), loss.end(), 0.0);
+  const double sum = std::accumulate(loss.begin(), loss.end(), 0.0);
+  if (!std::isfinite(sum)) {  // such integers mean nothing
+    throw Error("gptq_quantize: expected errors of finite size, got " + std::to_string(sum) +
+                ": is there NaN or Inf in u?");
+  }
+  return sum;
 }
 
 std::size_t accumulate_hessian_workspace_size(std::int64_t rows, std::int64_t cols,
@@ -196,7 +204,7 @@ std::size_t accumulate_cross_workspace_size(std::int64_t rows, std::int64_t cols
 
 std::size_t gptq_quantize_workspace_size(const QuantFormat& format, const Execution& exec) {
   check::format("gptq_quantize_workspace_size", format);
-  return Scratch(backend_of(exec), format, exec).bytes();
+  return Scratch(backend_of(exec), format, resolve_threads(exec)).bytes();
 }
 
 }  // namespace lowbitcore

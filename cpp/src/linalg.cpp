@@ -143,7 +143,8 @@ void invert(Tiles& tiles, int threads) {
   }
   parallel_for(tiles.count(), threads, [&](std::int64_t p, int) {
     auto pivot = tiles(p, p);
-    Tile inverse = Tile::Identity();
+    Tile& inverse = tiles.left(0, p);
+    inverse.setIdentity();
     pivot.triangularView<Eigen::Lower>().solveInPlace(inverse);
     pivot.triangularView<Eigen::Lower>() = inverse;
   });

@@ -34,7 +34,7 @@ void token_losses(ConstMatrix logits, View<const std::int64_t> targets, const Lo
                   std::to_string(targets.data[i]));
     }
   }
-  backend.token_losses(logits, targets, terms, losses, gradient, Call(op, exec, 0));
+  backend.token_losses(logits, targets, terms, losses, gradient, Call(op, exec));
 }
 
 }  // namespace lowbitcore

@@ -40,12 +40,21 @@ void pack_qweight(View<const std::uint8_t> codes, int bits, View<std::int32_t> q
   check_multiple(op, "codes.shape[1]", codes.cols);
   check::shape(op, "codes", codes, codes.rows, codes.cols);
   check::shape(op, "qweight", qweight, codes.cols * bits / 32, codes.rows);
-  zero(qweight);
   for (std::int64_t n = 0; n < codes.rows; ++n) {
-    for (std::int64_t k = 0; k < codes.cols; ++k) {
-      const std::uint8_t code = codes.data[n * codes.stride + k];
-      check_code(op, "codes", code, bits, n, k);
-      put_field(qweight.data + n, qweight.stride, k, bits, code);
+    const std::uint8_t* row = codes.data + n * codes.stride;
+    unsigned all = 0;
+    for (std::int64_t k = 0; k < codes.cols; ++k) all |= row[k];
+    if (all >> bits == 0) continue;
+    for (std::int64_t k = 0; k < codes.cols; ++k) check_code(op, "codes", row[k], bits, n, k);
+  }
+  // 32 codes are `bits` whole words, which lie in as many rows.
+  for (std::int64_t k = 0; k < codes.cols; k += 32) {
+    std::int32_t* to = qweight.data + k / 32 * bits * qweight.stride;
+    for (std::int64_t n = 0; n < codes.rows; ++n) {
+      std::int32_t words[8] = {};
+      for (int i = 0; i < 32; ++i)
+        put_field(words, 1, i, bits, codes.data[n * codes.stride + k + i]);
+      for (int word = 0; word < bits; ++word) to[word * qweight.stride + n] = words[word];
     }
   }
 }

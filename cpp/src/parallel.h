@@ -1,7 +1,7 @@
 // The one seam to the threading library.
 #pragma once
 
-#include <cstdint>
+#include <lowbitcore/types.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -9,8 +9,12 @@
 
 namespace lowbitcore {
 
-// Threads of a call: what the host asked for in Execution, else the library's setting.
-int resolve_threads(int requested);
+// More of them only fail to start. OpenMP then ends the process.
+constexpr int kMostThreads = 1024;
+
+// Threads of a call: what the host asks for, else the library's setting. That is read anew each
+// time: a call that needs the number twice asks once.
+int resolve_threads(const Execution& exec);
 
 // Calls body(i, thread) for every i in [0, count), each exactly once. Bodies write disjoint
 // outputs, so results do not depend on the schedule; they must not throw.
@@ -18,7 +22,8 @@ template <typename Body>
 inline void parallel_for(std::int64_t count, int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && count > 1) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    const int team = static_cast<int>(count < threads ? count : threads);
+#pragma omp parallel for schedule(dynamic) num_threads(team)
     for (std::int64_t i = 0; i < count; ++i) body(i, omp_get_thread_num());
     return;
   }
@@ -37,7 +42,8 @@ template <typename Body>
 inline void parallel_ranges(std::int64_t count, int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && count > 1) {
-#pragma omp parallel num_threads(threads)
+    const int most = static_cast<int>(count < threads ? count : threads);
+#pragma omp parallel num_threads(most)
     {
       const std::int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
       const Range share = {count * thread / team, count * (thread + 1) / team};

@@ -12,7 +12,7 @@ std::size_t sized(const char* op, std::size_t (*size)(const QuantFormat&, std::i
                   const QuantFormat& format, std::int64_t m, const Execution& exec) {
   check::format(op, format);
   check::row_count(op, "m", m);
-  return size(format, m, resolve_threads(exec.num_threads));
+  return size(format, m, resolve_threads(exec));
 }
 
 }  // namespace
@@ -26,8 +26,8 @@ void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
   check::same_dtype(op, "y", y.dtype, "x", x.dtype);
   if (x.rows == 0) return;
   const Backend& backend = backend_of(exec);
-  const int threads = resolve_threads(exec.num_threads);
-  const Call call(op, exec, backend.qgemm_nt_workspace(w.format, x.rows, threads));
+  const int threads = resolve_threads(exec);
+  const Call call(op, exec, threads, backend.qgemm_nt_workspace(w.format, x.rows, threads));
   backend.qgemm_nt(x, w, bias, y, call);
 }
 
@@ -39,8 +39,8 @@ void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Execution& 
   check::same_dtype(op, "dx", dx.dtype, "dy", dy.dtype);
   if (dy.rows == 0) return;
   const Backend& backend = backend_of(exec);
-  const int threads = resolve_threads(exec.num_threads);
-  const Call call(op, exec, backend.qgemm_nn_workspace(w.format, dy.rows, threads));
+  const int threads = resolve_threads(exec);
+  const Call call(op, exec, threads, backend.qgemm_nn_workspace(w.format, dy.rows, threads));
   backend.qgemm_nn(dy, w, dx, call);
 }
 
@@ -53,8 +53,9 @@ void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View
   check::same_dtype(op, "x", x.dtype, "dy", dy.dtype);
   check::shape(op, "ds", ds, w.format.groups(), w.format.out_features);
   const Backend& backend = backend_of(exec);
-  const int threads = resolve_threads(exec.num_threads);
-  const Call call(op, exec, backend.qgemm_grad_scales_workspace(w.format, dy.rows, threads));
+  const int threads = resolve_threads(exec);
+  const Call call(op, exec, threads,
+                  backend.qgemm_grad_scales_workspace(w.format, dy.rows, threads));
   backend.qgemm_grad_scales(dy, x, w, ds, call);
 }
 

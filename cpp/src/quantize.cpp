@@ -22,15 +22,15 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptio
   check::shape(op, "zeros", zeros, format.groups(), format.out_features);
   memory_of(exec).check_finite(op, "weight", "finite values", weight, exec.stream);
   const Backend& backend = backend_of(exec);
-  const int threads = resolve_threads(exec.num_threads);
-  const Call call(op, exec, backend.quantize_rtn_workspace(format, threads));
+  const int threads = resolve_threads(exec);
+  const Call call(op, exec, threads, backend.quantize_rtn_workspace(format, threads));
   backend.quantize_rtn(weight, format, grid, codes, scales, zeros, call);
   check_scales_fit(op, scales, exec);
 }
 
 std::size_t quantize_rtn_workspace_size(const QuantFormat& format, const Execution& exec) {
   check::format("quantize_rtn_workspace_size", format);
-  return backend_of(exec).quantize_rtn_workspace(format, resolve_threads(exec.num_threads));
+  return backend_of(exec).quantize_rtn_workspace(format, resolve_threads(exec));
 }
 
 void dequantize(const QuantWeight& weight, Matrix out, std::int64_t first_output,
@@ -47,7 +47,7 @@ void dequantize(const QuantWeight& weight, Matrix out, std::int64_t first_output
                 std::to_string(out.rows));
   }
   check::shape(op, "out", out, out.rows, weight.format.in_features);
-  backend_of(exec).dequantize(weight, out, first_output, Call(op, exec, 0));
+  backend_of(exec).dequantize(weight, out, first_output, Call(op, exec));
 }
 
 namespace {
@@ -67,7 +67,7 @@ void add_fake_quantized(const LatentWeight& weight, Matrix out, const Execution&
   check::shape(op, "out", out, weight.latent.rows, weight.latent.cols);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.add_fake_quantized != nullptr);
-  backend.add_fake_quantized(weight, out, Call(op, exec, 0));
+  backend.add_fake_quantized(weight, out, Call(op, exec));
 }
 
 void fake_quantized_grads(ConstMatrix dw, const LatentWeight& weight, View<float> d_latent,
@@ -79,7 +79,7 @@ void fake_quantized_grads(ConstMatrix dw, const LatentWeight& weight, View<float
   check::shape(op, "d_scales", d_scales, weight.latent.rows, 1);
   const Backend& backend = backend_of(exec);
   check_has(op, backend, backend.fake_quantized_grads != nullptr);
-  backend.fake_quantized_grads(dw, weight, d_latent, d_scales, Call(op, exec, 0));
+  backend.fake_quantized_grads(dw, weight, d_latent, d_scales, Call(op, exec));
 }
 
 }  // namespace lowbitcore

@@ -33,22 +33,12 @@ nb::tuple fields(const char* op, const std::string& argument, nb::handle value, 
   return tuple;
 }
 
-Array array_in(const char* op, const std::string& argument, nb::handle tensor) {
-  const auto array = field<Array>(op, argument, "a tensor", tensor);
-  on_cpu(op, {{argument.c_str(), &array}});
-  return array;
-}
-
-View<const float> input_in(const char* op, const std::string& argument, nb::handle tensor) {
-  return input<float>(op, argument.c_str(), array_in(op, argument, tensor));
-}
-
-// Adapted weights, and the adapters that they point to.
-class Weights {
+// Weights and norms of one call, what they point to, and the arrays whose memory that is.
+class Parts {
  public:
-  explicit Weights(const char* op) : op_(op) {}
+  explicit Parts(const char* op) : op_(op) {}
 
-  AdaptedWeight operator()(const std::string& name, nb::handle linear) {
+  AdaptedWeight weight(const std::string& name, nb::handle linear) {
     const nb::tuple given = fields(op_, name, linear, 8);
     const auto integer = [&](std::size_t i) {
       return field<std::int64_t>(op_, name, "integers for its format", given[i]);
@@ -58,20 +48,20 @@ class Weights {
     format = {static_cast<int>(integer(3)), integer(4), integer(5), integer(6)};
     check::format(op_, format);
     const std::string packed = name + ".packed";
-    w.weight.packed = vector<std::uint8_t>(op_, packed.c_str(), array_in(op_, packed, given[0]),
+    w.weight.packed = vector<std::uint8_t>(op_, packed.c_str(), array(packed, given[0]),
                                            static_cast<std::int64_t>(packed_size(format)));
-    w.weight.scales = input_in(op_, name + ".scales", given[1]);
+    w.weight.scales = floats(name + ".scales", given[1]);
     if (!given[2].is_none()) {
       const std::string bias = name + ".bias";
-      w.bias = vector<float>(op_, bias.c_str(), array_in(op_, bias, given[2]), format.out_features);
+      w.bias = vector<float>(op_, bias.c_str(), array(bias, given[2]), format.out_features);
     }
     const auto adapters = field<nb::tuple>(op_, name, "a tuple of adapters", given[7]);
     if (adapters.size() > 0) {
       std::vector<LowRank>& found = adapters_.emplace_back();
       for (const nb::handle item : adapters) {
         const nb::tuple adapter = fields(op_, name + "'s adapter", item, 3);
-        found.push_back({input_in(op_, name + "'s adapter: a", adapter[0]),
-                         input_in(op_, name + "'s adapter: b", adapter[1]),
+        found.push_back({floats(name + "'s adapter: a", adapter[0]),
+                         floats(name + "'s adapter: b", adapter[1]),
                          field<float>(op_, name, "a number to scale an adapter by", adapter[2])});
       }
       w.adapters = found.data();
@@ -80,31 +70,28 @@ class Weights {
     return w;
   }
 
+  Norm norm(const std::string& name, nb::handle given) {
+    if (given.is_none()) return {};
+    const nb::tuple values = fields(op_, name, given, 2);
+    return {const_matrix(op_, name.c_str(), array(name, values[0])),
+            field<float>(op_, name, "a number for eps", values[1])};
+  }
+
  private:
+  const Array& array(const std::string& argument, nb::handle tensor) {
+    const Array& found = arrays_.emplace_back(field<Array>(op_, argument, "a tensor", tensor));
+    on_cpu(op_, {{argument.c_str(), &found}});
+    return found;
+  }
+
+  View<const float> floats(const std::string& argument, nb::handle tensor) {
+    return input<float>(op_, argument.c_str(), array(argument, tensor));
+  }
+
   const char* op_;
+  std::deque<Array> arrays_;
   std::deque<std::vector<LowRank>> adapters_;
 };
-
-Norm norm(const char* op, const std::string& name, nb::handle given) {
-  if (given.is_none()) return {};
-  const nb::tuple values = fields(op, name, given, 2);
-  return {const_matrix(op, name.c_str(), array_in(op, name, values[0])),
-          field<float>(op, name, "a number for eps", values[1])};
-}
-
-// [batch, heads, rows, cols]
-ConstHeads cached(const char* op, const char* argument, const Array& a) {
-  if (a.ndim() != 4) check::fail(op, argument, "4 dimensions", std::to_string(a.ndim()));
-  if (a.shape(3) > 1 && a.stride(3) != 1) {
-    check::fail(op, argument, "contiguous columns (stride 1)",
-                "stride " + std::to_string(a.stride(3)));
-  }
-  return {a.data(),    dtype_of(op, argument, a),
-          a.shape(0),  a.shape(1),
-          a.shape(2),  a.shape(3),
-          a.stride(0), a.stride(1),
-          a.stride(2)};
-}
 
 void py_add_low_rank(const Array& x, const Array& a, const Array& b, float scaling,
                      const Array& y) {
@@ -122,7 +109,7 @@ void py_attend(const Array& q, const Array& keys, const Array& values, float sca
   const char* op = "attend";
   on_cpu(op, {{"q", &q}, {"keys", &keys}, {"values", &values}, {"out", &out}});
   const ConstMatrix in = const_matrix(op, "q", q);
-  const ConstHeads k = cached(op, "keys", keys), v = cached(op, "values", values);
+  const ConstHeads k = heads(op, "keys", keys), v = heads(op, "values", values);
   const Matrix result = matrix(op, "out", out);
   nb::gil_scoped_release release;
   attend(in, k, v, scale, result);
@@ -133,10 +120,10 @@ void py_project_token(const Array& x, nb::handle norm_of_x, nb::handle q_proj, n
                       const Array& sin, const Array& q, const Array& k, const Array& v) {
   const char* op = "project_token";
   on_cpu(op, {{"x", &x}, {"cos", &cos}, {"sin", &sin}, {"q", &q}, {"k", &k}, {"v", &v}});
-  Weights weights(op);
-  const Projections projections{norm(op, "norm", norm_of_x), weights("q_proj", q_proj),
-                                weights("k_proj", k_proj),   weights("v_proj", v_proj),
-                                norm(op, "q_norm", q_norm),  norm(op, "k_norm", k_norm)};
+  Parts parts(op);
+  const Projections projections{parts.norm("norm", norm_of_x),  parts.weight("q_proj", q_proj),
+                                parts.weight("k_proj", k_proj), parts.weight("v_proj", v_proj),
+                                parts.norm("q_norm", q_norm),   parts.norm("k_norm", k_norm)};
   const ConstMatrix in = const_matrix(op, "x", x);
   const ConstMatrix c = const_matrix(op, "cos", cos), s = const_matrix(op, "sin", sin);
   const Matrix queries = matrix(op, "q", q), keys = matrix(op, "k", k), values = matrix(op, "v", v);
@@ -149,12 +136,12 @@ void py_finish_token(const Array& x, const Array& q, const Array& keys, const Ar
                      nb::handle up_proj, nb::handle down_proj, const Array& y) {
   const char* op = "finish_token";
   on_cpu(op, {{"x", &x}, {"q", &q}, {"keys", &keys}, {"values", &values}, {"y", &y}});
-  Weights weights(op);
-  const RestOfBlock rest{weights("o_proj", o_proj), norm(op, "norm", norm_of_h),
-                         weights("gate_proj", gate_proj), weights("up_proj", up_proj),
-                         weights("down_proj", down_proj)};
+  Parts parts(op);
+  const RestOfBlock rest{parts.weight("o_proj", o_proj), parts.norm("norm", norm_of_h),
+                         parts.weight("gate_proj", gate_proj), parts.weight("up_proj", up_proj),
+                         parts.weight("down_proj", down_proj)};
   const ConstMatrix in = const_matrix(op, "x", x), query = const_matrix(op, "q", q);
-  const ConstHeads k = cached(op, "keys", keys), v = cached(op, "values", values);
+  const ConstHeads k = heads(op, "keys", keys), v = heads(op, "values", values);
   const Matrix out = matrix(op, "y", y);
   nb::gil_scoped_release release;
   finish_token(in, query, k, v, scale, rest, out);

@@ -185,7 +185,7 @@ void py_attention(const Array& q, const Array& k, const Array& v, float scale, c
   const char* op = "attention";
   on_cpu(op, {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}});
   const AttentionInputs in{heads(op, "q", q), heads(op, "k", k), heads(op, "v", v), scale};
-  const Bf16Heads o = heads(op, "out", out);
+  const Heads o = heads(op, "out", out);
   const auto logs = view<float>(op, "lse", lse);
   nb::gil_scoped_release release;
   attention(in, o, logs);
@@ -205,10 +205,10 @@ void py_attention_backward(const Array& d_out, const Array& q, const Array& k, c
               {"dk", &dk},
               {"dv", &dv}});
   const AttentionInputs in{heads(op, "q", q), heads(op, "k", k), heads(op, "v", v), scale};
-  const Bf16Heads g = heads(op, "d_out", d_out), o = heads(op, "out", out);
+  const Heads g = heads(op, "d_out", d_out), o = heads(op, "out", out);
   const auto logs = input<float>(op, "lse", lse);
-  const Bf16Heads grad_q = heads(op, "dq", dq);
-  const Bf16Heads grad_k = heads(op, "dk", dk), grad_v = heads(op, "dv", dv);
+  const Heads grad_q = heads(op, "dq", dq);
+  const Heads grad_k = heads(op, "dk", dk), grad_v = heads(op, "dv", dv);
   nb::gil_scoped_release release;
   attention_backward(g, in, o, logs, grad_q, grad_k, grad_v);
 }

@@ -123,20 +123,13 @@ View<T> view(const char* op, const char* argument, const Array& a) {
   return v;
 }
 
-Bf16Heads heads(const char* op, const char* argument, const Array& a) {
+Heads heads(const char* op, const char* argument, const Array& a) {
   if (a.ndim() != 4) fail(op, argument, "4 dimensions", std::to_string(a.ndim()));
   check_layout(op, argument, a);
-  const auto code = static_cast<nb::dlpack::dtype_code>(a.dtype().code);
-  if (code != nb::dlpack::dtype_code::Bfloat || a.dtype().bits != 16 || a.dtype().lanes != 1) {
-    fail(op, argument, "bfloat16", dtype_name(a.dtype()));
-  }
-  return {static_cast<std::uint16_t*>(a.data()),
-          a.shape(0),
-          a.shape(1),
-          a.shape(2),
-          a.shape(3),
-          a.stride(0),
-          a.stride(1),
+  return {a.data(),    dtype_of(op, argument, a),
+          a.shape(0),  a.shape(1),
+          a.shape(2),  a.shape(3),
+          a.stride(0), a.stride(1),
           a.stride(2)};
 }
 

@@ -45,8 +45,8 @@ View<const T> input(const char* op, const char* argument, const Array& array) {
   return {v.data, v.rows, v.cols, v.stride};
 }
 
-// [batch, heads, rows, cols] of bf16, of any strides but the last.
-Bf16Heads heads(const char* op, const char* argument, const Array& array);
+// [batch, heads, rows, cols], of any strides but the last.
+Heads heads(const char* op, const char* argument, const Array& array);
 
 // The elements of a contiguous one-dimensional array of `count`.
 template <typename T>

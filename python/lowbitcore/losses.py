@@ -79,10 +79,11 @@ def distillation(
         p_s = log_s.exp()
         if kl == "forward":  # sum of p_t (log p_t - log p_s); its gradient is p_s - p_t
             p_t = log_t.exp()
-            loss = loss + lambda_kl * torch.sum(p_t * log_t.sub_(log_s))
+            ratio = log_t.sub_(log_s).masked_fill_(p_t == 0, 0)  # -inf there, where it is masked
+            loss = loss + lambda_kl * torch.sum(p_t * ratio)
             gradient = p_s.mul_(lambda_kl + lambda_ce).sub_(p_t, alpha=lambda_kl)
         else:  # sum of p_s (log p_s - log p_t); its gradient is p_s (log p_s - log p_t - KL)
-            ratio = log_s.sub_(log_t)
+            ratio = log_s.sub_(log_t).masked_fill_(p_s == 0, 0)
             divergence = torch.sum(p_s * ratio, dim=-1, keepdim=True)
             loss = loss + lambda_kl * divergence.sum()
             gradient = p_s * ratio.sub_(divergence).mul_(lambda_kl).add_(lambda_ce)

@@ -5,6 +5,7 @@
 #include <lowbitcore/lowbitcore.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +15,7 @@
 #include <new>
 #include <random>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -372,8 +374,12 @@ struct HeadValues {
       data.push_back(static_cast<std::uint16_t>(bits >> 16));
     }
   }
-  lbc::Bf16Heads view() {
-    return {data.data(), batch, heads, rows, cols, heads * rows * cols, rows * cols, cols};
+  lbc::Heads view() {
+    return {data.data(), lbc::DType::bf16,    batch,       heads, rows,
+            cols,        heads * rows * cols, rows * cols, cols};
+  }
+  const std::uint16_t* head(std::int64_t b, std::int64_t h) const {
+    return data.data() + (b * heads + h) * rows * cols;
   }
 };
 
@@ -412,21 +418,28 @@ void attention(std::int64_t rows) {
   // The first query sees one key: its result is that key's value.
   for (std::int64_t b = 0; b < 2; ++b) {
     for (std::int64_t h = 0; h < 6; ++h) {
-      const std::uint16_t *got = out.view().head(b, h), *want = v.view().head(b, h / 3);
+      const std::uint16_t *got = out.head(b, h), *want = v.head(b, h / 3);
       expect(std::equal(got, got + 64, want), "attention of a first query");
     }
   }
-  lbc::Bf16Heads narrow = k.view();
+  lbc::Heads narrow = k.view();
   narrow.cols = 48;
   expect_error([&] { lbc::attention({narrow, narrow, narrow}, narrow, view(lse, 4, rows)); },
                {"attention", "q", "multiple of 32", "48"});
   expect_error([&] { lbc::attention_backward_workspace_size(-1, 64); }, {"rows", "-1"});
+  lbc::Heads single = k.view();
+  single.dtype = lbc::DType::f32;
+  expect_error([&] { lbc::attention({single, single, single}, single, view(lse, 4, rows)); },
+               {"attention", "q", "bfloat16", "float32"});
+  HeadValues none(2, 0, 9);
+  std::vector<float> no_lse;
+  lbc::attention({none.view(), none.view(), none.view()}, none.view(), view(no_lse, 4, 0));
   if (rows > 1) {
-    lbc::Bf16Heads overlapping = out.view();
+    lbc::Heads overlapping = out.view();
     overlapping.row_stride = 0;
     expect_error([&] { lbc::attention(in, overlapping, view(lse, 12, rows)); },
                  {"attention", "out", "a stride of at least 64", "0"});
-    lbc::Bf16Heads turned = out.view();  // [batch, rows, heads, cols]
+    lbc::Heads turned = out.view();  // [batch, rows, heads, cols]
     turned.head_stride = 64;
     turned.row_stride = 6 * 64;
     lbc::attention(in, turned, view(lse, 12, rows));
@@ -459,6 +472,64 @@ void losses_in_place() {
   }
 }
 
+// The scratch of a call is for the threads that it uses, whatever another thread sets meanwhile.
+void threads_set_during_calls() {
+  const Layer layer = make_layer(4, 64, 128, 256, false);
+  const auto x = normal(64 * 256, 11);
+  std::vector<float> y(64 * 128);
+  lbc::Execution exec;
+  exec.num_threads = 1;
+  const std::size_t bytes = lbc::qgemm_nt_workspace_size(layer.format, 64, exec);
+  constexpr std::size_t kBehind = 1 << 20;
+  std::vector<unsigned char> memory(bytes + kBehind + 64, 0xab);
+  const auto misaligned = reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
+  unsigned char* workspace = memory.data() + (64 - misaligned) % 64;
+  exec = {0, workspace, bytes};
+  std::atomic<bool> stop{false};
+  std::thread other([&] {
+    for (int i = 0; !stop; ++i) lbc::set_num_threads(1 + i % 2);
+  });
+  for (int i = 0; i < 20000; ++i) {
+    try {
+      lbc::qgemm_nt({x.data(), lbc::DType::f32, 64, 256, 256}, layer.weight(), nullptr,
+                    {y.data(), lbc::DType::f32, 64, 128, 128}, exec);
+    } catch (const std::invalid_argument&) {  // of two threads it is not enough
+    }
+  }
+  stop = true;
+  other.join();
+  lbc::set_num_threads(0);
+  expect(std::all_of(workspace + bytes, workspace + bytes + kBehind - 64,
+                     [](unsigned char byte) { return byte == 0xab; }),
+         "a call writes into its workspace alone");
+}
+
+void threads_are_few() {
+  expect_error([] { lbc::set_num_threads(1025); }, {"num_threads", "0 to 1024", "1025"});
+  expect_error([] { lbc::set_num_threads(-1); }, {"num_threads", "0 to 1024", "-1"});
+  expect_error([] { lbc::qgemm_nt_workspace_size({4, 64, 64, 64}, 1, {-5}); },
+               {"num_threads", "0 to 1024", "-5"});
+}
+
+// What Python cannot hand over.
+void decode_errors() {
+  std::vector<float> values(256);
+  const lbc::ConstMatrix q{values.data(), lbc::DType::f32, 1, 64, 64};
+  const lbc::Matrix out{values.data(), lbc::DType::f32, 1, 64, 64};
+  const std::int64_t many = std::int64_t{1} << 59;
+  const lbc::ConstHeads keys{values.data(), lbc::DType::f32, 1, many, 1, 32, 32, 32, 32};
+  expect_error([&] { lbc::attend(q, keys, keys, 1.0f, out); }, {"attend", "keys", "divides q's"});
+  const Layer layer = make_layer(4, 32, 64, 64, false);
+  lbc::AdaptedWeight weight{layer.weight()};
+  weight.adapter_count = 1;
+  const lbc::Norm norm{q, 1e-5f};
+  expect_error(
+      [&] { lbc::project_token(q, {norm, weight, weight, weight, {}, {}}, q, q, out, out, out); },
+      {"project_token", "adapters", "null"});
+  expect_error([&] { lbc::accumulate_hessian_workspace_size(1000, many * 8); },
+               {"cols", "at most 2^30"});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -479,6 +550,9 @@ int main(int argc, char** argv) {
   gptq(false);
   for (std::int64_t rows : {1, 31, 100, 600}) attention(rows);
   losses_in_place();
+  threads_set_during_calls();
+  threads_are_few();
+  decode_errors();
   errors();
   if (failures == 0) std::printf("all checks hold at level %s\n", level.c_str());
   return failures == 0 ? 0 : 1;

@@ -57,14 +57,17 @@ def kept(name: str) -> Path:
 
 
 def ptx(family: str, bits: int, architecture: str = "80") -> Path:
-    """PTX of a family of kernels: the instance that CMake makes of the same template."""
+    """PTX of a family of kernels for one width; a build has all widths in one object."""
     result = kept(f"{family}_{bits}.{architecture}.ptx")
     if result.exists():
         return result
-    template = (KERNELS / "instance.cu.in").read_text()
+    launch = f"launch_{family}<{bits}>"
     with tempfile.TemporaryDirectory(dir=result.parent) as scratch:
         source = Path(scratch) / f"{family}_{bits}.cu"
-        source.write_text(template.replace("@family@", family).replace("@bits@", str(bits)))
+        source.write_text(
+            f'#include "{family}.cuh"\n'
+            f"template decltype(lowbitcore::cuda::{launch}) lowbitcore::cuda::{launch};\n"
+        )
         made = source.with_suffix(".ptx")
         nvcc("-ptx", f"-arch=compute_{architecture}", "-o", made, source)
         os.replace(made, result)

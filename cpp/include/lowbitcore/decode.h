@@ -38,19 +38,6 @@ struct Norm {
   float eps = 0.0f;
 };
 
-// [batch, heads, rows, cols]; strides are in elements, columns contiguous.
-struct ConstHeads {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
-  std::int64_t batch = 0;
-  std::int64_t heads = 0;
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-  std::int64_t batch_stride = 0;
-  std::int64_t head_stride = 0;
-  std::int64_t row_stride = 0;
-};
-
 // y [M,N] += scaling B A x for x [M,K]; K and N multiples of 32. Made for few rows: B and A are
 // read for each.
 void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Execution& exec = {});

@@ -16,7 +16,9 @@ std::string isa();
 // Forces a level (tests, comparisons). Throws Error if it is not available.
 void set_isa(const std::string& name);
 
-// Threads of the operations; the default follows OpenMP (OMP_NUM_THREADS). 0 restores the default.
+// Threads of the operations, at most 1,024; the default follows OpenMP (OMP_NUM_THREADS). 0
+// restores the default. OpenMP's threads do not survive fork: the child of a process that has used
+// several must use one.
 void set_num_threads(int num_threads);
 int get_num_threads();
 

@@ -50,10 +50,41 @@ struct Matrix {
   operator ConstMatrix() const { return {data, dtype, rows, cols, stride}; }
 };
 
+// Heads of attention, [batch, heads, rows, cols], of a type known at run time. Strides are in
+// elements; columns are contiguous.
+struct ConstHeads {
+  const void* data = nullptr;
+  DType dtype = DType::bf16;
+  std::int64_t batch = 0;
+  std::int64_t heads = 0;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t batch_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t row_stride = 0;
+};
+
+struct Heads {
+  void* data = nullptr;
+  DType dtype = DType::bf16;
+  std::int64_t batch = 0;
+  std::int64_t heads = 0;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t batch_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t row_stride = 0;
+
+  operator ConstHeads() const {
+    return {data, dtype, batch, heads, rows, cols, batch_stride, head_stride, row_stride};
+  }
+};
+
 // What a host brings to a call.
 //
 // On the CPU, zero threads means get_num_threads(), and no workspace means that the library keeps
-// one per calling thread and reuses it. On CUDA, data and workspace are device memory of the
+// one per calling thread, as large as that thread's largest call, for as long as the thread lives.
+// On CUDA, data and workspace are device memory of the
 // current device, the call returns once its work is in `stream` (a cudaStream_t; null is the
 // default stream), and no workspace means that one is allocated in the order of the stream, from a
 // pool of the library's own. A CUDA graph may capture products; call each once before, since a

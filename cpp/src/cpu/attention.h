@@ -27,13 +27,21 @@ constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // ---- operands ----
 
+inline const uint16_t* head_of(const ConstHeads& x, int64_t b, int64_t h) {
+  return static_cast<const uint16_t*>(x.data) + b * x.batch_stride + h * x.head_stride;
+}
+
+inline uint16_t* head_of(const Heads& x, int64_t b, int64_t h) {
+  return static_cast<uint16_t*>(x.data) + b * x.batch_stride + h * x.head_stride;
+}
+
 // A head's rows as operands: [strips][cols/32][2 tiles].
 struct HeadRows {
   const uint16_t* data;
   int64_t stride, rows, panels;
 
-  HeadRows(const ConstBf16Heads& x, int64_t b, int64_t h)
-      : data(x.head(b, h)), stride(x.row_stride), rows(x.rows), panels(x.cols / kPanel) {}
+  HeadRows(const ConstHeads& x, int64_t b, int64_t h)
+      : data(head_of(x, b, h)), stride(x.row_stride), rows(x.rows), panels(x.cols / kPanel) {}
 
   __m512i line(int64_t row, int64_t panel) const {
     return row < rows ? _mm512_loadu_si512(data + row * stride + panel * kPanel)
@@ -186,7 +194,7 @@ inline void store_columns(const float* c, int64_t panels, const __m512 (&factor)
 }
 
 // Sums [strips][panels] of keys by columns, times a factor, to all rows.
-inline void store_rows(const float* c, float factor, const Bf16Heads& out, uint16_t* head) {
+inline void store_rows(const float* c, float factor, const Heads& out, uint16_t* head) {
   const __m512 f = _mm512_set1_ps(factor);
   const int64_t panels = out.cols / kPanel;
   for (int64_t row = 0; row < out.rows; ++row) {
@@ -256,7 +264,7 @@ size_t attention_workspace(int64_t rows, int64_t cols, int threads) {
 
 struct AttentionForward {
   const AttentionInputs& in;
-  const Bf16Heads& out;
+  const Heads& out;
   const View<float>& lse;
 
   int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kPanel;
@@ -309,7 +317,8 @@ struct AttentionForward {
       _mm512_store_ps(total + half * 16, softmax.total[half]);
       inverse[half] = _mm512_div_ps(_mm512_set1_ps(1.0f), softmax.total[half]);
     }
-    store_columns(o, panels, inverse, here, out.head(b, h) + row * out.row_stride, out.row_stride);
+    store_columns(o, panels, inverse, here, head_of(out, b, h) + row * out.row_stride,
+                  out.row_stride);
     float* logs = lse.data + (b * in.q.heads + h) * lse.stride + row;
     for (int64_t r = 0; r < here; ++r) logs[r] = maximum[r] * kLn2 + ::logf(total[r]);
   }
@@ -317,7 +326,7 @@ struct AttentionForward {
 
 // Calls f(batch, head of k and v, memory), with `scratch` bytes of its own for each thread.
 template <typename F>
-void for_each_head(const ConstBf16Heads& k, size_t scratch, const Resources& use, const F& f) {
+void for_each_head(const ConstHeads& k, size_t scratch, const Resources& use, const F& f) {
   parallel_for(k.batch * k.heads, use.threads, [&](int64_t item, int thread) {
     const TileScope scope;
     f(item / k.heads, item % k.heads,
@@ -325,7 +334,7 @@ void for_each_head(const ConstBf16Heads& k, size_t scratch, const Resources& use
   });
 }
 
-void attention(const AttentionInputs& in, Bf16Heads out, View<float> lse, const Resources& use) {
+void attention(const AttentionInputs& in, Heads out, View<float> lse, const Resources& use) {
   const size_t scratch = attention_workspace(in.q.rows, in.q.cols, 1);
   for_each_head(in.k, scratch, use, AttentionForward{in, out, lse});
 }
@@ -394,11 +403,11 @@ size_t attention_backward_workspace(int64_t rows, int64_t cols, int threads) {
 }
 
 struct AttentionBackward {
-  const ConstBf16Heads& d_out;
+  const ConstHeads& d_out;
   const AttentionInputs& in;
-  const ConstBf16Heads& out;
+  const ConstHeads& out;
   const View<const float>& lse;
-  const Bf16Heads &dq, &dk, &dv;
+  const Heads &dq, &dk, &dv;
 
   int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kPanel;
   int64_t strips = divide_up(rows, kStrip), words = strip_words(cols), sums = strip_sums(cols);
@@ -440,8 +449,8 @@ struct AttentionBackward {
         queries(b, h, first, smaller(kChunk, strips - first), t);
       }
     }
-    store_rows(t.dk, in.scale, dk, dk.head(b, kv_head));
-    store_rows(t.dv, 1.0f, dv, dv.head(b, kv_head));
+    store_rows(t.dk, in.scale, dk, head_of(dk, b, kv_head));
+    store_rows(t.dv, 1.0f, dv, head_of(dv, b, kv_head));
   }
 
   // `count` strips of queries of a head, from `first` on.
@@ -470,7 +479,7 @@ struct AttentionBackward {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = (first + i) * kStrip;
       store_columns(t.dq + i * sums, panels, {scale, scale}, smaller(kStrip, rows - row),
-                    dq.head(b, h) + row * dq.row_stride, dq.row_stride);
+                    head_of(dq, b, h) + row * dq.row_stride, dq.row_stride);
     }
   }
 
@@ -512,9 +521,8 @@ struct AttentionBackward {
   }
 };
 
-void attention_backward(ConstBf16Heads d_out, const AttentionInputs& in, ConstBf16Heads out,
-                        View<const float> lse, Bf16Heads dq, Bf16Heads dk, Bf16Heads dv,
-                        const Resources& use) {
+void attention_backward(ConstHeads d_out, const AttentionInputs& in, ConstHeads out,
+                        View<const float> lse, Heads dq, Heads dk, Heads dv, const Resources& use) {
   const size_t scratch = attention_backward_workspace(in.q.rows, in.q.cols, 1);
   for_each_head(in.k, scratch, use, AttentionBackward{d_out, in, out, lse, dq, dk, dv});
 }

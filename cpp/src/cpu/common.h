@@ -39,6 +39,11 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
+// Columns of a whole group: no more than there are.
+inline int64_t group_columns(const QuantFormat& f) {
+  return f.group_size == -1 ? f.in_features : smaller(f.group_size, f.in_features);
+}
+
 // ---- activations ----
 
 inline const char* row_pointer(const ConstMatrix& m, int64_t row) {

@@ -9,8 +9,7 @@ namespace {
 
 // ---- attention ----
 
-constexpr int64_t kKeys = 64;  // whose scores are held at a time
-constexpr int64_t kMostHeadCols = 256;
+constexpr int64_t kKeys = 64;    // whose scores are held at a time
 constexpr int kColsAtOnce = 32;  // of values
 
 template <DType Type>

@@ -178,7 +178,7 @@ bool digits_nt(const ConstMatrix& x, const QuantWeight& w, const float* bias, co
                const Resources& use) {
   if constexpr (B <= kMostDigitBits) {
     const bool fit = x.rows > 0 && x.rows <= kDigitRows && x.dtype == DType::bf16;
-    if (!fit || w.g_idx != nullptr || Block<B>(w, 0).group_size > kMostInputs) return false;
+    if (!fit || w.g_idx != nullptr || group_columns(w.format) > kMostInputs) return false;
     if (x.rows == 1) return digits_strip<B, 1>(x, w, bias, y, use);
     if constexpr (kDigitRows > 1) {
       if (x.rows == 2) return digits_strip<B, 2>(x, w, bias, y, use);

@@ -2,13 +2,17 @@
 
 #include <lowbitcore/runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 
+#include "../check.h"
 #include "../parallel.h"
 
-#if defined(LOWBITCORE_X86) && defined(__linux__)
+#ifdef __x86_64__
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -22,23 +26,28 @@ struct Level {
   bool (*supported)();
 };
 
-#ifdef LOWBITCORE_X86
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+// __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
+#ifdef __x86_64__
+[[maybe_unused]] bool has_avx2() {
+  constexpr unsigned kF16c = 1u << 29;  // for which compilers got a name late
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
+}
+
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 // All processors with AVX-512's BF16 but the first have the others, too.
-bool has_avx512_bf16() {
+[[maybe_unused]] bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
-#endif
 
-#if defined(LOWBITCORE_X86) && !defined(LOWBITCORE_EMULATE_AMX)
 // Tiles are large enough that Linux hands them out on request only, to a whole process at once.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #ifdef __linux__
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -52,22 +61,22 @@ bool has_amx() {
 }
 #endif
 
-// __builtin_cpu_supports also asks the operating system whether it saves the wider registers.
+// The last that is supported is the default, so emulation never is.
 const Level kLevels[] = {
-#ifdef LOWBITCORE_EMULATE_AMX
+#ifdef LOWBITCORE_WITH_AMX_EMULATED
     {amx_emulated_backend, has_avx512_bf16},
 #endif
     {scalar_backend, [] { return true; }},
-#ifdef LOWBITCORE_X86
-    {avx2_backend,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     }},
+#ifdef LOWBITCORE_WITH_AVX2
+    {avx2_backend, has_avx2},
+#endif
+#ifdef LOWBITCORE_WITH_AVX512
     {avx512_backend, has_avx512},
+#endif
+#ifdef LOWBITCORE_WITH_AVX512_BF16
     {avx512_bf16_backend, has_avx512_bf16},
 #endif
-#if defined(LOWBITCORE_X86) && !defined(LOWBITCORE_EMULATE_AMX)
+#ifdef LOWBITCORE_WITH_AMX
     {amx_backend, has_amx},
 #endif
 };
@@ -97,13 +106,21 @@ const Backend& choose() {
 std::atomic<const Backend*> current{nullptr};
 std::atomic<int> threads_setting{0};
 
+void check_threads(const char* op, int num_threads) {
+  if (num_threads < 0 || num_threads > kMostThreads) {
+    check::fail(op, "num_threads", "0 to " + std::to_string(kMostThreads),
+                std::to_string(num_threads));
+  }
+}
+
 }  // namespace
 
 const Backend& cpu_backend() {
-  const Backend* backend = current.load(std::memory_order_acquire);
+  const Backend* backend = current.load();
   if (backend == nullptr) {
-    backend = &choose();
-    current.store(backend, std::memory_order_release);
+    const Backend& chosen = choose();
+    // Unless somebody has set one in the meantime, which `backend` then is.
+    if (current.compare_exchange_strong(backend, &chosen)) backend = &chosen;
   }
   return *backend;
 }
@@ -121,10 +138,7 @@ std::string isa() { return cpu_backend().name; }
 void set_isa(const std::string& name) { current.store(&find(name, "set_isa")); }
 
 void set_num_threads(int num_threads) {
-  if (num_threads < 0) {
-    throw std::invalid_argument("set_num_threads: num_threads: expected 0 or more, got " +
-                                std::to_string(num_threads));
-  }
+  check_threads("set_num_threads", num_threads);
   threads_setting.store(num_threads);
 }
 
@@ -132,13 +146,16 @@ int get_num_threads() {
   const int setting = threads_setting.load();
   if (setting > 0) return setting;
 #ifdef _OPENMP
-  return omp_get_max_threads();
+  return std::min(omp_get_max_threads(), kMostThreads);
 #else
   return 1;
 #endif
 }
 
-int resolve_threads(int requested) { return requested > 0 ? requested : get_num_threads(); }
+int resolve_threads(const Execution& exec) {
+  check_threads("execution", exec.num_threads);
+  return exec.num_threads > 0 ? exec.num_threads : get_num_threads();
+}
 
 std::string version() { return LOWBITCORE_VERSION; }
 

@@ -33,8 +33,18 @@ struct RowSoftmax {
     inverse = Vec::broadcast(1.0f / total);
   }
   Vec logit(int64_t c) const { return load_as_float(row, Type, c); }
-  Vec exponential(int64_t c) const { return exp(logit(c) - max); }
-  Vec probability(int64_t c) const { return exponential(c) * inverse; }
+  // 0 where it would be no normal number: of a masked logit it is, and counts for nothing.
+  Vec exponential(int64_t c) const {
+    const Vec x = logit(c) - max;
+    return select_less(x, Vec::broadcast(-87.3f), Vec::broadcast(0.0f), exp(x));
+  }
+  // p f(c), and 0 where p is, however large the other may be. Keeps NaN.
+  template <typename F>
+  Vec expectation(int64_t c, const F& f) const {
+    const Vec e = exponential(c), zero = Vec::broadcast(0.0f);
+    constexpr float kSmallest = 1.17549435e-38f;
+    return select_less(e, Vec::broadcast(kSmallest), zero, e * inverse * f(c));
+  }
 };
 
 // gradient(c) is that of logits c to c + kWidth, without what the target's has beside. It is asked
@@ -79,14 +89,14 @@ void token_losses(ConstMatrix logits, View<const int64_t> targets, const LossTer
       };
       const RowSoftmax<dtype>& weights = terms.reverse ? own : other;
       const float sum =
-          row_sum(cols, [&](int64_t c) { return weights.probability(c) * difference(c); });
+          row_sum(cols, [&](int64_t c) { return weights.expectation(c, difference); });
       const float divergence = terms.reverse ? sum : -sum;
       losses.data[row] = kl * divergence + ce * entropy;
       if (out == nullptr) return;
       if (terms.reverse) {  // p (kl (log p - log p_t - KL) + ce)
         const Vec unit = Vec::broadcast(kl), rest = Vec::broadcast(ce - kl * divergence);
         store_gradient<dtype>(cols, target, ce, out, [&](int64_t c) {
-          return own.probability(c) * fmadd(unit, difference(c), rest);
+          return own.expectation(c, [&](int64_t at) { return fmadd(unit, difference(at), rest); });
         });
       } else {  // (kl + ce) p - kl p_t
         const Vec mine = Vec::broadcast(kl + ce) * own.inverse;

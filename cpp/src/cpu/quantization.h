@@ -16,11 +16,6 @@ struct Grid {
 // The smallest positive fp16: where a tiny range would round to a scale of zero.
 constexpr float kSmallestScale = 5.9604644775390625e-8f;
 
-// Columns of a whole group: no more than there are.
-inline int64_t group_columns(const QuantFormat& f) {
-  return f.group_size == -1 ? f.in_features : smaller(f.group_size, f.in_features);
-}
-
 inline Vec quantize_lane(const Vec& w, const Grid& grid, const Vec& max_code) {
   const Vec q = round(w / grid.scale) + grid.zero;
   return min(max(q, Vec::broadcast(0.0f)), max_code);
