@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -489,7 +490,9 @@ void threads_set_during_calls() {
   std::thread other([&] {
     for (int i = 0; !stop; ++i) lbc::set_num_threads(1 + i % 2);
   });
-  for (int i = 0; i < 20000; ++i) {
+  // Long enough: where it went wrong, it did within two seconds.
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(3);
+  while (std::chrono::steady_clock::now() < end) {
     try {
       lbc::qgemm_nt({x.data(), lbc::DType::f32, 64, 256, 256}, layer.weight(), nullptr,
                     {y.data(), lbc::DType::f32, 64, 128, 128}, exec);
