@@ -87,6 +87,25 @@ def test_dropout(dtype: torch.dtype, width: int) -> None:
     assert LowRank(4, 4, rank=1, scaling=1.0, dropout=0.0).dropout(x) is x
 
 
+def test_masters_stay_float32() -> None:
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    before = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    values = {name: p.detach().clone() for name, p in before.items()}
+    model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter is before[name] and torch.equal(parameter, values[name])
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_one_vector() -> None:
+    layer = LoraLinear(torch.nn.Linear(64, 32))
+    layer.adapters.append(LowRank(64, 32, rank=4, scaling=0.5, dropout=0.0))
+    torch.nn.init.normal_(layer.adapters[0].b)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer(x[1]), layer(x)[1])
+
+
 def test_dropout_is_of_training_alone() -> None:
     model = quantized("llama")
     lbc.prepare_lora(model, rank=4, targets=None, dropout=0.5)
@@ -574,6 +593,8 @@ def test_an_interrupted_swap_leaves_the_old_scales(
         ({"rank": True}, "rank: expected a positive integer, got True"),
         ({"alpha": 0}, "alpha: expected a positive number"),
         ({"alpha": float("nan")}, "alpha: expected a positive number"),
+        ({"alpha": "16"}, "alpha: expected a positive number, got '16'"),
+        ({"dropout": None}, "dropout: expected 0 or more and below 1, got None"),
         ({"dropout": 1.0}, "dropout: expected 0 or more and below 1"),
         ({"targets": ["q_proj", "qproj"]}, r"names of linears \(down_proj, .*\), got 'qproj'"),
         ({"targets": []}, "targets: expected a list of names"),
@@ -597,7 +618,8 @@ def test_bad_lora_settings(settings: dict[str, object], message: str) -> None:
         ({"r": 3}, "expected rank 3, as .* says, got 4"),
         ({"r": None}, "r: expected a number, got None"),
         ({"alpha_pattern": [1]}, "lora_alpha: expected patterns by name"),
-        ({"layers_to_transform": [0]}, "layers_to_transform: expected None, got"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: expected True, got 'pissa_n"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: expected None, got"),
     ],
 )
 def test_unsupported_adapters(changes: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,19 @@ def test_generate(workplace: Path) -> None:
     )
     assert 0 < result["tokens"] <= 7
     assert result["text"].strip() in out
+
+
+def test_generate_with_any_tokenizer(workplace: Path, tmp_path: Path) -> None:
+    """Which may give more than a model takes, or less; and whatever its generation config says."""
+    settings = workplace / "quantized" / "tokenizer_config.json"
+    asked = ("generate", tmp_path / "q", "--prompt", text_of(5), "--max-new-tokens", 3)
+    for names in (["input_ids"], ["input_ids", "token_type_ids", "attention_mask"]):
+        shutil.copytree(workplace / "quantized", tmp_path / "q", dirs_exist_ok=True)
+        changed = {**json.loads(settings.read_text()), "model_input_names": names}
+        (tmp_path / "q" / settings.name).write_text(json.dumps(changed))
+        generation = {"return_dict_in_generate": True}
+        (tmp_path / "q" / "generation_config.json").write_text(json.dumps(generation))
+        assert succeed(*asked)[1]["tokens"] <= 3
 
 
 def test_self_calibration_and_rtn(workplace: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 import lowbitcore as lbc
 from lowbitcore import head
-from lowbitcore.data import alpaca_example, calibration_windows, read_texts, sample_from_model
+from lowbitcore.data import (
+    alpaca_example,
+    calibration_windows,
+    read_examples,
+    read_texts,
+    sample_from_model,
+)
 from lowbitcore.evaluate import perplexity
 from lowbitcore.lora import newest_adapters
 from test_models import VOCABULARY, logits, make_model, quantized
@@ -84,6 +91,16 @@ def test_unreadable_files(name: str, content: bytes, message: str, tmp_path: Pat
     with pytest.raises(ValueError, match=message) as caught:
         read_texts(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_an_instruction_that_is_a_text_too(tmp_path: Path) -> None:
+    """As in the hub's copy of Alpaca, whose text is what a template made of the rest."""
+    record = {"instruction": "Add.", "input": None, "output": "3", "text": "### Add. 3"}
+    (tmp_path / "a.JSONL").write_bytes(codecs.BOM_UTF8 + json.dumps(record).encode())
+    (found,) = read_examples(tmp_path / "a.JSONL")
+    assert found.prompt and found.response == "3"
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"plain")
+    assert read_texts(tmp_path / "a.txt") == ["plain"]
 
 
 def test_missing_file(tmp_path: Path) -> None:

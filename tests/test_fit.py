@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbitcore import ops
+from lowbitcore import fit, ops
 from lowbitcore.fit import dequantized, fit_low_rank, fit_scales, fit_weight
 
 
@@ -58,6 +58,18 @@ def row_problem(
     matrix = np.zeros((k, result.scales.shape[0]))
     matrix[np.arange(k), groups] = steps
     return h, w, matrix
+
+
+def test_rows_are_solved_for_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian, result = problem(3, 32, False)
+    wanted = refit(weight, hessian, result, 32)
+    monkeypatch.setattr(fit, "_SYSTEM_ELEMENTS", 7 * 5**2)  # 7 of 64 rows
+    solved = []
+    solve = torch.linalg.solve
+    monkeypatch.setattr(torch.linalg, "solve", lambda a, b: solved.append(len(a)) or solve(a, b))
+    found = refit(weight, hessian, result, 32)
+    assert solved == [7] * 9 + [1]
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -267,10 +267,11 @@ def test_config_refuses(change: dict[str, Any], message: str) -> None:
     assert str(caught.value).startswith("here: ") and "\n" not in str(caught.value)
 
 
-def loads(**changes: Any) -> dict[str, bool]:
+def loads(in_features: tuple[int, ...] = (), **changes: Any) -> dict[str, bool]:
     plain = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
     config = GptqConfig(**{**plain, "checkpoint_format": gptq.V1, **changes})
-    return {loader.name.split(" ")[0]: loader.loads for loader in gptq.compatible_loaders(config)}
+    loaders = gptq.compatible_loaders(config, in_features)
+    return {loader.name.split(" ")[0]: loader.loads for loader in loaders}
 
 
 def test_who_can_load() -> None:
@@ -278,6 +279,9 @@ def test_who_can_load() -> None:
     for change in ({"bits": 3}, {"sym": False}, {"desc_act": True}, {"group_size": 96}):
         assert not loads(**change)["vLLM"], change
     assert loads(desc_act=True, group_size=-1)["vLLM"]
+    assert not loads(group_size=96)["GPTQModel"]
+    assert loads((256, 384))["vLLM"] and not loads((256, 576))["vLLM"]
+    assert loads((576,))["GPTQModel"] and loads((576,), group_size=-1)["vLLM"]
     assert not loads(sym=False)["GPTQModel"]
     assert loads(sym=False, checkpoint_format=gptq.V2)["GPTQModel"]
     assert loads(sym=False, meta={"quantizer": "gptqmodel:7.7.0"})["GPTQModel"]

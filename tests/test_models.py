@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
@@ -134,6 +136,73 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 def quantized(name: str, *, count: int = 6, **settings: Any) -> PreTrainedModel:
     config = lbc.QuantConfig(**{"bits": 4, "group_size": 32, **settings})
     return lbc.quantize_model(make_model(name), None, windows(count), config, progress=False)
+
+
+def test_a_pickle_is_read_in_another_process(tmp_path: Path) -> None:
+    """Which has imported nothing of this library, whose attention the config calls for."""
+    model = quantized("llama")
+    lbc.save(model, tmp_path / "q")
+    loaded = lbc.load(tmp_path / "q")
+    assert loaded.config._attn_implementation == "lowbitcore"
+    torch.save((loaded, logits(loaded)), tmp_path / "pickle")
+    code = """if True:
+        import sys, torch
+        model, wanted = torch.load(sys.argv[1], weights_only=False)
+        ids = torch.load(sys.argv[2])
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids, use_cache=False).logits, wanted)
+        """
+    torch.save(windows(2, seed=9), tmp_path / "ids")
+    command = [sys.executable, "-c", code, tmp_path / "pickle", tmp_path / "ids"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_everything_loaded_is_in_evaluation_mode(tmp_path: Path) -> None:
+    """Adapters take it over: nothing is dropped before somebody trains."""
+    lbc.save(quantized("llama"), tmp_path / "q")
+    model = lbc.load(tmp_path / "q")
+    assert not any(module.training for module in model.modules())
+    lbc.prepare_lora(model, dropout=0.5)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_cast_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    lbc.save(quantized("llama").to(torch.bfloat16), tmp_path)
+    assert lbc.load(tmp_path).dtype == torch.bfloat16
+
+
+def test_other_integers_have_another_hash() -> None:
+    model = quantized("llama")
+    before, state = model_module.packed_hash(model), model.state_dict()
+    state["model.layers.1.mlp.up_proj.qweight"] ^= 1
+    model.load_state_dict(state)
+    after = model_module.packed_hash(model)
+    assert after != before and model_module.packed_hash(model) == after
+    state["model.layers.1.mlp.up_proj.qweight"] ^= 1
+    model.load_state_dict(state)
+    assert model_module.packed_hash(model) == before
+
+
+def test_a_bias_that_the_model_has_not(tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    outputs = tensors[f"{name}.qweight"].shape[1]
+    for value in (0.0, 1.0):
+        tensors[f"{name}.bias"] = torch.full((outputs,), value)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        if value:
+            with pytest.raises(ValueError, match=f"{name}.bias: expected none, or zeros"):
+                lbc.load(tmp_path)
+        else:
+            lbc.load(tmp_path)
+
+
+def test_a_body_alone_is_no_language_model() -> None:
+    body = make_model("llama").model
+    with pytest.raises(ValueError, match="expected a causal language model, got a LlamaModel"):
+        lbc.quantize_model(body, None, windows(), lbc.QuantConfig(group_size=32), progress=False)
 
 
 def dense_copy(name: str, model: PreTrainedModel) -> PreTrainedModel:

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 import lowbitcore as lbc
 from lowbitcore import quantize as engine
@@ -120,6 +121,35 @@ def test_bf16_source(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(expected))
 
 
+def test_biases_keep_their_type(tmp_path: Path) -> None:
+    """Calibration widens what it runs, of float16 everywhere."""
+    make_model("qwen2", dtype=torch.float16).save_pretrained(tmp_path / "in")
+    config = replace(CONFIG, rank=4)
+    lbc.quantize_checkpoint(tmp_path / "in", tmp_path / "out", windows(), config, progress=False)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    assert tensors[f"{name}.bias"].dtype == torch.float16
+    model = make_model("qwen2", dtype=torch.float16)
+    lbc.quantize_model(model, None, windows(), config, progress=False)
+    bias = model.get_submodule(name).base.bias
+    assert bias.dtype == torch.float16 and torch.equal(bias, tensors[f"{name}.bias"])
+
+
+def test_experts_that_files_hold_one_by_one(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is missing \(transformers makes some of several"):
+        lbc.load(tmp_path)
+
+
 def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
     from test_data import make_tokenizer, text_of
 
@@ -216,6 +246,34 @@ def test_kill_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         lbc.load(tmp_path / "out")
     run(source, tmp_path / "out", resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_kill_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To resume is then to clean up, whatever of the scratch is there still."""
+    source = save_source("llama", tmp_path / "in")
+
+    class Killed(Exception):
+        pass
+
+    def stop(path: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.shutil, "rmtree", stop)
+        with pytest.raises(Killed):
+            run(source, tmp_path / "out")
+    finished = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a finished model already"):
+        run(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="the config differs"):
+        run(source, tmp_path / "out", replace(CONFIG, bits=8), resume=True)
+    report = run(source, tmp_path / "out", resume=True)
+    assert len(report.linears) == LINEARS["llama"]
+    assert not (tmp_path / "out" / ".partial").exists()
+    (tmp_path / "out" / ".partial").mkdir()  # or as much as that
+    run(source, tmp_path / "out", resume=True)
+    kept = {name: data for name, data in finished.items() if not name.startswith(".partial")}
+    assert contents(tmp_path / "out") == kept
 
 
 def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +385,7 @@ def test_linears_that_no_token_reaches() -> None:
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
     lbc.quantize_model(model, None, windows(), CONFIG, progress=False)
     assert model.quantization_report.skipped == {
-        "model.layers.1.mlp.up_proj": "not reached by the calibration data"
+        "model.layers.1.mlp.up_proj": "not reached by the first calibration window"
     }
     linears = quantized_linears(model)
     assert len(linears) == LINEARS["llama"] - 1

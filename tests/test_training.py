@@ -26,6 +26,8 @@ from typer.testing import CliRunner
 import lowbitcore as lbc
 from lowbitcore import cli, head, lrec, recipes, training
 from lowbitcore.data import IGNORED, Example, TrainingSet, read_examples
+from lowbitcore.formats import peft
+from lowbitcore.lora import newest_adapters
 from lowbitcore.model import quantized_linears
 from lowbitcore.training import TrainedModel, collate, newest_checkpoint
 from test_adapters import excite
@@ -154,6 +156,9 @@ def test_training_instructions() -> None:
     assert len(TrainingSet(examples, tokenizer, length=20, tokens=21)) == 2
     masked = TrainingSet(examples, tokenizer, length=20, mask_prompt=True)
     (item,) = list(masked)  # the other's answer lies behind the cut
+    silent = [examples[0], Example(text_of(6) + " ", "")]
+    assert len(TrainingSet(silent, tokenizer, length=20, mask_prompt=True)) == 1
+    assert len(TrainingSet(silent, tokenizer, length=20)) == 2
     assert item["labels"].tolist()[:6] == [IGNORED] * 6
     assert item["labels"].tolist()[6:] == item["input_ids"].tolist()[6:]
     assert item["input_ids"][-1] == tokenizer.eos_token_id
@@ -358,7 +363,8 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
 
 def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
     model = lbc.prepare_lora(quantized("llama"), rank=4)
-    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    # Not the first one: clipping makes NaN of all of them.
+    name, parameter = [(n, p) for n, p in model.named_parameters() if p.requires_grad][2]
     parameter.register_hook(lambda gradient: gradient * float("inf"))
     before = parameter.detach().clone()
     trainer = lbc.EmefTrainer(model, arguments(tmp_path), lesson())
@@ -367,34 +373,82 @@ def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
     assert torch.equal(parameter, before)
 
 
-def guard(model: PreTrainedModel, scaler: object = None) -> None:
-    """What happens between a backward and the optimizer's step."""
-    optimizer = SimpleNamespace(scaler=scaler)
-    training._GradientGuard().on_pre_optimizer_step(
-        SimpleNamespace(),
-        SimpleNamespace(global_step=6),
-        SimpleNamespace(),
-        model=model,
-        optimizer=optimizer,
-    )
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_all_gradients_are_looked_at_once(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_gradients_are_looked_at_once(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = lbc.prepare_lora(quantized("llama"), rank=4)
+    trainer = lbc.EmefTrainer(model, arguments(tmp_path), lesson())
+    trainer.state.global_step = 6
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for _, parameter in trained[:-1]:
         parameter.grad = torch.full_like(parameter, 1e30)  # whose squares are infinite
     looks = []
     finite = torch.isfinite
     monkeypatch.setattr(torch, "isfinite", lambda x: looks.append(x) or finite(x))
-    guard(model)
+    trainer._check_gradients()
     assert len(looks) == 1 and looks[0].numel() == 1
     name, parameter = trained[-2]
     parameter.grad[0, 1] = value
-    with pytest.raises(FloatingPointError, match=f"step 7: the gradient of {name} holds NaN"):
-        guard(model)
-    guard(model, scaler=object())  # which skips the step, and tries a smaller scale
+    with pytest.raises(FloatingPointError, match=f"step 7: the gradient of model.{name} holds"):
+        trainer._check_gradients()
+
+
+def test_a_scaler_sees_to_its_gradients_by_itself(tmp_path: Path) -> None:
+    """It skips the step, and tries a smaller scale."""
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    trainer = lbc.EmefTrainer(model, arguments(tmp_path), lesson())
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    next(p for p in model.parameters() if p.requires_grad).register_hook(lambda x: x * torch.inf)
+    trainer.accelerator.scaler = SimpleNamespace(scale=lambda loss: loss)
+    trainer.training_step(trainer.model, collate([lesson()[0]]))
+    trainer.accelerator.scaler = None
+    with pytest.raises(FloatingPointError, match="gradient"):
+        trainer.training_step(trainer.model, collate([lesson()[0]]))
+
+
+def test_settings_that_mean_something_else_here(tmp_path: Path) -> None:
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    for name, value, message in (
+        ("activation_checkpointing", True, 'but checkpointing="full"'),
+        ("label_smoothing_factor", 0.1, "losses are the methods' own"),
+        ("neftune_noise_alpha", 5, "losses are the methods' own"),
+    ):
+        with pytest.raises(ValueError, match=f"args: expected no {name} .{message}"):
+            lbc.EmefTrainer(model, arguments(tmp_path, **{name: value}), lesson())
+    counted = arguments(tmp_path, include_num_input_tokens_seen="all", max_steps=2)
+    trainer = lbc.EmefTrainer(model, counted, lesson())
+    trainer.train()
+    in_a_step = counted.per_device_train_batch_size * counted.gradient_accumulation_steps
+    assert trainer.state.num_input_tokens_seen == 2 * in_a_step * len(lesson()[0]["input_ids"])
+    with pytest.raises(ValueError, match="float16, in which gradients underflow"):
+        lbc.EmefTrainer(model.half(), arguments(tmp_path), lesson())
+
+
+def test_gradients_of_a_float16_checkpoint(place: Path, tmp_path: Path) -> None:
+    """They are those of bfloat16, which does not lose what a mean over many tokens makes small."""
+    model = lbc.load(place / "quantized").half()
+    lbc.save(model, tmp_path / "q", make_tokenizer())
+    assert lbc.load(tmp_path / "q").dtype == torch.float16
+    data = ("--data", place / "text.txt", "--length", 32, "--steps", 2)
+    done = run("emef", tmp_path / "q", tmp_path / "out", *data)
+    assert done.returncode == 0, done.stderr
+    assert "gradients underflow: trained in bfloat16" in done.stderr
+
+
+def test_an_adapter_of_any_scaling_is_taken_up_again(tmp_path: Path) -> None:
+    """A file has alpha: 8 / sqrt(5) comes back with its last bit changed."""
+    model = lbc.prepare_lora(quantized("llama"), rank=5)
+    for adapter in newest_adapters(model).values():
+        adapter.scaling = 8 / 5**0.5
+        assert adapter.scaling * 5 / 5 != adapter.scaling
+    lbc.save_adapter(model, tmp_path)
+    training.restore(model, tmp_path)
+    for adapter in newest_adapters(model).values():
+        adapter.scaling *= 1.001
+    with pytest.raises(ValueError, match="another rank or alpha"):
+        training.restore(model, tmp_path)
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:
@@ -475,6 +529,32 @@ def test_a_cache_is_bound_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
     shards[0].write_bytes(shards[0].read_bytes()[:-9])
     with pytest.raises(ValueError, match="states-00000.safetensors: damaged: delete it"):
         cache.states(0)
+
+
+def test_a_cache_knows_its_teachers_config(tmp_path: Path) -> None:
+    """By which the same weights make other states."""
+    teacher, data = make_model("llama"), lesson(4)
+    lbc.TeacherCache.fill(tmp_path, teacher, data, progress=False)
+    teacher.config.rms_norm_eps *= 10
+    with pytest.raises(ValueError, match="another config"):
+        lbc.TeacherCache.fill(tmp_path, teacher, data, progress=False)
+
+
+def test_a_cache_whose_filling_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves is taken away; while it runs, others are kept out."""
+    leftover = tmp_path / ".cache.json.x.tmp"
+    leftover.write_text("{")
+    teacher, data = make_model("llama"), lesson(4)
+    entry = lrec._entry
+
+    def and_another(*arguments: Any) -> Any:
+        with pytest.raises(ValueError, match="another run is writing there"):
+            lbc.TeacherCache.fill(tmp_path, teacher, data, progress=False)
+        return entry(*arguments)
+
+    monkeypatch.setattr(lrec, "_entry", and_another)
+    lbc.TeacherCache.fill(tmp_path, teacher, data, progress=False)
+    assert not leftover.exists()
 
 
 def test_a_cache_with_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,6 +651,57 @@ def test_lrec_with_scales(place: Path) -> None:
     assert "scales.safetensors" in fail("eval", place / "quantized", *text, *joint)
     shutil.copy(place / "joint-scales", place / "joint" / "scales.safetensors")
     succeed("eval", place / "quantized", *text, *joint)
+
+
+def test_a_kill_between_scales_and_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scales of a pair are written first, and are no finished training."""
+    trained = command(place, "lrec", "pair", "--steps", 4, "--scales-lr", 0.02)
+    write = peft.write
+
+    def killed(out: Path, *arguments: Any, **more: Any) -> None:
+        if out == place / "pair":
+            raise KeyboardInterrupt
+        write(out, *arguments, **more)
+
+    monkeypatch.setattr(peft, "write", killed)
+    assert CliRunner().invoke(cli.app, [str(word) for word in trained]).exit_code != 0
+    assert (place / "pair" / "scales.safetensors").exists()
+    monkeypatch.setattr(peft, "write", write)
+    _, result = succeed(*trained, "--resume")
+    assert result["steps"] == 4
+    assert "holds a finished training" in fail(*trained)
+
+
+def test_a_kill_after_the_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To resume is then to clean up."""
+    trained = command(place, "emef", "ended", "--steps", 4)
+
+    remove = shutil.rmtree
+
+    def killed(path: Any, *more: Any, **settings: Any) -> None:
+        if (place / "ended" / "adapter_config.json").exists():
+            raise KeyboardInterrupt
+        remove(path, *more, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        assert CliRunner().invoke(cli.app, [str(word) for word in trained]).exit_code != 0
+    assert list((place / "ended").glob("checkpoint-*"))
+    assert "holds a finished training" in fail(*trained)
+    _, result = succeed(*trained, "--resume")
+    assert result["steps"] == 4 and result["adapter_bytes"] > 0
+    assert not list((place / "ended").glob("checkpoint-*"))
+    assert "holds a finished training" in fail(*trained, "--resume")
+
+
+def test_as_many_tokens_as_asked_for(place: Path) -> None:
+    """Though a pass over few examples ends with less than a batch."""
+    (place / "little.txt").write_text(text_of(100))
+    data = ("--data", place / "little.txt", "--length", 32, "--batch", 2)
+    examples = TrainingSet(read_examples(place / "little.txt"), make_tokenizer(), length=32)
+    assert len(examples) == 3
+    _, result = succeed("emef", place / "quantized", place / "few", *data, "--tokens", 384)
+    assert result["tokens"] == 384
 
 
 def test_stack_of_commands(place: Path) -> None:
@@ -794,6 +925,16 @@ def test_resuming_with_other_things(place: Path, tmp_path: Path) -> None:
         linear.scales.data *= 1.5
     lbc.save(packed, model)
     assert "cannot resume: not as in the unfinished run: scales" in fail(*run, "--resume")
+    shutil.rmtree(model)
+    shutil.copytree(place / "quantized", model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-3}))
+    assert "cannot resume: not as in the unfinished run: config" in fail(*run, "--resume")
+    (model / "config.json").write_text(json.dumps(settings))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert "cannot resume: not as in the unfinished run: model" in fail(*run, "--resume")
     shutil.rmtree(model)
     succeed("quantize", place / "model", model, "--bits", 4, "--group-size", 32, "--method", "rtn")
     assert "not as in the unfinished run: model, scales" in fail(*run, "--resume")

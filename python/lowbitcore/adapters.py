@@ -23,8 +23,10 @@ from lowbitcore.model import (
     adapted_linears,
     check_base,
     check_kind,
+    config_digest,
     fingerprint,
     packed_hash,
+    plain_tensors,
     quantized_linears,
     without_adapters,
 )
@@ -227,9 +229,12 @@ def _stacked(adapter: peft.PeftAdapter) -> dict[str, list[LowRankTensors]]:
 
 def identity(model: PreTrainedModel) -> dict[str, str | None]:
     """Digests of a model, its scales and its adapters: what a training goes on from."""
-    own = fingerprint(model.state_dict().items()) if not quantized_linears(model) else None
+    base = packed_hash(model)
+    with without_adapters(model):
+        rest = fingerprint(plain_tensors(model).items())
     return {
-        "model": packed_hash(model) or own,
+        "model": rest if base is None else f"{base} {rest}",
+        "config": config_digest(model.config),
         "scales": _digest_of_scales(model),
         "adapters": _digest(_stacks(model), torch.float32),
     }

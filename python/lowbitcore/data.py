@@ -62,18 +62,18 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
 def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     """The documents of a text file; those that are no instructions have an empty prompt.
 
-    `.jsonl` (an object a line) and `.json` (a list of objects) hold `text`, or Alpaca's
-    `instruction`, `input`, `output` (or `instances` of the last two); any other file is one
+    `.jsonl` (an object a line) and `.json` (a list of objects) hold Alpaca's `instruction`,
+    `input`, `output` (or `instances` of the last two), or `text`; any other file is one
     document. Raises ValueError for what holds no text.
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix.lower() not in (".json", ".jsonl"):
         if not content.strip():
             raise ValueError(f"{path}: holds no text")
         return [Example("", content)]
@@ -118,7 +118,7 @@ def hub_texts(name: str, *, documents: int = 10_000) -> list[str]:
 
 
 def _records(path: Path, content: str) -> list[tuple[str, Any]]:
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         value = _parse_json(str(path), content)
         if not isinstance(value, list):
             raise ValueError(f"{path}: expected a list of objects, got {type(value).__name__}")
@@ -141,18 +141,18 @@ def _parse_json(where: str, content: str) -> Any:
 
 def _record_examples(where: str, record: Any) -> list[Example]:
     if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return [Example("", record["text"])]
         instruction = record.get("instruction")
         instances = record.get("instances", [record])
         if isinstance(instruction, str) and isinstance(instances, list):
             pairs: list[tuple[Any, Any]] = [
-                (item.get("input", ""), item.get("output"))
+                (item.get("input") or "", item.get("output"))
                 for item in instances
                 if isinstance(item, dict)
             ]
             if pairs and all(isinstance(text, str) for pair in pairs for text in pair):
                 return [alpaca_example(instruction, given, output) for given, output in pairs]
+        if isinstance(record.get("text"), str):  # beside an instruction, it says the same once more
+            return [Example("", record["text"])]
     raise ValueError(f"{where}: expected an object with text, or with instruction and output")
 
 
@@ -280,7 +280,9 @@ def _tokenize(
     )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = torch.tensor([*prompt, *response, *end][:length], dtype=torch.int64)
-    return ids, len(prompt) if mask_prompt else 0
+    if not mask_prompt:
+        return ids, 0
+    return ids, len(prompt) if response else len(ids)
 
 
 def _check_sizes(name: str, samples: int, length: int) -> None:

@@ -66,7 +66,8 @@ def add_scaled(y: Tensor, x: Tensor, weight: Tensor, *, scaling: float) -> Tenso
     if _through_float32(x, weight):
         result: Tensor = _InFloat32.apply(x, weight, y, scaling)
         return result
-    total = torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.mT, alpha=scaling)
+    rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    total = torch.addmm(*rows, weight.mT, alpha=scaling)
     return total.view(y.shape)
 
 

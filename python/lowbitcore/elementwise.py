@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
-from lowbitcore import ops
+from lowbitcore import attention, ops  # noqa: F401  a pickled model may call for it by name
 
 __all__ = ["use_own_elementwise"]
 

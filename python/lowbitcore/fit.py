@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import ops
 
+# Elements of the systems that scales are solved for at a time: with what a solver copies, 150 MB.
+_SYSTEM_ELEMENTS = 1 << 22
 # Of the random projection in which singular vectors are found (Halko et al., arXiv 0909.4061).
 _OVERSAMPLED, _ITERATIONS = 8, 4
 
@@ -60,8 +62,20 @@ def fit_scales(
     dead = (hessian.diagonal() == 0)[columns]
     damped = hessian[columns][:, columns]
     damped.diagonal().add_(percdamp * damped.diagonal()[~dead].mean() if not dead.all() else 1.0)
-    target = weight.float()[:, columns].masked_fill(dead, 0.0)
-    steps = codes.float()[:, columns] - zeros.float()[index].T
+    fitted = []
+    for rows in torch.arange(n).split(max(1, _SYSTEM_ELEMENTS // groups**2)):
+        some = slice(int(rows[0]), int(rows[-1]) + 1)
+        target = weight[some].float()[:, columns].masked_fill(dead, 0.0)
+        steps = codes[some].float()[:, columns] - zeros[:, some].float()[index].T
+        fitted.append(_fit_rows(target, steps, scales[:, some].T.double(), damped, sizes))
+    return torch.cat(fitted).float().T.contiguous()
+
+
+def _fit_rows(
+    target: Tensor, steps: Tensor, old: Tensor, damped: Tensor, sizes: list[int]
+) -> Tensor:
+    """The scales of some rows, float64 [rows, G]; `sizes` are those of groups side by side."""
+    n, groups = old.shape
 
     def sum_groups(matrix: Tensor, first: int) -> Tensor:
         """From group `first` on. Not by index_add_, whose order of sums on a GPU is chance."""
@@ -74,7 +88,7 @@ def fit_scales(
         start, end = end, end + size
         products = steps[:, start:end] @ damped[start:end, start:]
         system[:, group, group:] = sum_groups(steps[:, start:] * products, group)
-    system = system.triu() + system.triu(1).mT
+    system += system.triu(1).mT
     # A group whose integers are all at the zero point has no scale to find; this keeps it solvable.
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
@@ -84,10 +98,9 @@ def fit_scales(
         quadratic = torch.einsum("ng,ngh,nh->n", candidate, system, candidate)
         return quadratic - 2 * (right * candidate).sum(1)
 
-    old = scales.T.double()
     usable = (fitted > 0).all(1) & torch.isfinite(fitted).all(1)
     better = usable & (objective(torch.where(usable[:, None], fitted, old)) < objective(old))
-    return torch.where(better[:, None], fitted, old).float().T.contiguous()
+    return torch.where(better[:, None], fitted, old)
 
 
 def dequantized(

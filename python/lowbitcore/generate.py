@@ -49,12 +49,15 @@ def complete(
             f"generate: max_new_tokens: expected prompt and answer to fit the model's {limit} "
             f"positions, got {length}"
         )
+    ids = encoded["input_ids"].to(model.device)
     with torch.no_grad():
         output = model.generate(
-            **encoded.to(model.device),
+            input_ids=ids,
+            attention_mask=encoded.get("attention_mask", torch.ones_like(ids)).to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
+            return_dict_in_generate=False,
             streamer=streamer,
         )
     new = output[0, encoded["input_ids"].shape[1] :]

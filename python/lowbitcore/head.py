@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import attention  # noqa: F401  a pickled model may call for it by name
 from .dense import Linear
 from .ops.operators import is_plain
 

@@ -61,9 +61,9 @@ def prepare_lora(
     check_kind("prepare_lora: model", model, PreTrainedModel)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"prepare_lora: rank: expected a positive integer, got {rank!r}")
-    if not (alpha > 0 and math.isfinite(alpha)):
+    if not (isinstance(alpha, int | float) and alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"prepare_lora: alpha: expected a positive number, got {alpha!r}")
-    if not 0 <= dropout < 1:
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
         raise ValueError(f"prepare_lora: dropout: expected 0 or more and below 1, got {dropout!r}")
     linears = block_linears(model)
     chosen = select(linears, targets, where="prepare_lora: targets")

@@ -28,9 +28,11 @@ from lowbitcore.formats import checkpoint
 from lowbitcore.formats.checkpoint import Entry
 from lowbitcore.head import open_head, run_body
 from lowbitcore.losses import Direction, distillation
-from lowbitcore.model import check_kind, fingerprint, use_own_operations
+from lowbitcore.model import check_kind, config_digest, fingerprint, use_own_operations
 from lowbitcore.training import Loss, PackedTrainer, TrainedModel
 
+# Of a cache's directory.
+_RECORD, _LOCK = "cache.json", ".lock"
 # Examples in a file of the cache.
 SHARD = 32
 # Tokens, at least, of the files that go through a block of the teacher while that is in memory: so
@@ -171,13 +173,50 @@ class TeacherCache:
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         binding = {
+            "config": config_digest(teacher.config),
             "teacher": fingerprint(tensors),
             "head": fingerprint(head),
             "data": dataset.digest(),
             "dtype": str(teacher.dtype),
             "examples": len(dataset),
         }
-        record = path / "cache.json"
+        cache = cls(path, binding)
+        shards = [range(i, min(i + SHARD, len(dataset))) for i in range(0, len(dataset), SHARD)]
+
+        def missing() -> list[range]:
+            return [shard for shard in shards if not cache._shard(shard[0]).exists()]
+
+        if cls._matches(path, binding) and not missing():
+            return cache  # as several processes may find it at once
+        with checkpoint.lock(path / _LOCK):
+            for leftover in path.glob(".*.tmp"):  # of a run killed while it wrote
+                leftover.unlink()
+            if not cls._matches(path, binding):
+                if any(item.name != _LOCK for item in path.iterdir()):
+                    raise ValueError(f"TeacherCache: {path}: expected an empty or new directory")
+                needed, free = cls.bytes_needed(teacher, dataset), shutil.disk_usage(path).free
+                if needed > free:
+                    raise OSError(
+                        f"TeacherCache: {path}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} are "
+                        "free"
+                    )
+                checkpoint.write_json(path / _RECORD, binding)
+            todo = missing()
+            with tqdm(total=len(todo), desc="teacher", unit="shard", disable=not progress) as bar:
+                for group in _passes(todo, dataset):
+                    states = iter(
+                        states_of([dataset[i]["input_ids"] for shard in group for i in shard])
+                    )
+                    for shard in group:
+                        entries = [_entry(index, next(states)) for index in shard]
+                        checkpoint.write_safetensors(cache._shard(shard[0]), entries)
+                        bar.update()
+        return cache
+
+    @staticmethod
+    def _matches(path: Path, binding: dict[str, Any]) -> bool:
+        """Whether a directory was begun for this; ValueError where it was for something else."""
+        record = path / _RECORD
         if record.exists():
             found = checkpoint.read_json(record)
             for name, value in binding.items():
@@ -186,28 +225,7 @@ class TeacherCache:
                         f"TeacherCache: {path}: holds states of another {name}: choose an empty "
                         "directory, or delete it"
                     )
-        elif any(path.iterdir()):
-            raise ValueError(f"TeacherCache: {path}: expected an empty or new directory")
-        else:
-            needed, free = cls.bytes_needed(teacher, dataset), shutil.disk_usage(path).free
-            if needed > free:
-                raise OSError(
-                    f"TeacherCache: {path}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free"
-                )
-            checkpoint.write_json(record, binding)
-        cache = cls(path, binding)
-        shards = [range(i, min(i + SHARD, len(dataset))) for i in range(0, len(dataset), SHARD)]
-        todo = [shard for shard in shards if not cache._shard(shard[0]).exists()]
-        with tqdm(total=len(todo), desc="teacher", unit="shard", disable=not progress) as bar:
-            for group in _passes(todo, dataset):
-                states = iter(
-                    states_of([dataset[i]["input_ids"] for shard in group for i in shard])
-                )
-                for shard in group:
-                    entries = [_entry(index, next(states)) for index in shard]
-                    checkpoint.write_safetensors(cache._shard(shard[0]), entries)
-                    bar.update()
-        return cache
+        return record.exists()
 
     def _shard(self, index: int) -> Path:
         return self._directory / f"states-{index // SHARD:05d}.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -246,15 +247,19 @@ def saved_name(model: nn.Module, name: str) -> str:
     (GPT-NeoX's `lm_head` is `embed_out` in every file.)
     """
     if model not in _RENAMINGS:
-        conversions = get_model_conversion_mapping(cast(PreTrainedModel, model), add_legacy=False)
         _RENAMINGS[model] = [
             conversion.reverse_transform()
-            for conversion in reversed(conversions)
+            for conversion in reversed(_conversions(model))
             if type(conversion) is WeightRenaming
         ]
     for renaming in _RENAMINGS[model]:
         name, _ = renaming.rename_source_key(name)
     return name
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    """How transformers makes a model's tensors of those in files."""
+    return get_model_conversion_mapping(cast(PreTrainedModel, model), add_legacy=False)
 
 
 def resolve_name(model: nn.Module, weights: Weights, name: str) -> str | None:
@@ -275,7 +280,10 @@ def find_name(model: nn.Module, weights: Weights, name: str) -> str:
     for candidate in (name, *copies):
         if found := resolve_name(model, weights, candidate):
             return found
-    raise ValueError(f"{_where(weights)}: tensor {name!r} of the model is missing")
+    hint = ""
+    if any(type(item) is not WeightRenaming for item in _conversions(model)):
+        hint = " (transformers makes some of several: quantize_model takes what it has loaded)"
+    raise ValueError(f"{_where(weights)}: tensor {name!r} of the model is missing{hint}")
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -495,13 +503,13 @@ def load(
         model.config.quantization_config = replace(source.gptq, checkpoint_format=gptq.V2).to_dict()
     model.generation_config = load_generation_config(source)
     model.config.name_or_path = str(source.path)
-    return cast(PreTrainedModel, model.to(device))
+    return cast(PreTrainedModel, model.to(device).eval())  # the packed linears, too
 
 
 def chosen_dtype(dtype: torch.dtype | str, default: torch.dtype) -> torch.dtype:
     """What `load`'s argument says; "auto" means the default."""
     if dtype == "auto":
-        return default
+        dtype = default
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if parsed not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"load: dtype: expected auto, float32, bfloat16 or float16, got {dtype}")
@@ -571,6 +579,11 @@ def read_quant_linear(
     """One linear from GPTQ tensors `stem.qweight`, ..., packed on `device`; its bias becomes
     `dtype`."""
     names = [*gptq.SUFFIXES, "bias"] if bias else list(gptq.SUFFIXES)
+    if not bias and f"{stem}.bias" in weights and weights.tensor(f"{stem}.bias").any():
+        # Zeros are usual where the model has none.
+        raise ValueError(
+            f"{_where(weights)}: {stem}.bias: expected none, or zeros, by config.json, got others"
+        )
     if bias and f"{stem}.bias" not in weights:
         raise ValueError(f"{_where(weights)}: {stem}.bias: missing")
     where = f"{_where(weights)}: {stem}"
@@ -617,8 +630,8 @@ def save(
     and what `QuantConfig.rank` made belongs in `out/correction`.
 
     Without `tokenizer`, that of the directory the model was loaded from is copied, if it has one.
-    Every file is written atomically and config.json last. Raises ValueError where the model is not
-    quantized or fp16 cannot hold a scale, OSError where the disk is full.
+    Every file but the tokenizer's is written atomically, and config.json last. Raises ValueError
+    where the model is not quantized or fp16 cannot hold a scale, OSError where the disk is full.
     """
     check_kind("save: model", model, PreTrainedModel)
     if not isinstance(out, str | os.PathLike):
@@ -633,7 +646,8 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
     linears = quantized_linears(model)
     value = getattr(model.config, "quantization_config", None)
     if not linears or value is None:
-        raise ValueError("save: model: expected a quantized one, got none of its linears quantized")
+        got = "one whose quantization did not end" if linears else "none of its linears quantized"
+        raise ValueError(f"save: model: expected a quantized one, got {got}")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"save: max_shard_bytes: expected at least 1, got {max_shard_bytes}")
     present, weights = out / "config.json", out / checkpoint.SINGLE_FILE
@@ -669,10 +683,12 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
         for name, tensor in plain_tensors(model).items()
         if name not in ties
     ]
+    model_config = deepcopy(model.config)
+    model_config.dtype = model.dtype
     write_model(
         out,
         entries,
-        model_config=model.config,
+        model_config=model_config,
         gptq_config=config,
         generation_config=model.generation_config,
         tokenizer=_origin_tokenizer(model) if tokenizer is None else tokenizer,
@@ -735,7 +751,10 @@ def packed_hash(model: PreTrainedModel) -> str | None:
         return None
     config = model.config.quantization_config
     meta = config.setdefault("meta", {})
-    if "base_sha256" not in meta:
+    replaced = [linear for linear in linears.values() if linear.integers_replaced]
+    if "base_sha256" not in meta or replaced:
+        for linear in replaced:
+            linear.integers_replaced = False
         with without_adapters(model):
             named = quantized_linears(model)
             meta["base_sha256"] = base_hash({name: x.canonical for name, x in named.items()})
@@ -751,6 +770,15 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         sample = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """SHA-256 over what a config says of a model, but for its name, its types and how it is
+    quantized."""
+    settings = config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "quantization_config"):
+        settings.pop(name, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_base(base: str, own: str | None, where: object) -> None:

@@ -38,6 +38,7 @@ class QuantLinear(nn.Module):
         lowbitcore.Error: something moved ``packed`` to another kind of device as it was.
     """
 
+    integers_replaced = False  # by load_state_dict: what was known of them holds no more
     packed: Tensor
     g_idx: Tensor | None
     order: Tensor | None
@@ -413,6 +414,7 @@ class QuantLinear(nn.Module):
                     (found["qweight"], found["qzeros"]) if "qweight" in found else self._unpack()
                 )
                 self._hold(qweight, qzeros, g_idx)
+                self.integers_replaced = True
             for name in ("scales", "bias"):
                 if name in found:
                     self._load_parameter(name, found[name])
@@ -481,6 +483,16 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(torch.empty(rank, in_features))
         self.b = nn.Parameter(torch.zeros(out_features, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
+        # Moving the masters is fine, casting is not.
+        masters = {name: getattr(self, name).detach() for name in ("a", "b")}
+        super()._apply(fn, recurse)
+        for name, master in masters.items():
+            own = getattr(self, name)
+            if own.dtype != torch.float32:
+                own.data = master.to(own.device)
+        return self
 
     @property
     def rank(self) -> int:

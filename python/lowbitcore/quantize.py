@@ -369,7 +369,7 @@ class Engine:
             for forward in [*forwards, *references]:
                 forward.cancel()
         for path in linears.keys() - (reached & result.keys()):
-            self._report.skipped[f"{prefix}.{path}"] = "not reached by the calibration data"
+            self._report.skipped[f"{prefix}.{path}"] = "not reached by the first calibration window"
         return result
 
     def _tune(
@@ -461,7 +461,8 @@ class Engine:
     def _groups(self, index: int, linears: Mapping[str, nn.Module]) -> list[list[str]]:
         """Linears that read the very same tensor, in the order in which they run.
 
-        Found anew for each block, on one window: a block that routes tokens may skip some.
+        Found anew for each block, on one window: a block that routes tokens may skip some, which
+        then stay as they are.
         """
         block = self._layout.modules[index]
         calibration = cast(Calibration, self._calibration)
@@ -742,9 +743,14 @@ def quantize_model(
 
     `calibration`: int64 [n, length], a list of 1-D tensors of one length, or the path of a text
     file (128 windows of up to 2048 tokens; the only use of `tokenizer`); unused by method "rtn".
-    `model.quantization_report` says what was done. Raises ValueError for bad input.
+    `model.quantization_report` says what was done. Raises ValueError for bad input, and where
+    states come out that are not finite; a model in which blocks were quantized by then is of no
+    further use.
     """
     check_kind("quantize_model: model", model, PreTrainedModel)
+    if model.get_output_embeddings() is None:
+        got = type(model).__name__
+        raise ValueError(f"quantize_model: model: expected a causal language model, got a {got}")
     if quantized_linears(model):
         raise ValueError("quantize_model: model: expected an unquantized one, got a quantized one")
     devices = {parameter.device for parameter in model.parameters()}
@@ -775,15 +781,16 @@ def quantize_model(
             if index:
                 kept = _to_compute(block, model.dtype, dtype)
             linears = engine.quantize(index)
-            for path, (linear, correction) in linears.items():
+            for path, (linear, _) in linears.items():
                 set_module(block, path, linear)
+            _restore(block, kept, model.dtype)
+            for path, (_, correction) in linears.items():
                 if correction is not None:
                     a, b, scaling = peft.settled(correction)
                     adapter = add_adapter(block, path, rank=len(a), scaling=scaling)
                     adapter.a.copy_(a)
                     adapter.b.copy_(b)
                     adapter.requires_grad_(False)
-            _restore(block, kept, model.dtype)
     excluded = gptq.exclusions(layout.prefix, len(layout.modules), report.skipped)
     stored = replace(config.gptq_config(), excluded=excluded)
     model.config.quantization_config = stored.to_dict()

@@ -52,7 +52,6 @@ from lowbitcore.training import (
 )
 
 _RECORD, _LOCK = "training.json", ".lock"
-_PRODUCTS = (peft.CONFIG_FILE, scales.FILE)
 _STATE = "trainer_state.json"
 _PATHS = ("model", "adapters", "data", "eval_text", "start", "cache")
 # Evaluations during a training look at the start of the text; the last one at all of it.
@@ -165,9 +164,15 @@ def train(
         raise ValueError("--cache: expected --steps or --tokens, which tell how much to keep")
     start = time.perf_counter()
     planned = _open(recipe, out, resume)
+    if "result" in planned and _is_finished(out):
+        say(f"{out}: finished already")
+        return _cleaned_up(recipe, out, planned["result"]) if _is_main() else None
     if resume and not planned and _is_main():
         say(f"{out}: nothing to resume: training from the start")
     model = models.load(recipe.model, dtype=recipe.dtype, device=device)
+    if model.dtype == torch.float16:
+        say(f"{recipe.model}: is of float16, in which gradients underflow: trained in bfloat16")
+        model = model.to(torch.bfloat16)
     tokenizer = models.load_tokenizer(recipe.model)
     models.check_length("--length", schedule.length, model.config)
     adapters.load_adapters(model, recipe.adapters)
@@ -194,9 +199,15 @@ def train(
         models.check_tokens("--data", ids, model)
     steps = schedule.steps or planned.get("steps")
     if schedule.tokens is not None:  # instructions are shorter than `length`
+        # Where there are too few, they come again; a pass over them ends with what is left.
+        passes, rest = divmod(schedule.tokens, examples.tokens)
         mean = examples.tokens / len(examples)
-        steps = math.ceil(schedule.tokens / (schedule.batch * mean))
+        steps = passes * math.ceil(len(examples) / schedule.batch)
+        steps += math.ceil(rest / (schedule.batch * mean))
     identity = {"data": examples.digest(), **adapters.identity(model)}
+    if recipe.teacher is not None:
+        source = models.open_source(recipe.teacher.model)
+        identity["teacher"] = source.weights.fingerprint() + models.config_digest(source.config)
     if planned and planned.get("identity") != identity:
         names = ", ".join(k for k, v in identity.items() if planned.get("identity", {}).get(k) != v)
         raise ValueError(f"{out}: cannot resume: not as in the unfinished run: {names}")
@@ -274,14 +285,7 @@ def train(
     ppl = None if text is None else measure(model, None)
     draw(history, out / "training.png", final=ppl)
     run.state.save_to_json(str(out / _STATE))
-    adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
-    for old in out.glob("checkpoint-*"):
-        shutil.rmtree(old)
-    if lock is not None:
-        lock.close()
-        (out / _LOCK).unlink()
-    product = peft.WEIGHTS_FILE if recipe.lora is not None else scales.FILE
-    return {
+    result = {
         "out": str(out),
         "steps": run.state.global_step,
         "tokens": int(run.state.num_input_tokens_seen),
@@ -289,8 +293,21 @@ def train(
         "training_seconds": training_seconds,
         "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "ppl": ppl,
-        "adapter_bytes": (out / product).stat().st_size,
     }
+    checkpoint.write_json(out / _RECORD, {**checkpoint.read_json(out / _RECORD), "result": result})
+    adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
+    if lock is not None:
+        lock.close()
+    return _cleaned_up(recipe, out, result)
+
+
+def _cleaned_up(recipe: Recipe, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """What a training reports, whose end needs its checkpoints no more."""
+    for old in out.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    (out / _LOCK).unlink(missing_ok=True)  # last: until then a resumed run comes here again
+    product = peft.WEIGHTS_FILE if recipe.lora is not None else scales.FILE
+    return {**result, "adapter_bytes": (out / product).stat().st_size}
 
 
 # --- The directory of a run --------------------------------------------------------------------
@@ -330,7 +347,7 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
     record = out / _RECORD
     if not _is_main():  # the first process may have begun already
         return checkpoint.read_json(record) if resume and record.exists() else {}
-    if any((out / product).exists() for product in _PRODUCTS):
+    if _is_finished(out) and not (resume and (out / _LOCK).exists()):
         raise ValueError(f"{out}: holds a finished training already")
     cache = None if recipe.teacher is None else recipe.teacher.cache
     if cache is not None and out.resolve() in Path(cache).resolve().parents:
@@ -355,6 +372,15 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
     if strangers:
         raise ValueError(f"{out}: expected an empty or new directory, got {strangers[0]!r} in it")
     return {}
+
+
+def _is_finished(out: Path) -> bool:
+    """Whether what is written last is there: of an adapter with its scales, these come first."""
+    if (out / peft.CONFIG_FILE).exists() or not (out / scales.FILE).exists():
+        return (out / peft.CONFIG_FILE).exists()
+    record = out / _RECORD
+    recipe = checkpoint.read_json(record).get("recipe", {}) if record.exists() else {}
+    return recipe.get("lora") is None
 
 
 def _is_main() -> bool:

@@ -23,6 +23,7 @@ from lowbitcore.formats.peft import LowRankTensors
 from lowbitcore.model import (
     Source,
     base_hash,
+    config_digest,
     find_name,
     linear_shape,
     load_generation_config,
@@ -68,7 +69,8 @@ def quantize_checkpoint(
     `source`: a Hugging Face directory, hub id or `.gguf` (which counts as a bf16 model);
     `calibration` as in `quantize_model`. Finished blocks go to `out/.partial`, from where
     `resume=True` goes on after a kill with a result equal to the last bit (but on a GPU not where
-    blocks are tuned: gradients of torch's attention need not repeat there). Raises ValueError for
+    blocks are tuned: gradients of torch's attention need not repeat there), or cleans up after one
+    that came when all was done. Raises ValueError for
     bad input, an `out` that exists, and a resume with other settings.
     """
     device = resolve_device(device)
@@ -91,9 +93,11 @@ def check_output(out: Path, *, resume: bool) -> None:
     """ValueError unless a quantization can write to `out`, or go on there."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"quantize_checkpoint: {out}: expected a directory, got a file")
-    if (out / "config.json").exists():
-        raise ValueError(f"quantize_checkpoint: {out}: holds a finished model already")
     partial = out / _PARTIAL
+    if (out / "config.json").exists():
+        if resume and partial.is_dir():  # killed before it had cleaned up
+            return
+        raise ValueError(f"quantize_checkpoint: {out}: holds a finished model already")
     if (partial / "progress.json").exists():
         if not resume:
             checkpoint.lock(partial / _LOCK).close()  # that of a living run must not be deleted
@@ -138,7 +142,11 @@ class _StreamingRun:
     def open(self, *, resume: bool) -> None:
         """Prepares `out`, or takes up what an earlier run left there."""
         check_output(self._out, resume=resume)
+        self._finished = (self._out / "config.json").exists()
         progress = self._partial / "progress.json"
+        if self._finished and not progress.exists():
+            self._lock()
+            return
         if progress.exists():
             self._lock()
             self._take_up(checkpoint.read_json(progress), progress)
@@ -186,7 +194,7 @@ class _StreamingRun:
             self._report.bytes = dict(report["bytes"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: not a usable progress file: {error!r}") from error
-        for index in range(self._done):  # now, and not when all others are done
+        for index in range(0 if self._finished else self._done):  # now, not when others are done
             files = [self._block_file(index)]
             files += [self._correction_file(index)] if self._config.rank else []
             for path in files:
@@ -204,6 +212,7 @@ class _StreamingRun:
         return {
             "config": self._config.to_dict(),
             "source": self._source.weights.fingerprint(),
+            "architecture": config_digest(self._source.config),
             "calibration": hashlib.sha256(tokens).hexdigest() + f" {list(self._windows.shape)}",
             "version": package_version(),
             "dtype": str(self._dtype),
@@ -220,6 +229,9 @@ class _StreamingRun:
     # Blocks
 
     def quantize(self, *, progress: bool) -> Report:
+        if self._finished:
+            shutil.rmtree(self._partial)
+            return self._report
         calibration = None
         if self._config.method == "gptq":
             calibration = self._calibrate()
@@ -296,6 +308,8 @@ class _StreamingRun:
         entries = []
         for path, (linear, _) in linears.items():
             canonical = linear.canonical()  # unpacked once: a block fits in memory
+            if "bias" in canonical:  # calibration may have widened it
+                canonical["bias"] = canonical["bias"].to(self._source.dtype)
             stem = saved_name(self._model, f"{prefix}.{path}")
             entries += quantized_entries(stem, partial(dict, canonical), config)
         written = {f"{prefix}.{path}.{name}" for path in linears for name in ("weight", "bias")}

@@ -16,7 +16,8 @@ from .model import check_base, open_source
 
 class Summary(NamedTuple):
     """Sizes in bytes of tensors as stored. ``effective_bits`` is that of the quantized linears, all
-    counted: integers, scales, zeros, g_idx; of the stored weights if nothing is quantized."""
+    counted: integers, scales, zeros, g_idx; of the stored weights if nothing is quantized.
+    ``in_features`` are the numbers of inputs that quantized linears have."""
 
     architecture: str
     dtype: str
@@ -25,6 +26,7 @@ class Summary(NamedTuple):
     quantized_linears: int
     quantized_weights: int
     quantized_bytes: int
+    in_features: tuple[int, ...]
     effective_bits: float
     scales: int
     max_length: int | None
@@ -66,10 +68,12 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
     parameters = sum(counts.values())
     stems = [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
     packed = quantized = scales = 0
+    inputs: set[int] = set()
     if source.gptq is not None:
         for stem in stems:
             own = [f"{stem}.{suffix}" for suffix in SUFFIXES if f"{stem}.{suffix}" in weights]
             packed += sum(sizes[name] for name in own)
+            inputs.add(weights.info(f"{stem}.qweight").shape[0] * 32 // source.gptq.bits)
             quantized += counts[f"{stem}.qweight"] * 32 // source.gptq.bits
             scales += counts[f"{stem}.scales"]
             parameters -= sum(counts[name] for name in own)
@@ -83,6 +87,7 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
         quantized_linears=len(stems),
         quantized_weights=quantized,
         quantized_bytes=packed,
+        in_features=tuple(sorted(inputs)),
         effective_bits=effective,
         scales=scales,
         max_length=getattr(source.config, "max_position_embeddings", None),

@@ -42,6 +42,14 @@ from lowbitcore.model import check_kind, evaluating
 
 Checkpointing = Literal["none", "selective", "full"]
 
+# Of TrainingArguments, with what there is in their place.
+_NOT_HERE = {
+    "activation_checkpointing": 'but checkpointing="full"',
+    "gradient_checkpointing": 'but checkpointing="full"',
+    "label_smoothing_factor": "losses are the methods' own",
+    "neftune_noise_alpha": "losses are the methods' own",
+}
+
 
 # --- Losses ----------------------------------------------------------------------------------
 
@@ -218,10 +226,22 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 f"{type(self).__name__}: model: expected one prepared for training, got one with "
                 "nothing to train"
             )
+        for name, instead in _NOT_HERE.items():
+            if getattr(args, name, None):
+                raise ValueError(
+                    f"{type(self).__name__}: args: expected no {name} ({instead}), got "
+                    f"{getattr(args, name)}"
+                )
+        if model.dtype == torch.float16 and not args.fp16:
+            raise ValueError(
+                f"{type(self).__name__}: model: expected bfloat16 or float32, or fp16=True in "
+                "args, got float16, in which gradients underflow"
+            )
         set_checkpointing(model, checkpointing)
         self._evaluation = evaluation
         self._scales_lr = args.learning_rate if scales_lr is None else scales_lr
         args.remove_unused_columns = False  # what a batch holds is for the loss to know
+        args.include_num_input_tokens_seen = "no"  # counted here, padding left out
         if args.n_gpu > 1:
             args._n_gpu = 1  # a process for each GPU: DataParallel would leave the teacher behind
         if model.device.type == args.device.type == "cuda" and model.device != args.device:
@@ -237,7 +257,6 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             data_collator=collate,
             **kwargs,
         )
-        self.add_callback(_GradientGuard())
 
     def _trained(self, model: PreTrainedModel) -> TrainedModel:
         return TrainedModel(model)
@@ -258,7 +277,26 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             raise FloatingPointError(
                 f"training: step {self.state.global_step + 1}: its loss is {float(loss)}"
             )
+        # A gradient scaler sees to its gradients by itself.
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            self._check_gradients()
         return loss
+
+    def _check_gradients(self) -> None:
+        """A loss may be finite and its gradient not: that must not reach the parameters. Clipping,
+        which follows, would make NaN of all of them."""
+        gradients = {
+            name: parameter.grad
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+        # One number for all of them: to look at it is to wait for the GPU.
+        if torch.isfinite(nn.utils.get_total_norm(gradients.values(), math.inf)):
+            return
+        name = next(name for name, grad in gradients.items() if not torch.isfinite(grad).all())
+        raise FloatingPointError(
+            f"training: step {self.state.global_step + 1}: the gradient of {name} holds NaN or Inf"
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         seen = {"num_input_tokens_seen": self.state.num_input_tokens_seen}
@@ -331,33 +369,12 @@ def restore(model: PreTrainedModel, directory: Path) -> None:
         raise ValueError(f"{directory}: its adapter covers other linears than the one in training")
     for path, adapter in current.items():
         a, b, scaling = saved[path]
-        if a.shape != adapter.a.shape or b.shape != adapter.b.shape or scaling != adapter.scaling:
+        # A file has alpha, by which a scaling may come back with its last bit changed.
+        same = math.isclose(scaling, adapter.scaling, rel_tol=1e-12)
+        if a.shape != adapter.a.shape or b.shape != adapter.b.shape or not same:
             raise ValueError(f"{directory}: {path}: its adapter has another rank or alpha")
         adapter.a.copy_(a)
         adapter.b.copy_(b)
-
-
-class _GradientGuard(TrainerCallback):  # type: ignore[misc]
-    """A loss may be finite and its gradient not: that must not reach the parameters. A gradient
-    scaler sees to it by itself."""
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if getattr(kwargs["optimizer"], "scaler", None) is not None:
-            return
-        gradients = {
-            name: parameter.grad
-            for name, parameter in kwargs["model"].named_parameters()
-            if parameter.grad is not None
-        }
-        # One number for all of them: to look at it is to wait for the GPU.
-        if torch.isfinite(nn.utils.get_total_norm(gradients.values(), math.inf)):
-            return
-        name = next(name for name, grad in gradients.items() if not torch.isfinite(grad).all())
-        raise FloatingPointError(
-            f"training: step {state.global_step + 1}: the gradient of {name} holds NaN or Inf"
-        )
 
 
 class Deadline(TrainerCallback):  # type: ignore[misc]
@@ -410,7 +427,7 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
     for row, example in enumerate(examples):
         for name, target in batch.items():
-            target[row, : lengths[row]] = example[name]
+            target[row, : lengths[row]] = torch.as_tensor(example[name])
     if min(lengths) < longest:
         positions = torch.arange(longest)
         batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()

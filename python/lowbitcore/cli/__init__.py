@@ -39,6 +39,7 @@ _OPTIONS = {
     "lambda_kl": "--lambda-kl",
     "lambda_ce": "--lambda-ce",
     "examples": "--data",
+    "mask_prompt": "--mask-prompt",
     "memory": "--memory",
     "micro_batch": "--micro-batch",
 }

@@ -69,6 +69,10 @@ PRESETS = {
 }
 
 
+def _names(targets: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in targets.split(","))
+
+
 def _use_preset(context: typer.Context, name: str | None) -> str | None:
     """Its settings become the defaults of options that are read after it."""
     if name is not None:
@@ -168,7 +172,7 @@ def emef(
         eval_text=eval_text,
         checkpointing=checkpointing,
     )
-    lora = Lora(rank, alpha, tuple(targets.split(",")), dropout)
+    lora = Lora(rank, alpha, _names(targets), dropout)
     recipe = Recipe(model, schedule, lora, adapters=tuple(adapter or ()), device=device)
     _train(recipe, out, resume, as_json)
 
@@ -324,7 +328,7 @@ def plan(
         bits=bits,
         group_size=group_size,
         rank=rank,
-        targets=None if targets is None else targets.split(","),
+        targets=None if targets is None else list(_names(targets)),
         scales=scales,
         length=length,
         micro_batch=micro_batch,
@@ -383,7 +387,7 @@ def _lrec_adapter(
         raise ValueError(f"--start: {model}: expected a correction in it, made by quantize --rank")
     if start == "zeros" or stacked or directory is None:
         rank = 8 if rank is None else rank
-        names = None if targets is None else tuple(targets.split(","))
+        names = None if targets is None else _names(targets)
         return Lora(rank, rank if alpha is None else alpha, names, dropout, bits=bits)
     if targets is not None:
         raise ValueError(f"--targets: {directory} is on its own linears: expected --start zeros")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -279,9 +279,12 @@ class Loader:
     reason: str = ""
 
 
-def compatible_loaders(config: GptqConfig) -> list[Loader]:
-    """Who can load a file with this configuration (rules of GPTQModel 7.7, vLLM 0.33)."""
+def compatible_loaders(config: GptqConfig, in_features: Iterable[int] = ()) -> list[Loader]:
+    """Who can load a file with this configuration, whose linears have so many inputs (rules of
+    GPTQModel 7.7, vLLM 0.33)."""
     gptqmodel: list[str] = []
+    if config.group_size not in (-1, 16, 32, 64, 128, 256, 512, 1024):
+        gptqmodel.append(f"group_size {config.group_size} (only -1 and powers of 2 to 1024)")
     if config.checkpoint_format == V1 and not config.sym and "gptqmodel" not in config.quantizers:
         gptqmodel.append("asymmetric in format gptq (v1) and not written by gptqmodel")
     vllm: list[str] = []
@@ -295,6 +298,11 @@ def compatible_loaders(config: GptqConfig) -> list[Loader]:
         vllm.append("linears in 16 bits (it fuses some, under other names)")
     if config.group_size not in (-1, 32, 64, 128):
         vllm.append(f"group_size {config.group_size} (only -1, 32, 64, 128)")
+    short = [k for k in in_features if config.group_size > 0 and k % config.group_size]
+    if short:
+        vllm.append(
+            f"a last group that is short ({short[0]} inputs, groups of {config.group_size})"
+        )
     return [
         Loader("lowbitcore", True),
         _loader("GPTQModel", gptqmodel),
@@ -306,8 +314,3 @@ def compatible_loaders(config: GptqConfig) -> list[Loader]:
 def _loader(name: str, obstacles: Iterable[str]) -> Loader:
     reason = "; ".join(obstacles)
     return Loader(name, not reason, reason)
-
-
-def is_gptq(value: Any) -> bool:
-    """Whether a `quantization_config` claims to be GPTQ at all."""
-    return isinstance(value, dict) and cast(dict[str, Any], value).get("quant_method") == "gptq"

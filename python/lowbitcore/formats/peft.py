@@ -36,7 +36,14 @@ _UNSUPPORTED = {
     "lora_bias": (False, None),
     "trainable_token_indices": ([], {}, None),
     "target_parameters": ([], None),
-    "layers_to_transform": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "velora_config": (None,),
+    "arrow_config": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    # With other starts (PiSSA, OLoRA, CorDA, LoftQ, ...) PEFT takes the start out of the base.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
