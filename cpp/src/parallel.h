@@ -17,13 +17,14 @@ constexpr int kMostThreads = 1024;
 int resolve_threads(const Execution& exec);
 
 // Calls body(i, thread) for every i in [0, count), each exactly once. Bodies write disjoint
-// outputs, so results do not depend on the schedule; they must not throw.
+// outputs, so results do not depend on the schedule; they must not throw. As many threads for
+// little work as for much: of a smaller team GNU's OpenMP ends the others, and the next call starts
+// them.
 template <typename Body>
 inline void parallel_for(std::int64_t count, int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && count > 1) {
-    const int team = static_cast<int>(count < threads ? count : threads);
-#pragma omp parallel for schedule(dynamic) num_threads(team)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (std::int64_t i = 0; i < count; ++i) body(i, omp_get_thread_num());
     return;
   }
@@ -42,8 +43,7 @@ template <typename Body>
 inline void parallel_ranges(std::int64_t count, int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1 && count > 1) {
-    const int most = static_cast<int>(count < threads ? count : threads);
-#pragma omp parallel num_threads(most)
+#pragma omp parallel num_threads(threads)
     {
       const std::int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
       const Range share = {count * thread / team, count * (thread + 1) / team};

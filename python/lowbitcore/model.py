@@ -38,7 +38,7 @@ from lowbitcore.attention import use_own_attention
 from lowbitcore.decode import use_own_blocks
 from lowbitcore.dense import use_own_linears
 from lowbitcore.elementwise import use_own_elementwise
-from lowbitcore.formats import checkpoint, gptq, peft
+from lowbitcore.formats import checkpoint, gptq, peft, scales
 from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
@@ -85,7 +85,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(f"path: expected a directory, a .gguf file or a hub id, got {path!r}")
     local = Path(path)
-    if local.suffix == ".gguf":
+    if _is_gguf(local):
         gguf_file = _open_gguf(local)
         config = _causal_config(gguf_file.config, local)
         return Source(local, config, gguf_file.dtype, None, gguf_file)
@@ -99,6 +99,10 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if gptq_config is not None and not any(n.endswith(".qweight") for n in weights.names()):
         raise ValueError(f"{local}: quantization_config says gptq, but there is no qweight")
     return Source(local, config, _main_dtype(config, weights), gptq_config, weights)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and not path.is_dir()
 
 
 def _open_gguf(path: Path) -> GgufFile:
@@ -132,7 +136,7 @@ def _download(hub_id: str, patterns: Sequence[str] = _MODEL_FILES) -> Path:
 def read_config(path: str | os.PathLike[str]) -> PretrainedConfig:
     """The config of a causal language model, whose directory need hold no more than that."""
     local = Path(path)
-    if local.suffix == ".gguf" or local.is_file():
+    if _is_gguf(local) or local.is_file():
         return open_source(path).config
     return _directory_config(local if local.is_dir() else _download(str(path), ["config.json"]))
 
@@ -149,8 +153,11 @@ def _directory_config(directory: Path) -> PretrainedConfig:
 def _read_json_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
-        partial = directory / ".partial"
-        hint = " (an unfinished quantization: resume it)" if partial.is_dir() else ""
+        hint = ""
+        if (directory / ".partial").is_dir():
+            hint = " (an unfinished quantization: resume it)"
+        elif any((directory / name).is_file() for name in (peft.CONFIG_FILE, scales.FILE)):
+            hint = " (what training left: give its model, and this with --adapter)"
         raise ValueError(f"{directory}: not a model directory: no config.json{hint}")
     return checkpoint.read_json(path)
 
@@ -203,7 +210,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer of a model directory, `.gguf` file or hub id; ValueError where it has none."""
     local = Path(path)
     try:
-        if local.suffix == ".gguf":
+        if _is_gguf(local):
             return _open_gguf(local).tokenizer()
         return AutoTokenizer.from_pretrained(local if local.exists() else str(path))
     except Exception as error:  # transformers raises many kinds, with messages of many lines

@@ -130,7 +130,10 @@ def _calibration(
     from lowbitcore import model as models
     from lowbitcore.summary import summarize
 
-    limit = summarize(model).max_length
+    summary = summarize(model)
+    if summary.gptq is not None:  # said before the model writes text for hours
+        raise ValueError(f"{model}: is quantized already")
+    limit = summary.max_length
     if length is None:
         length = min(2048, limit or 2048)
     elif limit is not None and length > limit:
