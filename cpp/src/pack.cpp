@@ -52,8 +52,8 @@ void pack_qweight(View<const std::uint8_t> codes, int bits, View<std::int32_t> q
     std::int32_t* to = qweight.data + k / 32 * bits * qweight.stride;
     for (std::int64_t n = 0; n < codes.rows; ++n) {
       std::int32_t words[8] = {};
-      for (int i = 0; i < 32; ++i)
-        put_field(words, 1, i, bits, codes.data[n * codes.stride + k + i]);
+      const std::uint8_t* row = codes.data + n * codes.stride + k;
+      for (int i = 0; i < 32; ++i) put_field(words, 1, i, bits, row[i]);
       for (int word = 0; word < bits; ++word) to[word * qweight.stride + n] = words[word];
     }
   }

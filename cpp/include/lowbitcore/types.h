@@ -84,11 +84,11 @@ struct Heads {
 //
 // On the CPU, zero threads means get_num_threads(), and no workspace means that the library keeps
 // one per calling thread, as large as that thread's largest call, for as long as the thread lives.
-// On CUDA, data and workspace are device memory of the
-// current device, the call returns once its work is in `stream` (a cudaStream_t; null is the
-// default stream), and no workspace means that one is allocated in the order of the stream, from a
-// pool of the library's own. A CUDA graph may capture products; call each once before, since a
-// kernel is loaded when first called.
+//
+// On CUDA, data and workspace are device memory of the current device, the call returns once its
+// work is in `stream` (a cudaStream_t; null is the default stream), and no workspace means that one
+// is allocated in the order of the stream, from a pool of the library's own. A CUDA graph may
+// capture products; call each once before, since a kernel is loaded when first called.
 struct Execution {
   int num_threads = 0;
   void* workspace = nullptr;
