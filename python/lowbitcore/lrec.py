@@ -186,14 +186,12 @@ class TeacherCache:
         def missing() -> list[range]:
             return [shard for shard in shards if not cache._shard(shard[0]).exists()]
 
-        if cls._matches(path, binding) and not missing():
+        if cls._begun(path, binding) and not missing():
             return cache  # as several processes may find it at once
         with checkpoint.lock(path / _LOCK):
             for leftover in path.glob(".*.tmp"):  # of a run killed while it wrote
                 leftover.unlink()
-            if not cls._matches(path, binding):
-                if any(item.name != _LOCK for item in path.iterdir()):
-                    raise ValueError(f"TeacherCache: {path}: expected an empty or new directory")
+            if not cls._begun(path, binding):
                 needed, free = cls.bytes_needed(teacher, dataset), shutil.disk_usage(path).free
                 if needed > free:
                     raise OSError(
@@ -214,18 +212,21 @@ class TeacherCache:
         return cache
 
     @staticmethod
-    def _matches(path: Path, binding: dict[str, Any]) -> bool:
-        """Whether a directory was begun for this; ValueError where it was for something else."""
+    def _begun(path: Path, binding: dict[str, Any]) -> bool:
+        """Whether a directory was begun for this; ValueError where it is for something else."""
         record = path / _RECORD
-        if record.exists():
-            found = checkpoint.read_json(record)
-            for name, value in binding.items():
-                if found.get(name) != value:
-                    raise ValueError(
-                        f"TeacherCache: {path}: holds states of another {name}: choose an empty "
-                        "directory, or delete it"
-                    )
-        return record.exists()
+        if not record.exists():
+            if any(path.glob("[!.]*")):
+                raise ValueError(f"TeacherCache: {path}: expected an empty or new directory")
+            return False
+        found = checkpoint.read_json(record)
+        for name, value in binding.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"TeacherCache: {path}: holds states of another {name}: choose an empty "
+                    "directory, or delete it"
+                )
+        return True
 
     def _shard(self, index: int) -> Path:
         return self._directory / f"states-{index // SHARD:05d}.safetensors"
