@@ -63,8 +63,9 @@ def fit_scales(
     damped = hessian[columns][:, columns]
     damped.diagonal().add_(percdamp * damped.diagonal()[~dead].mean() if not dead.all() else 1.0)
     fitted = []
-    for rows in torch.arange(n).split(max(1, _SYSTEM_ELEMENTS // groups**2)):
-        some = slice(int(rows[0]), int(rows[-1]) + 1)
+    at_once = max(1, _SYSTEM_ELEMENTS // groups**2)
+    for start in range(0, n, at_once):
+        some = slice(start, start + at_once)
         target = weight[some].float()[:, columns].masked_fill(dead, 0.0)
         steps = codes[some].float()[:, columns] - zeros[:, some].float()[index].T
         fitted.append(_fit_rows(target, steps, scales[:, some].T.double(), damped, sizes))

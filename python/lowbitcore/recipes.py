@@ -376,8 +376,10 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
 
 def _is_finished(out: Path) -> bool:
     """Whether what is written last is there: of an adapter with its scales, these come first."""
-    if (out / peft.CONFIG_FILE).exists() or not (out / scales.FILE).exists():
-        return (out / peft.CONFIG_FILE).exists()
+    if (out / peft.CONFIG_FILE).exists():
+        return True
+    if not (out / scales.FILE).exists():
+        return False
     record = out / _RECORD
     recipe = checkpoint.read_json(record).get("recipe", {}) if record.exists() else {}
     return recipe.get("lora") is None

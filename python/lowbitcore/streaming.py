@@ -70,8 +70,8 @@ def quantize_checkpoint(
     `calibration` as in `quantize_model`. Finished blocks go to `out/.partial`, from where
     `resume=True` goes on after a kill with a result equal to the last bit (but on a GPU not where
     blocks are tuned: gradients of torch's attention need not repeat there), or cleans up after one
-    that came when all was done. Raises ValueError for
-    bad input, an `out` that exists, and a resume with other settings.
+    that came when all was done. Raises ValueError for bad input, an `out` that exists, and a resume
+    with other settings.
     """
     device = resolve_device(device)
     opened = open_source(source)
