@@ -199,6 +199,17 @@ def test_a_bias_that_the_model_has_not(tmp_path: Path) -> None:
             lbc.load(tmp_path)
 
 
+def test_a_directory_called_gguf(tmp_path: Path) -> None:
+    lbc.save(quantized("llama"), tmp_path / "a.gguf")
+    assert quantized_linears(lbc.load(tmp_path / "a.gguf"))
+
+
+def test_an_adapter_where_a_model_is_wanted(tmp_path: Path) -> None:
+    lbc.save_adapter(lbc.prepare_lora(quantized("llama"), rank=4), tmp_path)
+    with pytest.raises(ValueError, match="no config.json .what training left: give its model"):
+        lbc.load(tmp_path)
+
+
 def test_a_body_alone_is_no_language_model() -> None:
     body = make_model("llama").model
     with pytest.raises(ValueError, match="expected a causal language model, got a LlamaModel"):

@@ -302,6 +302,11 @@ def test_resume_refuses_other_settings(tmp_path: Path, monkeypatch: pytest.Monke
         run(source, tmp_path / "out", lbc.QuantConfig(bits=3, group_size=32), resume=True)
     with pytest.raises(ValueError, match="the calibration differs"):
         run(source, tmp_path / "out", calibration=windows(seed=5), resume=True)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ValueError, match="the architecture differs"):
+        run(source, tmp_path / "out", resume=True)
+    (source / "config.json").write_text(json.dumps(settings))
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
