@@ -205,8 +205,8 @@ def train(
         steps = passes * math.ceil(len(examples) / schedule.batch)
         steps += math.ceil(rest / (schedule.batch * mean))
     identity = {"data": examples.digest(), **adapters.identity(model)}
-    if recipe.teacher is not None:
-        source = models.open_source(recipe.teacher.model)
+    source = None if recipe.teacher is None else models.open_source(recipe.teacher.model)
+    if source is not None:
         identity["teacher"] = source.weights.fingerprint() + models.config_digest(source.config)
     if planned and planned.get("identity") != identity:
         names = ", ".join(k for k, v in identity.items() if planned.get("identity", {}).get(k) != v)
@@ -227,7 +227,7 @@ def train(
     adapters.note_correction(model, recipe.model, say)
     if recipe.scales_lr is not None:
         thaw_scales(model)
-    teacher = _teacher(recipe, model, examples, say)
+    teacher = _teacher(recipe, source, model, examples, say)
     evaluation = None if text is None else lambda m: measure(m, _EVALUATION_WINDOWS)
 
     def trainer(steps: int) -> PackedTrainer:
@@ -422,13 +422,16 @@ def _record(recipe: Recipe, out: Path, steps: int, identity: dict[str, Any]) -> 
 
 
 def _teacher(
-    recipe: Recipe, model: PreTrainedModel, examples: TrainingSet, say: Callable[[str], None]
+    recipe: Recipe,
+    source: models.Source | None,
+    model: PreTrainedModel,
+    examples: TrainingSet,
+    say: Callable[[str], None],
 ) -> PreTrainedModel | TeacherCache | None:
-    if recipe.teacher is None:
+    if recipe.teacher is None or source is None:
         return None
     if recipe.teacher.cache is not None and Path(recipe.teacher.cache).is_file():
         raise ValueError(f"--cache: expected a directory, got the file {recipe.teacher.cache}")
-    source = models.open_source(recipe.teacher.model)
     if source.gptq is not None:
         raise ValueError(f"--teacher: {recipe.teacher.model}: expected a 16-bit model")
     if source.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
