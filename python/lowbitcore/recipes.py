@@ -156,12 +156,9 @@ def train(
     """
     schedule = recipe.schedule
     device = training_device(recipe.device)
+    _check_minutes(recipe)
     if schedule.checkpointing == "full":
         keep_heap_small()  # whoever asks for it is short of memory
-    if schedule.minutes is not None and _processes() > 1:
-        raise ValueError("--minutes: expected --steps or --tokens where several processes train")
-    if schedule.minutes is not None and recipe.teacher is not None and recipe.teacher.cache:
-        raise ValueError("--cache: expected --steps or --tokens, which tell how much to keep")
     start = time.perf_counter()
     planned = _open(recipe, out, resume)
     if "result" in planned and _is_finished(out):
@@ -169,92 +166,27 @@ def train(
         return _cleaned_up(recipe, out, planned["result"]) if _is_main() else None
     if resume and not planned and _is_main():
         say(f"{out}: nothing to resume: training from the start")
-    model = models.load(recipe.model, dtype=recipe.dtype, device=device)
-    if model.dtype == torch.float16:
-        say(f"{recipe.model}: is of float16, in which gradients underflow: trained in bfloat16")
-        model = model.to(torch.bfloat16)
+    model = _load_student(recipe, device, say)
     tokenizer = models.load_tokenizer(recipe.model)
-    models.check_length("--length", schedule.length, model.config)
-    adapters.load_adapters(model, recipe.adapters)
-    # Read before anything is trained, and not after hours of it.
-    text = None
-    if schedule.eval_text is not None:
-        text = "\n\n".join(data.read_texts(schedule.eval_text))
-        check_text("--eval-text", model, tokenizer, text)
-
-    def measure(subject: PreTrainedModel, windows: int | None) -> float:
-        assert text is not None
-        return perplexity(subject, tokenizer, text, windows=windows).ppl
-
-    examples = TrainingSet(
-        data.read_examples(schedule.data),
-        tokenizer,
-        length=schedule.length,
-        mask_prompt=schedule.mask_prompt,
-        limit=None if schedule.steps is None else schedule.steps * schedule.batch,
-        tokens=schedule.tokens,
-        seed=schedule.seed,
-    )
-    for ids, _ in examples.items:
-        models.check_tokens("--data", ids, model)
-    steps = schedule.steps or planned.get("steps")
-    if schedule.tokens is not None:  # instructions are shorter than `length`
-        # Where there are too few, they come again; a pass over them ends with what is left.
-        passes, rest = divmod(schedule.tokens, examples.tokens)
-        mean = examples.tokens / len(examples)
-        steps = passes * math.ceil(len(examples) / schedule.batch)
-        steps += math.ceil(rest / (schedule.batch * mean))
-    identity = {"data": examples.digest(), **adapters.identity(model)}
+    measure = _evaluation(schedule, model, tokenizer)
+    examples = _examples(schedule, model, tokenizer)
     source = None if recipe.teacher is None else models.open_source(recipe.teacher.model)
-    if source is not None:
-        identity["teacher"] = source.weights.fingerprint() + models.config_digest(source.config)
+    identity = _identity(model, examples, source)
     if planned and planned.get("identity") != identity:
         names = ", ".join(k for k, v in identity.items() if planned.get("identity", {}).get(k) != v)
         raise ValueError(f"{out}: cannot resume: not as in the unfinished run: {names}")
     torch.manual_seed(schedule.seed)
-    if recipe.lora is None:
-        prepare_peqa(model)
-    elif recipe.lora.start is not None:
-        adapters.load_adapter(model, recipe.lora.start, trainable=True)
-    else:
-        prepare_lora(
-            model,
-            rank=recipe.lora.rank,
-            alpha=recipe.lora.alpha,
-            targets=recipe.lora.targets,
-            dropout=recipe.lora.dropout,
-        )
-    adapters.note_correction(model, recipe.model, say)
-    if recipe.scales_lr is not None:
-        thaw_scales(model)
+    _prepare(recipe, model, say)
     teacher = _teacher(recipe, source, model, examples, say)
-    evaluation = None if text is None else lambda m: measure(m, _EVALUATION_WINDOWS)
 
     def trainer(steps: int) -> PackedTrainer:
-        arguments = _arguments(schedule, out, steps, device, evaluate=text is not None)
-        kwargs: dict[str, Any] = {
-            "evaluation": evaluation,
-            "checkpointing": schedule.checkpointing,
-            "scales_lr": recipe.scales_lr,
-        }
-        if recipe.teacher is not None:
-            return LrecTrainer(
-                model,
-                arguments,
-                examples,
-                teacher=teacher,
-                lambda_kl=recipe.teacher.lambda_kl,
-                lambda_ce=recipe.teacher.lambda_ce,
-                kl=recipe.teacher.kl,
-                **kwargs,
-            )
-        kind = PeqaTrainer if recipe.lora is None else EmefTrainer
-        return kind(model, arguments, examples, **kwargs)
+        arguments = _arguments(schedule, out, steps, device, evaluate=measure is not None)
+        return _trainer(recipe, model, arguments, examples, teacher, measure)
 
+    steps: int | None = _planned_steps(schedule, examples) or planned.get("steps")
     if steps is None:
-        assert schedule.minutes is not None
-        left = 60 * schedule.minutes
-        steps = max(1, int(left / _seconds_a_step(trainer(1), schedule, examples)))
+        seconds = 60 * cast(float, schedule.minutes)
+        steps = max(1, int(seconds / _seconds_a_step(trainer(1), schedule, examples)))
     run = trainer(steps)
     run.remove_callback(PrinterCallback)
     run.add_callback(_Bar())
@@ -268,23 +200,17 @@ def train(
     before = time.perf_counter()
     run.train(resume_from_checkpoint=newest_checkpoint(out) if resume else None)
     training_seconds = time.perf_counter() - before
-    if _processes() > 1:  # or its threads may outlive the interpreter, which then aborts
-        PartialState().wait_for_everyone()
-        # Gloo's threads let go of the last barrier as soon as they get the interpreter's lock. The
-        # group's end, which holds it, waits for them: without a pause it may for ever (torch 2.13).
-        time.sleep(0.1)
-        PartialState().destroy_process_group()
-    model.eval()
-    history = run.state.log_history
-    if not _is_main():
+    _leave_the_others()
+    if lock is None:
         return None
-    losses = [item["loss"] for item in history if "loss" in item]
+    model.eval()
     dtype = torch.float32 if recipe.lora is None else peft.DTYPES[recipe.lora.bits]
     if recipe.lora is not None:
         adapters.round_adapter(model, dtype)
-    ppl = None if text is None else measure(model, None)
-    draw(history, out / "training.png", final=ppl)
+    ppl = None if measure is None else measure(model, None)
+    draw(run.state.log_history, out / "training.png", final=ppl)
     run.state.save_to_json(str(out / _STATE))
+    losses = [item["loss"] for item in run.state.log_history if "loss" in item]
     result = {
         "out": str(out),
         "steps": run.state.global_step,
@@ -296,8 +222,7 @@ def train(
     }
     checkpoint.write_json(out / _RECORD, {**checkpoint.read_json(out / _RECORD), "result": result})
     adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
-    if lock is not None:
-        lock.close()
+    lock.close()
     return _cleaned_up(recipe, out, result)
 
 
@@ -421,6 +346,96 @@ def _record(recipe: Recipe, out: Path, steps: int, identity: dict[str, Any]) -> 
 # --- The parts of a run ------------------------------------------------------------------------
 
 
+# The perplexity of a model on the first so many windows of the evaluation text, or on all.
+_Measure = Callable[[PreTrainedModel, int | None], float]
+
+
+def _check_minutes(recipe: Recipe) -> None:
+    if recipe.schedule.minutes is None:
+        return
+    if _processes() > 1:
+        raise ValueError("--minutes: expected --steps or --tokens where several processes train")
+    if recipe.teacher is not None and recipe.teacher.cache:
+        raise ValueError("--cache: expected --steps or --tokens, which tell how much to keep")
+
+
+def _load_student(
+    recipe: Recipe, device: torch.device, say: Callable[[str], None]
+) -> PreTrainedModel:
+    model = models.load(recipe.model, dtype=recipe.dtype, device=device)
+    if model.dtype == torch.float16:
+        say(f"{recipe.model}: is of float16, in which gradients underflow: trained in bfloat16")
+        model = model.to(torch.bfloat16)
+    models.check_length("--length", recipe.schedule.length, model.config)
+    adapters.load_adapters(model, recipe.adapters)
+    return model
+
+
+def _evaluation(schedule: Schedule, model: PreTrainedModel, tokenizer: Any) -> _Measure | None:
+    """The text is read and checked before anything is trained, and not after hours of it."""
+    if schedule.eval_text is None:
+        return None
+    text = "\n\n".join(data.read_texts(schedule.eval_text))
+    check_text("--eval-text", model, tokenizer, text)
+    return lambda subject, windows: perplexity(subject, tokenizer, text, windows=windows).ppl
+
+
+def _examples(schedule: Schedule, model: PreTrainedModel, tokenizer: Any) -> TrainingSet:
+    examples = TrainingSet(
+        data.read_examples(schedule.data),
+        tokenizer,
+        length=schedule.length,
+        mask_prompt=schedule.mask_prompt,
+        limit=None if schedule.steps is None else schedule.steps * schedule.batch,
+        tokens=schedule.tokens,
+        seed=schedule.seed,
+    )
+    for ids, _ in examples.items:
+        models.check_tokens("--data", ids, model)
+    return examples
+
+
+def _planned_steps(schedule: Schedule, examples: TrainingSet) -> int | None:
+    """None where minutes are given: what a step takes has to be measured."""
+    if schedule.tokens is None:
+        return schedule.steps
+    # Instructions are shorter than `length`. Where there are too few, they come again; a pass over
+    # them ends with what is left.
+    passes, rest = divmod(schedule.tokens, examples.tokens)
+    mean = examples.tokens / len(examples)
+    steps = passes * math.ceil(len(examples) / schedule.batch)
+    return steps + math.ceil(rest / (schedule.batch * mean))
+
+
+def _identity(
+    model: PreTrainedModel, examples: TrainingSet, source: models.Source | None
+) -> dict[str, Any]:
+    """What a resumed run has to find as it was, by hash."""
+    identity = {"data": examples.digest(), **adapters.identity(model)}
+    if source is not None:
+        identity["teacher"] = source.weights.fingerprint() + models.config_digest(source.config)
+    return identity
+
+
+def _prepare(recipe: Recipe, model: PreTrainedModel, say: Callable[[str], None]) -> None:
+    """Chooses what trains."""
+    if recipe.lora is None:
+        prepare_peqa(model)
+    elif recipe.lora.start is not None:
+        adapters.load_adapter(model, recipe.lora.start, trainable=True)
+    else:
+        prepare_lora(
+            model,
+            rank=recipe.lora.rank,
+            alpha=recipe.lora.alpha,
+            targets=recipe.lora.targets,
+            dropout=recipe.lora.dropout,
+        )
+    adapters.note_correction(model, recipe.model, say)
+    if recipe.scales_lr is not None:
+        thaw_scales(model)
+
+
 def _teacher(
     recipe: Recipe,
     source: models.Source | None,
@@ -481,6 +496,46 @@ def _arguments(
         ddp_broadcast_buffers=False,
         ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
     )
+
+
+def _trainer(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    examples: TrainingSet,
+    teacher: PreTrainedModel | TeacherCache | None,
+    measure: _Measure | None,
+) -> PackedTrainer:
+    options: dict[str, Any] = {
+        "evaluation": None if measure is None else lambda m: measure(m, _EVALUATION_WINDOWS),
+        "checkpointing": recipe.schedule.checkpointing,
+        "scales_lr": recipe.scales_lr,
+    }
+    if recipe.teacher is not None:
+        return LrecTrainer(
+            model,
+            arguments,
+            examples,
+            teacher=teacher,
+            lambda_kl=recipe.teacher.lambda_kl,
+            lambda_ce=recipe.teacher.lambda_ce,
+            kl=recipe.teacher.kl,
+            **options,
+        )
+    kind = PeqaTrainer if recipe.lora is None else EmefTrainer
+    return kind(model, arguments, examples, **options)
+
+
+def _leave_the_others() -> None:
+    """Ends what several processes have in common, or its threads may outlive the interpreter, which
+    then aborts."""
+    if _processes() == 1:
+        return
+    PartialState().wait_for_everyone()
+    # Gloo's threads let go of the last barrier as soon as they get the interpreter's lock. The
+    # group's end, which holds it, waits for them: without a pause it may for ever (torch 2.13).
+    time.sleep(0.1)
+    PartialState().destroy_process_group()
 
 
 class _Bar(TrainerCallback):  # type: ignore[misc]

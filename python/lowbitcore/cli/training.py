@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +12,7 @@ import typer
 from lowbitcore.cli.app import AdapterBits, Device, Json, app, emit, megabytes
 
 if TYPE_CHECKING:
-    from lowbitcore.recipes import Lora, Recipe
+    from lowbitcore.recipes import Lora, Recipe, Schedule
 
 Packed = Annotated[str, typer.Argument(metavar="QMODEL", help="A quantized model directory.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory for what is learnt; new.")]
@@ -80,8 +81,17 @@ def _use_preset(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
+def _schedule(context: typer.Context) -> Schedule:
+    """Of the options that are called as its fields; what is no option keeps its default."""
+    from lowbitcore.recipes import Schedule
+
+    names = {field.name for field in fields(Schedule)}
+    return Schedule(**{name: context.params[name] for name in names & context.params.keys()})
+
+
 @app.command()
 def peqa(
+    context: typer.Context,
     model: Packed,
     out: Out,
     data: Data,
@@ -106,27 +116,16 @@ def peqa(
 
     OUT gets scales.safetensors, which any command takes as --adapter OUT.
     """
-    from lowbitcore.recipes import Recipe, Schedule
+    from lowbitcore.recipes import Recipe
 
-    schedule = Schedule(
-        data,
-        steps,
-        tokens,
-        minutes,
-        length,
-        batch,
-        micro_batch,
-        lr,
-        seed,
-        eval_text=eval_text,
-        checkpointing=checkpointing,
-    )
+    schedule = _schedule(context)
     recipe = Recipe(model, schedule, adapters=tuple(adapter or ()), device=device)
     _train(recipe, out, resume, as_json)
 
 
 @app.command()
 def emef(
+    context: typer.Context,
     model: Packed,
     out: Out,
     data: Data,
@@ -156,22 +155,9 @@ def emef(
 
     OUT gets an adapter in PEFT's format.
     """
-    from lowbitcore.recipes import Lora, Recipe, Schedule
+    from lowbitcore.recipes import Lora, Recipe
 
-    schedule = Schedule(
-        data,
-        steps,
-        tokens,
-        minutes,
-        length,
-        batch,
-        micro_batch,
-        lr,
-        seed,
-        mask_prompt=mask_prompt,
-        eval_text=eval_text,
-        checkpointing=checkpointing,
-    )
+    schedule = _schedule(context)
     lora = Lora(rank, alpha, _names(targets), dropout)
     recipe = Recipe(model, schedule, lora, adapters=tuple(adapter or ()), device=device)
     _train(recipe, out, resume, as_json)
@@ -179,6 +165,7 @@ def emef(
 
 @app.command()
 def lrec(
+    context: typer.Context,
     model: Packed,
     out: Out,
     teacher: Annotated[str, typer.Option(metavar="MODEL", help="The 16-bit model.")],
@@ -261,24 +248,11 @@ def lrec(
     OUT gets an adapter in PEFT's format that brings the model's output near its teacher's, and with
     --scales-lr the scales that belong to it.
     """
-    from lowbitcore.recipes import Recipe, Schedule, Teacher
+    from lowbitcore.recipes import Recipe, Teacher
 
-    schedule = Schedule(
-        data,
-        steps,
-        tokens,
-        minutes,
-        length,
-        batch,
-        micro_batch,
-        lr,
-        seed,
-        eval_text=eval_text,
-        checkpointing=checkpointing,
-    )
     recipe = Recipe(
         model,
-        schedule,
+        _schedule(context),
         _lrec_adapter(
             model, rank, start, targets, alpha, dropout, adapter_bits, stacked=bool(adapter)
         ),
