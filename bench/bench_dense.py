@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 import device
-import lowbitcore.attention  # noqa: F401  (registers our implementation)
+import lowbitcore.modeling  # noqa: F401  (registers our attention)
 from bench_elementwise import describe
 from bench_qgemm import compare
 from lowbitcore import dense

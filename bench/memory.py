@@ -62,8 +62,8 @@ def build(size: str, bits: int) -> torch.nn.Module:
     """A packed LLaMA with random integers, tensor by tensor: no 16-bit block is ever made."""
     from transformers import AutoModelForCausalLM
 
-    from lowbitcore.lora import block_linears, linear_features
-    from lowbitcore.model import set_module, use_own_operations
+    from lowbitcore.blocks import block_linears, linear_features, set_module
+    from lowbitcore.modeling import use_own_operations
 
     config = config_of(size)
     with torch.device("meta"):

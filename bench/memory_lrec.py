@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lowbitcore import files
 from memory import GROUP_SIZE, SHAPES, config_of
 
 LENGTH = 256
@@ -50,7 +51,7 @@ def write_model(directory: Path, size: str) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
     checkpoint.write_shards(directory, [entry(*item) for item in skeleton.state_dict().items()])
-    checkpoint.write_json(directory / "config.json", config.to_diff_dict())  # last: it is finished
+    files.write_json(directory / "config.json", config.to_diff_dict())  # last: it is finished
 
 
 def run(*words: Any) -> tuple[float, float]:

@@ -71,10 +71,10 @@ def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Los
         return model, lambda ids, step: model(input_ids=ids, labels=ids)["loss"]
 
     import lowbitcore as lbc
+    from lowbitcore.blocks import quantized_linears
     from lowbitcore.head import run_body
     from lowbitcore.heap import keep_heap_small
     from lowbitcore.lrec import LrecTrainer
-    from lowbitcore.model import quantized_linears
     from lowbitcore.training import TrainedModel, set_checkpointing
 
     packed = lbc.load(qpath)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import lowbitcore as lbc
 from lowbitcore.adapters import load_adapters, round_adapter
+from lowbitcore.blocks import adapted_linears, block_linears, quantized_linears, without_adapters
 from lowbitcore.formats.peft import LowRankTensors, product, rounded, settled
-from lowbitcore.lora import block_linears, newest_adapters
-from lowbitcore.model import adapted_linears, quantized_linears, without_adapters
+from lowbitcore.lora import newest_adapters
 from lowbitcore.nn import LoraLinear, LowRank, QuantLinear
 from test_models import CONFIGS, LINEARS, dense_copy, logits, make_model, quantized
 

@@ -32,7 +32,7 @@ from transformers import (
 import lowbitcore as lbc
 import reference as ref
 from lowbitcore import _C, ops, runtime
-from lowbitcore.model import build_skeleton
+from lowbitcore.skeleton import build_skeleton
 from lowbitcore.training import set_checkpointing
 
 F64 = NDArray[np.float64]

@@ -13,7 +13,8 @@ import lowbitcore as lbc
 from lowbitcore import lrec
 from lowbitcore.data import Example, TrainingSet
 from lowbitcore.head import run_body
-from lowbitcore.model import fingerprint, open_source
+from lowbitcore.provenance import fingerprint
+from lowbitcore.source import open_source
 from test_data import make_tokenizer, text_of
 from test_models import CONFIGS, make_model, quantized
 

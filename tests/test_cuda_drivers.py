@@ -22,8 +22,8 @@ import reference as ref
 from cuda_device import CudaDevice
 from elsewhere import Elsewhere, Elsewheres, moved
 from lowbitcore import adapters, dispatch, lrec, nn, ops, quantize, recipes, runtime, training
+from lowbitcore.blocks import quantized_linears
 from lowbitcore.data import Example, TrainingSet
-from lowbitcore.model import quantized_linears
 from test_adapters import excite
 from test_cli import fail, succeed
 from test_data import make_tokenizer, text_of

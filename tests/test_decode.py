@@ -28,9 +28,10 @@ from transformers import (
 
 import lowbitcore as lbc
 import reference as ref
-from lowbitcore import _C, decode, ops
-from lowbitcore.model import build_skeleton
+from lowbitcore import _C, ops
+from lowbitcore.modeling import decode
 from lowbitcore.nn import LoraLinear, QuantLinear
+from lowbitcore.skeleton import build_skeleton
 
 EPS = 1e-5
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lowbitcore import attention, dense
+from lowbitcore import dense
+from lowbitcore.modeling import attention, linears
 from lowbitcore.nn import LoraLinear, LowRank
 from test_models import make_model
 
@@ -154,7 +155,7 @@ def test_another_default_type() -> None:
 def test_an_adapter() -> None:
     generator = torch.Generator().manual_seed(0)
     base = nn.Linear(64, 96, bias=True).bfloat16()
-    dense.use_own_linears(nn.ModuleList([base]))
+    linears.use_own_linears(nn.ModuleList([base]))
     linear = LoraLinear(base)
     adapter = LowRank(64, 96, rank=8, scaling=2.0, dropout=0.0)
     nn.init.normal_(adapter.b, generator=generator)
@@ -185,7 +186,7 @@ def test_a_model_trains_to_the_same(family: str, monkeypatch: pytest.MonkeyPatch
         model = make_model(family, dtype=torch.bfloat16).to(dtype)
         if slow:
             attention.use_own_attention(model)
-            dense.use_own_linears(model)
+            linears.use_own_linears(model)
         model(input_ids=ids, labels=ids).loss.backward()
         grads = {name: item.grad for name, item in model.named_parameters()}
         return {name: grad.double() for name, grad in grads.items() if grad is not None}
@@ -201,7 +202,7 @@ def test_a_model_trains_to_the_same(family: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("slow")
 def test_torch_has_it_where_it_is_watched() -> None:
-    layer = dense.Linear(32, 48).bfloat16()
+    layer = linears.Linear(32, 48).bfloat16()
     x, y = torch.randn(20, 32).bfloat16(), torch.randn(20, 48).bfloat16()
 
     def is_ours(y: Tensor) -> bool:

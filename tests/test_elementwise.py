@@ -22,8 +22,9 @@ from transformers.models.llama.modeling_llama import (
 
 import lowbitcore as lbc
 import reference as ref
-from lowbitcore import _C, elementwise, ops
-from lowbitcore.model import build_skeleton
+from lowbitcore import _C, ops
+from lowbitcore.modeling import elementwise
+from lowbitcore.skeleton import build_skeleton
 
 EPS = 1e-5
 draws = {

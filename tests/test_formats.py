@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lowbitcore import ops
+import lowbitcore as lbc
+from lowbitcore import files, ops
 from lowbitcore.formats import checkpoint, gptq
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gptq import GptqConfig
+from lowbitcore.model import read_quant_linear
 
 # --- Zeros -----------------------------------------------------------------------------------
 
@@ -141,54 +143,81 @@ def linear_tensors(bits: int = 4, k: int = 96, n: int = 64, group: int = 64) -> 
     }
 
 
-def decode(tensors: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    config = GptqConfig(4, 64, False, False, gptq.V2)
-    sizes = {"in_features": 96, "out_features": 64, **changes}
-    return gptq.decode_linear(tensors, config, where="layer", **sizes)
+class Tensors(dict[str, Any]):
+    """Weights, as far as reading one linear wants them."""
+
+    path = "file"
+
+    def tensor(self, name: str) -> Any:
+        return self[name]
 
 
-def test_decode_linear() -> None:
+def decode(
+    tensors: dict[str, Any],
+    *,
+    in_features: int = 96,
+    bias: bool = False,
+    checkpoint_format: Any = gptq.V2,
+) -> lbc.QuantLinear:
+    return read_quant_linear(
+        Tensors({f"layer.{name}": x for name, x in tensors.items() if x is not None}),
+        "layer",
+        GptqConfig(4, 64, False, False, checkpoint_format),
+        in_features=in_features,
+        out_features=64,
+        bias=bias,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+
+
+def test_reading_one_linear() -> None:
     tensors = linear_tensors()
-    parts = decode(tensors)
-    assert parts["g_idx"] is None and parts["bias"] is None
-    assert torch.equal(parts["qweight"], tensors["qweight"])
-    assert torch.equal(parts["qzeros"], tensors["qzeros"])
-    assert torch.equal(parts["scales"], tensors["scales"].float())
+    layer = decode(tensors)
+    assert layer.g_idx is None and layer.bias is None
+    read = layer.canonical()
+    assert torch.equal(read["qweight"], tensors["qweight"])
+    assert torch.equal(read["qzeros"], tensors["qzeros"])
+    assert torch.equal(read["scales"], tensors["scales"].float())
     order = tensors["g_idx"][torch.randperm(96, generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(decode({**tensors, "g_idx": order})["g_idx"], order)
+    assert torch.equal(decode({**tensors, "g_idx": order}).canonical()["g_idx"], order)
+    bias = torch.rand(64)
+    assert torch.equal(decode({**tensors, "bias": bias}, bias=True).bias, bias.bfloat16())
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("qweight", torch.zeros(11, 64, dtype=torch.int32), r"expected shape \[12, 64\]"),
+        ("qweight", torch.zeros(11, 64, dtype=torch.int32), r"expected shape \(12, 64\)"),
         ("qweight", torch.zeros(12, 64, dtype=torch.int64), "expected torch.int32"),
         ("qweight", None, "missing"),
-        ("qzeros", torch.zeros(1, 8, dtype=torch.int32), r"\[2, 8\] .*, got \[1, 8\]"),
-        ("scales", torch.zeros(2, 64, dtype=torch.int32), "expected a float dtype"),
-        ("scales", torch.full((2, 64), torch.nan), "holds NaN or Inf"),
-        ("g_idx", torch.full((96,), 2, dtype=torch.int32), r"expected 0\.\.1, got 2\.\.2"),
-        ("g_idx", torch.full((96,), -1, dtype=torch.int32), r"got -1\.\.-1"),
-        ("g_idx", torch.zeros(95, dtype=torch.int32), r"expected shape \[96\]"),
-        ("g_idx", torch.zeros(96), "expected torch.int32"),
-        ("bias", torch.zeros(63), r"expected shape \[64\]"),
+        ("qzeros", torch.zeros(1, 8, dtype=torch.int32), r"\(2, 8\), got \(1, 8\) \(by config"),
+        ("qzeros", torch.zeros(2, 8), "expected torch.int32"),
+        ("scales", torch.zeros(2, 64, dtype=torch.int32), "expected floating point"),
+        ("scales", torch.full((2, 64), torch.nan), "got NaN or Inf"),
+        ("g_idx", torch.full((96,), 2, dtype=torch.int32), r"from 0 to 1, got 2 to 2"),
+        ("g_idx", torch.full((96,), -1, dtype=torch.int32), r"got -1 to -1"),
+        ("g_idx", torch.zeros(95, dtype=torch.int32), r"expected shape \(96,\)"),
+        ("g_idx", torch.zeros(96), "expected integers"),
+        ("bias", torch.zeros(63), r"expected shape \(64,\)"),
+        ("bias", None, "missing"),
     ],
 )
-def test_decode_refuses(name: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"^layer\.{name}: .*{message}"):
-        decode({**linear_tensors(), name: value})
+@pytest.mark.parametrize("checkpoint_format", [gptq.V1, gptq.V2])
+def test_reading_one_linear_refuses(
+    name: str, value: Any, message: str, checkpoint_format: str
+) -> None:
+    tensors = {**linear_tensors(), "bias": torch.zeros(64), name: value}
+    with pytest.raises(ValueError, match=rf"^file: layer\.{name}: .*{message}"):
+        decode(tensors, bias=True, checkpoint_format=checkpoint_format)
 
 
-def test_decode_refuses_odd_sizes() -> None:
-    with pytest.raises(ValueError, match="layer: expected multiples of 32, got in_features 80"):
+def test_reading_one_linear_refuses_others() -> None:
+    with pytest.raises(ValueError, match=r"layer\.in_features: .*multiple of 32.*, got 80"):
         decode(linear_tensors(), in_features=80)
-
-
-def test_half_scales() -> None:
-    values = torch.tensor([[1.0, 65504.0, -2.5]])
-    assert torch.equal(gptq.half_scales(values, where="x").float(), values)
-    with pytest.raises(ValueError, match=r"x\.scales: .*65504.*70000"):
-        gptq.half_scales(torch.tensor([[70000.0]]), where="x")
+    with pytest.raises(ValueError, match=r"layer\.bias: expected none, or zeros"):
+        decode({**linear_tensors(), "bias": torch.ones(64)})
+    assert decode({**linear_tensors(), "bias": torch.zeros(64)}).bias is None
 
 
 # --- Configurations --------------------------------------------------------------------------
@@ -271,7 +300,7 @@ def loads(in_features: tuple[int, ...] = (), **changes: Any) -> dict[str, bool]:
     plain = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
     config = GptqConfig(**{**plain, "checkpoint_format": gptq.V1, **changes})
     loaders = gptq.compatible_loaders(config, in_features)
-    return {loader.name.split(" ")[0]: loader.loads for loader in loaders}
+    return {loader.name.split(" ")[0]: not loader.reason for loader in loaders}
 
 
 def test_who_can_load() -> None:
@@ -496,7 +525,7 @@ def test_an_entry_has_to_be_what_it_says(tmp_path: Path) -> None:
 
 
 def test_files_can_be_read_by_others(tmp_path: Path) -> None:
-    checkpoint.write_json(tmp_path / "x.json", {"a": 1})
+    files.write_json(tmp_path / "x.json", {"a": 1})
     checkpoint.write_safetensors(tmp_path / "model.safetensors", entries(TENSORS))
     (tmp_path / "plain").touch()
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}

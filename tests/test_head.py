@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from lowbitcore.model import use_own_operations
+from lowbitcore.modeling import use_own_operations
 from test_models import make_model
 
 

@@ -97,13 +97,12 @@ def test_a_teacher_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_are_of_the_configs_type() -> None:
     config = LlamaConfig(**{**LLAMA_LIKE, "vocab_size": 4096})
     settings = {"method": "emef", "bits": 4, "group_size": 32, "length": 64, "memory": 10**9}
-    small, large = (
-        plan(config, **settings, dtype=dtype)  # type: ignore[arg-type]
-        for dtype in (torch.bfloat16, torch.float32)
-    )
-    assert large.weights_bytes - small.weights_bytes > 2 * 2 * 4096 * 64
-    config.dtype = torch.float32
-    assert plan(config, **settings).weights_bytes == large.weights_bytes  # type: ignore[arg-type]
+    weights = {}
+    for dtype in (None, torch.bfloat16, torch.float32):
+        config.dtype = dtype
+        weights[dtype] = plan(config, **settings).weights_bytes  # type: ignore[arg-type]
+    assert weights[torch.float32] - weights[torch.bfloat16] > 2 * 2 * 4096 * 64
+    assert weights[None] == weights[torch.float32]
 
 
 def test_scales_beside_an_adapter() -> None:
@@ -151,11 +150,11 @@ def file_pages():
 method, kind = sys.argv[1:]
 config = LlamaConfig(
     vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=12,
-    num_attention_heads=8, max_position_embeddings=512,
+    num_attention_heads=8, max_position_embeddings=512, dtype=torch.bfloat16,
 )
 planned = plan(
     config, method=method, bits=4, group_size=64, length=512, micro_batch=4, memory=1 << 40,
-    checkpointing=kind, dtype=torch.bfloat16,
+    checkpointing=kind,
 )
 planned = planned.peak_bytes - file_pages()
 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

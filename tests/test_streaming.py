@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 import lowbitcore as lbc
-from lowbitcore import quantize as engine
-from lowbitcore import streaming
+from lowbitcore import engine, files, streaming
+from lowbitcore.blocks import quantized_linears
 from lowbitcore.formats import checkpoint
-from lowbitcore.model import quantized_linears
 from test_models import (
     CONFIGS,
     LINEARS,
@@ -162,7 +161,7 @@ def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
     assert report.tokens == 128 * 128
     loaded = lbc.load(tmp_path / "out")
     assert loaded.generation_config.max_length == 77
-    from lowbitcore.model import load_tokenizer
+    from lowbitcore.source import load_tokenizer
 
     assert load_tokenizer(tmp_path / "out")("w5 w6")["input_ids"] == [8, 9]
 
@@ -230,7 +229,7 @@ def test_resume_gives_the_same_corrections(tmp_path: Path, monkeypatch: pytest.M
 def test_kill_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_source("llama", tmp_path / "in")
     run(source, tmp_path / "whole")
-    write_json = checkpoint.write_json
+    write_json = files.write_json
 
     def stop(path: Path, value: Any) -> None:
         if path.name == "config.json":

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowbitcore as lbc
-from lowbitcore import ops, tune
-from lowbitcore import quantize as engine
+from lowbitcore import ops, quantize, tune
+from lowbitcore.blocks import quantized_linears
 from lowbitcore.formats import peft
 from lowbitcore.formats.peft import LowRankTensors
-from lowbitcore.model import quantized_linears
 from test_models import CONFIGS, logits, make_model, quantized, windows
 from test_streaming import contents, killed_run, run, save_source
 
@@ -275,7 +274,7 @@ def test_blocks_without_anything_to_tune() -> None:
 
 
 def test_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(quantize, "compute_dtype", lambda *_: torch.bfloat16)
     model = make_model("llama", dtype=torch.bfloat16)
     config = lbc.QuantConfig(bits=2, group_size=32, tune_epochs=8)
     lbc.quantize_model(model, None, windows(24), config, progress=False)

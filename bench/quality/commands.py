@@ -11,7 +11,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from lowbitcore.formats.checkpoint import write_json
+from lowbitcore.files import write_json
 
 HELD_OUT_DOCUMENT, HELD_OUT_INSTRUCTIONS = 20, 200
 CALIBRATION = ["--samples", 128, "--length", 1024]

@@ -24,7 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from lowbitcore.cli.app import load_model
-from lowbitcore.model import load_tokenizer
+from lowbitcore.source import load_tokenizer
 
 CONTEXT, CONTINUATION, CHOICES = 64, 12, 4  # words, words, continuations
 COLUMNS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")

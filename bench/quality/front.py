@@ -30,7 +30,7 @@ from matplotlib import pyplot, ticker
 
 from lowbitcore import load
 from lowbitcore.data import calibration_windows, read_texts
-from lowbitcore.model import load_tokenizer
+from lowbitcore.source import load_tokenizer
 
 BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128)

@@ -125,7 +125,7 @@ def compare_answers(pair: Any, held: Path) -> dict[str, float]:
 
     import lowbitcore as lbc
     from lowbitcore.data import IGNORED, TrainingSet, read_examples
-    from lowbitcore.model import load_tokenizer
+    from lowbitcore.source import load_tokenizer
 
     models = [lbc.load(path) for path, _ in pair]
     for model, (_, adapters) in zip(models, pair, strict=True):

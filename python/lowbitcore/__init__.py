@@ -5,22 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (first, so that the extension shares its OpenMP threads)
 
-from . import ops, runtime
-from ._C import Error, version
-from .nn import QuantLinear
+from lowbitcore import ops, runtime
+from lowbitcore._C import Error, version
+from lowbitcore.nn import QuantLinear
 
 if TYPE_CHECKING:
-    from .adapters import load_adapter, save_adapter, swap_scales
-    from .blockwise import BlockwiseModel
-    from .data import TrainingSet
-    from .evaluate import perplexity
-    from .lora import fold_adapters, prepare_lora
-    from .lrec import LrecTrainer, TeacherCache
-    from .model import load, save
-    from .peqa import prepare_peqa, thaw_scales
-    from .quantize import QuantConfig, quantize_model
-    from .streaming import quantize_checkpoint
-    from .training import EmefTrainer, PeqaTrainer
+    from lowbitcore.adapters import load_adapter, save_adapter, swap_scales
+    from lowbitcore.blockwise import BlockwiseModel
+    from lowbitcore.data import TrainingSet
+    from lowbitcore.evaluate import perplexity
+    from lowbitcore.lora import fold_adapters, prepare_lora
+    from lowbitcore.lrec import LrecTrainer, TeacherCache
+    from lowbitcore.model import load, save
+    from lowbitcore.peqa import prepare_peqa, thaw_scales
+    from lowbitcore.quant_config import QuantConfig
+    from lowbitcore.quantize import quantize_model
+    from lowbitcore.streaming import quantize_checkpoint
+    from lowbitcore.training import EmefTrainer, PeqaTrainer
 
 __version__ = version()
 __all__ = [
@@ -55,7 +56,7 @@ _LAZY = {
     "EmefTrainer": "training",
     "LrecTrainer": "lrec",
     "PeqaTrainer": "training",
-    "QuantConfig": "quantize",
+    "QuantConfig": "quant_config",
     "TeacherCache": "lrec",
     "TrainingSet": "data",
     "fold_adapters": "lora",

@@ -1,5 +1,5 @@
 """``python -m lowbitcore``: the command line."""
 
-from .cli import main
+from lowbitcore.cli import main
 
 main()

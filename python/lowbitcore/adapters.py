@@ -9,36 +9,35 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lowbitcore.formats import checkpoint, peft, scales
-from lowbitcore.formats.checkpoint import Checkpoint
-from lowbitcore.formats.peft import LowRankTensors
-from lowbitcore.lora import (
-    add_adapter,
+from lowbitcore.blocks import (
+    adapted_linears,
+    adapter_stacks,
     block_linears,
     linear_features,
-    newest_adapters,
-    next_order,
-)
-from lowbitcore.model import (
-    adapted_linears,
-    check_base,
-    check_kind,
-    config_digest,
-    fingerprint,
-    packed_hash,
-    plain_tensors,
     quantized_linears,
     without_adapters,
 )
+from lowbitcore.checks import check_kind
+from lowbitcore.formats import checkpoint, peft, scales
+from lowbitcore.formats.checkpoint import Checkpoint
+from lowbitcore.formats.peft import LowRankTensors
+from lowbitcore.lora import add_adapter, newest_adapters, next_order
 from lowbitcore.nn import LowRank, QuantLinear
 from lowbitcore.peqa import prepare_peqa, thaw_scales
+from lowbitcore.provenance import (
+    _DTYPES,
+    adapters_digest,
+    adapters_digests,
+    check_base,
+    packed_hash,
+    scales_digest,
+)
 
 # What an adapter's metadata calls the digest of the scales that were trained with it, or of those
 # that it was trained upon, the digests of adapters that it was trained upon, and that of the
 # adapter from which its training started.
 _SCALES, _SCALES_BELOW = "scales_sha256", "scales_below_sha256"
 _BELOW, _START = "below_sha256", "start_sha256"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 def save_adapter(
@@ -109,10 +108,10 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
     metadata = {} if base is None else {"base_sha256": base}
     below = {
         path: [x for x in stack if x is not adapters.get(path)]
-        for path, stack in _stacks(model).items()
+        for path, stack in adapter_stacks(model).items()
     }
     if any(below.values()):
-        metadata[_BELOW] = _digests(below)
+        metadata[_BELOW] = adapters_digests(below)
     starts = {x.start for x in adapters.values() if x.start is not None}
     if len(starts) == 1:
         metadata[_START] = starts.pop()
@@ -120,7 +119,7 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
         _write_scales(model, out, "save_adapter", with_adapter=True)
         metadata[_SCALES] = checkpoint.digest(_own_scales(_packed(model, "save_adapter")))
     elif base is not None:
-        metadata[_SCALES_BELOW] = _digest_of_scales(model)
+        metadata[_SCALES_BELOW] = scales_digest(model)
     peft.write(
         out,
         tensors,
@@ -154,7 +153,7 @@ def _write_scales(model: PreTrainedModel, out: Path, where: str, *, with_adapter
         with_adapter=with_adapter,
         below_sha256=None
         if with_adapter or not adapted_linears(model)
-        else _digests(_stacks(model)),
+        else adapters_digests(adapter_stacks(model)),
     )
 
 
@@ -212,9 +211,9 @@ def note_correction(
     directory = peft.find_correction(path)
     if directory is None:
         return
-    present = [x for stack in _stacks(model).values() for x in stack]
+    present = [x for stack in adapter_stacks(model).values() for x in stack]
     if present:
-        own = _digest(_stacked(peft.read(directory)), torch.float32)
+        own = adapters_digest(_stacked(peft.read(directory)), torch.float32)
         if any(own in (x.file, x.start) for x in present):
             return
     say(
@@ -225,19 +224,6 @@ def note_correction(
 
 def _stacked(adapter: peft.PeftAdapter) -> dict[str, list[LowRankTensors]]:
     return {path: [item] for path, item in adapter.linears.items()}
-
-
-def identity(model: PreTrainedModel) -> dict[str, str | None]:
-    """Digests of a model, its scales and its adapters: what a training goes on from."""
-    base = packed_hash(model)
-    with without_adapters(model):
-        rest = fingerprint(plain_tensors(model).items())
-    return {
-        "model": rest if base is None else f"{base} {rest}",
-        "config": config_digest(model.config),
-        "scales": _digest_of_scales(model),
-        "adapters": _digest(_stacks(model), torch.float32),
-    }
 
 
 def _kind(path: Path) -> str:
@@ -261,14 +247,14 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
                 f"load_adapter: {directory}: {path}: expected a linear {expected[1]} x "
                 f"{expected[0]}, got an adapter for {b.shape[0]} x {a.shape[1]}"
             )
-    stacks = _stacks(model)
+    stacks = adapter_stacks(model)
     _check_below(f"load_adapter: {directory}", stacks, adapter.metadata.get(_BELOW))
     upon = adapter.metadata.get(_SCALES_BELOW)
-    if upon is not None and quantized_linears(model) and _digest_of_scales(model) != upon:
+    if upon is not None and quantized_linears(model) and scales_digest(model) != upon:
         raise ValueError(
             f"load_adapter: {directory}: expected the scales that it was trained upon, got others"
         )
-    own = _digest(_stacked(adapter), torch.float32)
+    own = adapters_digest(_stacked(adapter), torch.float32)
     start = adapter.metadata.get(_START)
     for other in (item for stack in stacks.values() for item in stack):
         if (start is not None and other.file == start) or other.start == own:
@@ -301,46 +287,13 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
         added.requires_grad_(trainable)
 
 
-def _stacks(model: PreTrainedModel) -> dict[str, list[LowRank]]:
-    """All adapters of each linear."""
-    return {
-        path: list(linear.adapters)  # type: ignore[arg-type]
-        for path, linear in adapted_linears(model).items()
-    }
-
-
-def _digests(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]]) -> str:
-    """Of adapters as files of each type hold them: in this process they may be the masters of one
-    of fewer bits."""
-    return " ".join(_digest(stacks, item) for item in _DTYPES)
-
-
 def _check_below(where: str, stacks: Mapping[str, Sequence[LowRank]], below: str | None) -> None:
     """ValueError unless the adapters that are there have one of these digests; None: any."""
-    if below is not None and _digest(stacks, torch.float32) not in below.split():
+    if below is not None and adapters_digest(stacks, torch.float32) not in below.split():
         raise ValueError(
             f"{where}: expected under it the adapters that it was trained upon, got "
             f"{'others' if stacks else 'none'}"
         )
-
-
-def _digest_of_scales(model: PreTrainedModel) -> str:
-    """SHA-256 of the scales in use as a GPTQ checkpoint stores them: a model that was written with
-    them has the same."""
-    with without_adapters(model):
-        linears = quantized_linears(model)
-    return checkpoint.digest({path: x.scales.detach().half() for path, x in linears.items()})
-
-
-def _digest(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]], dtype: torch.dtype) -> str:
-    """SHA-256 of adapters as they are read back from files of that type; of their matrices alone,
-    as a file's alpha may give their scaling back with its last bit changed."""
-    matrices = {}
-    for path, stack in stacks.items():
-        for i, x in enumerate(stack):
-            stored = peft.rounded(LowRankTensors(x.a, x.b, x.scaling), dtype)
-            matrices[f"{path}.{i}.a"], matrices[f"{path}.{i}.b"], _ = peft.settled(stored)
-    return checkpoint.digest(matrices)
 
 
 def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
@@ -351,14 +304,14 @@ def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """
     file = Path(path) / scales.FILE if Path(path).is_dir() else Path(path)
     found = scales.read(file)
-    stacks = _stacks(model)
+    stacks = adapter_stacks(model)
     if found.with_adapter and not any(x.with_scales for stack in stacks.values() for x in stack):
         raise ValueError(
             f"swap_scales: {file}: expected the adapter that it was trained with (load_adapter "
             "takes both), got none"
         )
     _check_below(f"swap_scales: {file}", stacks, found.below_sha256)
-    restore_scales(model, file)
+    _swap(model, found, file)
 
 
 def restore_scales(model: PreTrainedModel, file: Path) -> None:

@@ -11,21 +11,13 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lowbitcore.blocks import find_blocks, plain_tensors
 from lowbitcore.calibration import PausedForward
 from lowbitcore.heap import return_freed_memory
-from lowbitcore.model import (
-    Source,
-    build_skeleton,
-    check_depth,
-    chosen_dtype,
-    fill,
-    find_blocks,
-    find_name,
-    open_source,
-    plain_tensors,
-    tied_names,
-)
+from lowbitcore.model import chosen_dtype
 from lowbitcore.runtime import resolve_device
+from lowbitcore.skeleton import build_skeleton, check_depth, fill, find_name, tied_names
+from lowbitcore.source import Source, open_source
 
 
 class BlockwiseModel:

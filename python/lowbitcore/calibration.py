@@ -16,8 +16,8 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowbitcore.blocks import BlockLayout
 from lowbitcore.data import calibration_windows, read_texts
-from lowbitcore.model import BlockLayout
 
 # Tokens that go through a block at once: enough to keep matrix products busy, few enough for
 # attention and MLP temporaries to stay small beside the hidden states.
@@ -125,12 +125,12 @@ class Calibration:
         self._memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         size = max(1, MICRO_BATCH_TOKENS // windows.shape[1])
         batches = windows.split(size)
-        self.hidden = [self._embed(batch) for batch in batches]
+        self.hidden = [self._at_first_block(batch)[0] for batch in batches]
         self.reference = list(self.hidden)
         # One window's output shows whether blocks return a tensor or a tuple.
         single = windows[:1]
-        first = self._first_call(single)
-        output = first(layout.modules[0], self.hidden[0][:1])
+        hidden, first = self._at_first_block(single)
+        output = first(layout.modules[0], hidden)
         if not isinstance(output, torch.Tensor | tuple):
             raise ValueError(
                 f"quantize: {layout.prefix}: expected blocks to return a tensor or a tuple, "
@@ -157,12 +157,6 @@ class Calibration:
         finally:
             for index, block in enumerate(blocks):
                 self._layout.modules[index] = block
-
-    def _embed(self, batch: torch.Tensor) -> torch.Tensor:
-        return self._at_first_block(batch)[0]
-
-    def _first_call(self, batch: torch.Tensor) -> Call:
-        return self._at_first_block(batch)[1]
 
     def _at_first_block(self, batch: torch.Tensor) -> tuple[torch.Tensor, Call]:
         seen: list[tuple[torch.Tensor, Call]] = []

@@ -16,10 +16,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lowbitcore.model import evaluating
+from lowbitcore.blocks import evaluating
+from lowbitcore.checks import check_unicode
 
 # A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
 # special tokens apart, are its bytes and most frequent pieces.
+_HUB_DOCUMENTS = 10_000
 _COMMON_TOKENS = 2000
 
 
@@ -88,15 +90,7 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     return examples
 
 
-def check_unicode(where: str, text: str) -> None:
-    """ValueError unless the text can be encoded: a command line may hand over stray bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: expected Unicode, got stray bytes at {error.start}") from error
-
-
-def hub_texts(name: str, *, documents: int = 10_000) -> list[str]:
+def hub_texts(name: str) -> list[str]:
     """The first documents of a hub data set's `train` split (its `text` column), or of a directory.
 
     `name` may end in `:CONFIGURATION`. Raises ValueError where there is no such thing.
@@ -108,7 +102,7 @@ def hub_texts(name: str, *, documents: int = 10_000) -> list[str]:
         raise ValueError(f"hf:{name}: expected the name of a data set, hf:NAME")
     try:
         stream = load_dataset(path, configuration or None, split="train", streaming=True)
-        records = itertools.islice(stream, documents)
+        records = itertools.islice(stream, _HUB_DOCUMENTS)
         texts = [item for item in (record["text"] for record in records) if isinstance(item, str)]
     except Exception as error:  # network, unknown name, no such column: all end here
         raise ValueError(f"hf:{name}: cannot be read: {' '.join(str(error).split())}") from error

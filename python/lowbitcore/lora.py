@@ -12,36 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from lowbitcore.model import (
+from lowbitcore.blocks import (
     adapted_linears,
-    check_kind,
-    find_blocks,
-    linear_shape,
+    block_linears,
+    linear_features,
     set_module,
 )
+from lowbitcore.checks import check_kind
 from lowbitcore.nn import LoraLinear, LowRank, QuantLinear
-
-
-def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """All linears of a model's blocks by path, quantized or not, with their adapters if any."""
-    layout = find_blocks(model)
-    kinds = (QuantLinear, LoraLinear, nn.Linear, Conv1D)
-    found: dict[str, nn.Module] = {}
-    for path, module in layout.modules.named_modules(prefix=layout.prefix):
-        if isinstance(module, kinds) and path.rpartition(".")[0] not in found:
-            found[path] = module
-    return found
-
-
-def linear_features(linear: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of any of the block's linears."""
-    if isinstance(linear, LoraLinear):
-        linear = linear.base
-    if isinstance(linear, QuantLinear):
-        return linear.in_features, linear.out_features
-    return linear_shape(linear)
 
 
 def prepare_lora(

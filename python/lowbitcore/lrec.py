@@ -22,13 +22,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lowbitcore import files
 from lowbitcore.blockwise import BlockwiseModel
+from lowbitcore.checks import check_kind
 from lowbitcore.data import TrainingSet
 from lowbitcore.formats import checkpoint
 from lowbitcore.formats.checkpoint import Entry
 from lowbitcore.head import open_head, run_body
 from lowbitcore.losses import Direction, distillation
-from lowbitcore.model import check_kind, config_digest, fingerprint, use_own_operations
+from lowbitcore.modeling import use_own_operations
+from lowbitcore.provenance import config_digest, fingerprint
 from lowbitcore.training import Loss, PackedTrainer, TrainedModel
 
 # Of a cache's directory.
@@ -188,7 +191,7 @@ class TeacherCache:
 
         if cls._begun(path, binding) and not missing():
             return cache  # as several processes may find it at once
-        with checkpoint.lock(path / _LOCK):
+        with files.lock(path / _LOCK):
             for leftover in path.glob(".*.tmp"):  # of a run killed while it wrote
                 leftover.unlink()
             if not cls._begun(path, binding):
@@ -198,7 +201,7 @@ class TeacherCache:
                         f"TeacherCache: {path}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} are "
                         "free"
                     )
-                checkpoint.write_json(path / _RECORD, binding)
+                files.write_json(path / _RECORD, binding)
             todo = missing()
             with tqdm(total=len(todo), desc="teacher", unit="shard", disable=not progress) as bar:
                 for group in _passes(todo, dataset):
@@ -219,7 +222,7 @@ class TeacherCache:
             if any(path.glob("[!.]*")):
                 raise ValueError(f"TeacherCache: {path}: expected an empty or new directory")
             return False
-        found = checkpoint.read_json(record)
+        found = files.read_json(record)
         for name, value in binding.items():
             if found.get(name) != value:
                 raise ValueError(
@@ -240,10 +243,6 @@ class TeacherCache:
             raise ValueError(
                 f"TeacherCache: {self._shard(index)}: damaged: delete it, and it is made again"
             ) from error
-
-    @property
-    def nbytes(self) -> int:
-        return sum(path.stat().st_size for path in self._directory.glob("states-*.safetensors"))
 
     def check_head(self, student: PreTrainedModel) -> None:
         """ValueError unless the student's head is the teacher's."""

@@ -1,482 +1,56 @@
-"""Models: opening sources, building and filling skeletons, finding blocks, loading and saving."""
+"""Loading models, quantized or not, and saving quantized ones as GPTQ checkpoints."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from lowbitcore.attention import use_own_attention
-from lowbitcore.decode import use_own_blocks
-from lowbitcore.dense import use_own_linears
-from lowbitcore.elementwise import use_own_elementwise
-from lowbitcore.formats import checkpoint, gptq, peft, scales
-from lowbitcore.formats.checkpoint import Checkpoint, Entry, TensorInfo
-from lowbitcore.formats.gguf import GgufFile
+from lowbitcore import files
+from lowbitcore.blocks import (
+    linear_shape,
+    plain_tensors,
+    quantized_linears,
+    set_module,
+    without_adapters,
+)
+from lowbitcore.checks import check_kind
+from lowbitcore.formats import checkpoint, gptq, peft
+from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gptq import GptqConfig
-from lowbitcore.head import use_own_head
-from lowbitcore.nn import LoraLinear, QuantLinear
+from lowbitcore.nn import QuantLinear
+from lowbitcore.provenance import base_hash
 from lowbitcore.runtime import resolve_device
-
-
-class Weights(Protocol):
-    """Tensors by Hugging Face name, read one at a time."""
-
-    def __contains__(self, name: object) -> bool: ...
-    def names(self) -> list[str]: ...
-    def info(self, name: str) -> TensorInfo: ...
-    def tensor(self, name: str) -> torch.Tensor: ...
-    def fingerprint(self) -> str: ...
-
-
-class Source(NamedTuple):
-    """A model on disk: its configuration and its tensors, nothing of them in memory yet."""
-
-    path: Path
-    config: PretrainedConfig
-    dtype: torch.dtype  # of the weights that are not quantized
-    gptq: GptqConfig | None
-    weights: Weights
-
-
-class BlockLayout(NamedTuple):
-    """The transformer blocks of a model: `prefix` is the path of the list, e.g. `model.layers`."""
-
-    prefix: str
-    modules: nn.ModuleList
-
-
-# --- Opening ---------------------------------------------------------------------------------
-
-
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a Hugging Face directory, a `.gguf` file or a hub id; reads headers and config only.
-
-    Raises ValueError (one line) for what is no causal language model.
-    """
-    if not isinstance(path, str | os.PathLike) or not str(path):
-        raise ValueError(f"path: expected a directory, a .gguf file or a hub id, got {path!r}")
-    local = Path(path)
-    if _is_gguf(local):
-        gguf_file = _open_gguf(local)
-        config = _causal_config(gguf_file.config, local)
-        return Source(local, config, gguf_file.dtype, None, gguf_file)
-    if not local.exists():
-        local = _download(str(path))
-    if not local.is_dir():
-        raise ValueError(f"{path}: expected a model directory, a .gguf file or a hub id")
-    gptq_config = _gptq_config(_read_json_config(local), local)
-    config = _directory_config(local)
-    weights = Checkpoint(local)
-    if gptq_config is not None and not any(n.endswith(".qweight") for n in weights.names()):
-        raise ValueError(f"{local}: quantization_config says gptq, but there is no qweight")
-    return Source(local, config, _main_dtype(config, weights), gptq_config, weights)
-
-
-def _is_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" and not path.is_dir()
-
-
-def _open_gguf(path: Path) -> GgufFile:
-    """Kept: reading the header of a file takes seconds, most of them for its tokenizer."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    state = path.stat()
-    return _read_gguf(path.resolve(), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _read_gguf(path: Path, size: int, modified: int) -> GgufFile:
-    return GgufFile(path)
-
-
-_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-
-
-def _download(hub_id: str, patterns: Sequence[str] = _MODEL_FILES) -> Path:
-    # A path that does not exist is a typo more often than a hub id.
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        raise ValueError(f"{hub_id}: no such model directory or file")
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except Exception as error:  # network, unknown id, gated: all end here
-        raise ValueError(
-            f"{hub_id}: no such directory, and not available from the hub: {_one_line(error)}"
-        ) from error
-
-
-def read_config(path: str | os.PathLike[str]) -> PretrainedConfig:
-    """The config of a causal language model, whose directory need hold no more than that."""
-    local = Path(path)
-    if _is_gguf(local) or local.is_file():
-        return open_source(path).config
-    return _directory_config(local if local.is_dir() else _download(str(path), ["config.json"]))
-
-
-def _directory_config(directory: Path) -> PretrainedConfig:
-    _read_json_config(directory)  # for its messages
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except Exception as error:  # transformers raises many kinds, with messages of many lines
-        raise ValueError(f"{directory}: config.json is not usable: {_one_line(error)}") from error
-    return _causal_config(config, directory)
-
-
-def _read_json_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        hint = ""
-        if (directory / ".partial").is_dir():
-            hint = " (an unfinished quantization: resume it)"
-        elif any((directory / name).is_file() for name in (peft.CONFIG_FILE, scales.FILE)):
-            hint = " (what training left: give its model, and this with --adapter)"
-        raise ValueError(f"{directory}: not a model directory: no config.json{hint}")
-    return checkpoint.read_json(path)
-
-
-def _gptq_config(raw: dict[str, Any], directory: Path) -> GptqConfig | None:
-    where = directory / "config.json"
-    value = raw.get("quantization_config")
-    if value is None:
-        # AutoGPTQ's older files keep it only here.
-        where = directory / "quantize_config.json"
-        if not where.is_file():
-            return None
-        value = checkpoint.read_json(where)
-    return GptqConfig.from_dict(value, where=f"{where}: quantization_config")
-
-
-def _causal_config(config: PretrainedConfig, path: Path) -> PretrainedConfig:
-    """A copy without quantization_config, checked to be of a causal language model."""
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    architectures = config.architectures or [name]
-    known = isinstance(architectures, list) and name in architectures
-    if name is None or not known or config.is_encoder_decoder:
-        raise ValueError(
-            f"{path}: not a causal language model: model_type {config.model_type!r}, "
-            f"architectures {config.architectures}"
-        )
-    config = deepcopy(config)
-    config.architectures = [name]
-    # transformers must not start its own GPTQ loader on our skeleton.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def _main_dtype(config: PretrainedConfig, weights: Weights) -> torch.dtype:
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    for name in weights.names():
-        info = weights.info(name)
-        if info.dtype.is_floating_point and not name.endswith(".scales"):
-            return info.dtype
-    return torch.float32
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a model directory, `.gguf` file or hub id; ValueError where it has none."""
-    local = Path(path)
-    try:
-        if _is_gguf(local):
-            return _open_gguf(local).tokenizer()
-        return AutoTokenizer.from_pretrained(local if local.exists() else str(path))
-    except Exception as error:  # transformers raises many kinds, with messages of many lines
-        raise ValueError(f"{path}: no usable tokenizer: {_one_line(error)}") from error
-
-
-# --- Skeletons -------------------------------------------------------------------------------
-
-
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` with parameters on the meta device and real buffers, in eval mode.
-
-    Buffers that are not saved (rotary tables) are therefore computed as transformers means them.
-    """
-    config = deepcopy(config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # inconsistent sizes in config.json
-        raise ValueError(f"build_skeleton: config: {_one_line(error)}") from error
-    use_own_operations(model)
-    return cast(PreTrainedModel, model.eval())
-
-
-def use_own_operations(model: PreTrainedModel) -> None:
-    """The core's attention, norms, rotary positions and gates in the place of transformers', and
-    quicker linears and head, where they compute the same."""
-    use_own_attention(model)
-    use_own_elementwise(model)
-    use_own_blocks(model)
-    use_own_linears(model)
-    use_own_head(model)
-
-
-_RENAMINGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
-
-
-def saved_name(model: nn.Module, name: str) -> str:
-    """The name that files use for a model's tensor: transformers renames some on loading.
-
-    (GPT-NeoX's `lm_head` is `embed_out` in every file.)
-    """
-    if model not in _RENAMINGS:
-        _RENAMINGS[model] = [
-            conversion.reverse_transform()
-            for conversion in reversed(_conversions(model))
-            if type(conversion) is WeightRenaming
-        ]
-    for renaming in _RENAMINGS[model]:
-        name, _ = renaming.rename_source_key(name)
-    return name
-
-
-def _conversions(model: nn.Module) -> list[Any]:
-    """How transformers makes a model's tensors of those in files."""
-    return get_model_conversion_mapping(cast(PreTrainedModel, model), add_legacy=False)
-
-
-def resolve_name(model: nn.Module, weights: Weights, name: str) -> str | None:
-    """The name under which the weights hold a model's tensor, or None.
-
-    Some checkpoints lack the base model's prefix (`h.0...` for `transformer.h.0...`).
-    """
-    bare = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
-    for candidate in (name, saved_name(model, name), bare):
-        if candidate in weights:
-            return candidate
-    return None
-
-
-def find_name(model: nn.Module, weights: Weights, name: str) -> str:
-    """As `resolve_name`, also by a tied copy's name; ValueError where there is none."""
-    copies = [copy for copy, origin in tied_names(model).items() if origin == name]
-    for candidate in (name, *copies):
-        if found := resolve_name(model, weights, candidate):
-            return found
-    hint = ""
-    if any(type(item) is not WeightRenaming for item in _conversions(model)):
-        hint = " (transformers makes some of several: quantize_model takes what it has loaded)"
-    raise ValueError(f"{_where(weights)}: tensor {name!r} of the model is missing{hint}")
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Copies that tying makes: name of the copy -> name of the parameter it shares."""
-    return dict(getattr(model, "all_tied_weights_keys", {}))
-
-
-def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state_dict but for packed linears', which would unpack them, all at once."""
-    found: dict[str, torch.Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, QuantLinear):
-            module._save_to_state_dict(found, f"{path}." if path else "", keep_vars=True)
-    return found
-
-
-def fill(
-    model: nn.Module,
-    weights: Weights,
-    names: Iterable[str],
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device = "cpu",
-) -> None:
-    """Gives the named parameters and persistent buffers of a skeleton their values.
-
-    Floating-point ones become `dtype`. ValueError where one is missing or of another shape.
-    """
-    ties = tied_names(model)
-    wanted = plain_tensors(model)
-    for name in names:
-        found = find_name(model, weights, ties.get(name, name))
-        shape = weights.info(found).shape
-        if shape != tuple(wanted[name].shape):
-            raise ValueError(
-                f"{_where(weights)}: tensor {found!r}: expected shape "
-                f"{list(wanted[name].shape)} by config.json, got {list(shape)}"
-            )
-        value = weights.tensor(found)
-        if value.is_floating_point():
-            value = value.to(dtype)
-        set_module_tensor_to_device(
-            model, name, device, value=value, dtype=value.dtype, clear_cache=False
-        )
-
-
-def _where(weights: Weights) -> str:
-    return str(getattr(weights, "directory", None) or getattr(weights, "path", "weights"))
-
-
-def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replaces the submodule at `path`."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
-# --- Blocks ----------------------------------------------------------------------------------
-
-
-def find_blocks(model: nn.Module) -> BlockLayout:
-    """The list of same-class blocks that holds most of the linears' parameters.
-
-    Raises ValueError where there is none.
-    """
-    best: tuple[int, BlockLayout] | None = None
-    for prefix, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(item) for item in module}) != 1:
-            continue
-        size = sum(_linear_size(item) for item in module.modules())
-        # Outer lists come first, so a list of experts in a block never wins over the blocks.
-        if size > (best[0] if best else 0):
-            best = (size, BlockLayout(prefix, module))
-    if best is None:
-        raise ValueError(f"find_blocks: {type(model).__name__} has no list of blocks with linears")
-    return best[1]
-
-
-def check_depth(model: nn.Module, source: Source) -> None:
-    """ValueError where the checkpoint has more blocks than its config speaks of."""
-    layout = find_blocks(model)
-    pattern = re.compile(rf"(?:^|\.){re.escape(layout.prefix.rpartition('.')[2])}\.(\d+)\.")
-    found = [int(match[1]) for name in source.weights.names() if (match := pattern.search(name))]
-    if found and max(found) >= len(layout.modules):
-        raise ValueError(
-            f"{source.path}: expected {len(layout.modules)} blocks by its config, got tensors of "
-            f"block {max(found)}"
-        )
-
-
-def _linear_size(module: nn.Module) -> int:
-    if isinstance(module, nn.Linear | Conv1D):
-        return module.weight.numel()
-    return module.in_features * module.out_features if isinstance(module, QuantLinear) else 0
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of an nn.Linear or Conv1D, whose weight is [in, out]."""
-    rows, columns = cast(torch.Tensor, module.weight).shape
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-
-
-def quantizable(block: nn.Module) -> dict[str, nn.Module]:
-    """Linears of a block with both dimensions multiples of 32, by path inside the block."""
-    return {
-        path: module
-        for path, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and all(size % 32 == 0 for size in linear_shape(module))
-    }
-
-
-def not_quantizable(block: nn.Module) -> dict[str, str]:
-    """What holds matrices in a block but stays in 16 bits: path inside the block -> reason."""
-    reasons = {}
-    for path, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            in_features, out_features = linear_shape(module)
-            if in_features % 32 or out_features % 32:
-                reasons[path] = f"{out_features} x {in_features}: not multiples of 32"
-        else:
-            for name, parameter in module.named_parameters(prefix=path, recurse=False):
-                if parameter.dim() > 2:
-                    reasons[name] = f"a parameter of {parameter.dim()} dimensions, not a linear"
-    return reasons
-
-
-def check_kind(where: str, value: object, kind: type) -> None:
-    """ValueError where a caller passes another kind of object than `kind`."""
-    if not isinstance(value, kind):
-        raise ValueError(f"{where}: expected a {kind.__name__}, got {type(value).__name__}")
-
-
-def check_tokens(where: str, ids: torch.Tensor, model: PreTrainedModel) -> None:
-    """ValueError where a tokenizer makes tokens that the model does not have."""
-    size = model.get_input_embeddings().weight.shape[0]
-    largest = int(ids.max()) if ids.numel() else 0
-    if largest >= size:
-        raise ValueError(
-            f"{where}: expected a tokenizer of the model's {size} tokens, got token {largest}"
-        )
-
-
-def check_length(argument: str, length: int, config: PretrainedConfig) -> None:
-    """ValueError for a sequence longer than a model with this config can take."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(f"{argument}: expected at most {limit} for this model, got {length}")
-
-
-def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """All QuantLinear of a model by path."""
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)
-    }
-
-
-def adapted_linears(model: nn.Module) -> dict[str, LoraLinear]:
-    """All linears with adapters, by path."""
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)
-    }
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The bare linears stand in their places for as long as this lasts."""
-    linears = adapted_linears(model)
-    for path, linear in linears.items():
-        set_module(model, path, linear.base)
-    try:
-        yield
-    finally:
-        for path, linear in linears.items():
-            set_module(model, path, linear)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode for as long as this lasts: nothing is dropped."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
+from lowbitcore.skeleton import (
+    build_skeleton,
+    check_depth,
+    fill,
+    resolve_name,
+    saved_name,
+    tied_names,
+)
+from lowbitcore.source import (
+    Source,
+    Weights,
+    load_generation_config,
+    load_tokenizer,
+    open_source,
+    place,
+)
 
 # --- Loading ---------------------------------------------------------------------------------
 
@@ -521,17 +95,6 @@ def chosen_dtype(dtype: torch.dtype | str, default: torch.dtype) -> torch.dtype:
     if parsed not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"load: dtype: expected auto, float32, bfloat16 or float16, got {dtype}")
     return parsed
-
-
-def load_generation_config(source: Source) -> GenerationConfig:
-    """The directory's generation_config.json, or what the model's config implies."""
-    path = source.path / "generation_config.json"
-    if path.is_file():
-        try:
-            return GenerationConfig.from_pretrained(source.path)
-        except Exception as error:  # whatever strange values do to transformers
-            raise ValueError(f"{path}: not a generation config: {_one_line(error)}") from error
-    return GenerationConfig.from_model_config(source.config)
 
 
 def _place_quantized(
@@ -585,39 +148,33 @@ def read_quant_linear(
 ) -> QuantLinear:
     """One linear from GPTQ tensors `stem.qweight`, ..., packed on `device`; its bias becomes
     `dtype`."""
-    names = [*gptq.SUFFIXES, "bias"] if bias else list(gptq.SUFFIXES)
-    if not bias and f"{stem}.bias" in weights and weights.tensor(f"{stem}.bias").any():
-        # Zeros are usual where the model has none.
-        raise ValueError(
-            f"{_where(weights)}: {stem}.bias: expected none, or zeros, by config.json, got others"
+    where = f"{place(weights)}: {stem}"
+    tensors: dict[str, torch.Tensor] = {}
+    for name in (*gptq.SUFFIXES, "bias"):
+        if f"{stem}.{name}" in weights:
+            tensors[name] = weights.tensor(f"{stem}.{name}").to(device)
+        elif name != "g_idx" and (bias or name != "bias"):
+            raise ValueError(f"{where}.{name}: missing")
+    if not bias and tensors.pop("bias", torch.zeros(1)).any():  # zeros are usual there
+        raise ValueError(f"{where}.bias: expected none, or zeros, by config.json, got others")
+    if bias:
+        tensors["bias"] = tensors["bias"].to(dtype)
+    try:
+        layer = QuantLinear(
+            in_features,
+            out_features,
+            bits=config.bits,
+            group_size=config.group_size,
+            bias=bias,
+            device="meta",
         )
-    if bias and f"{stem}.bias" not in weights:
-        raise ValueError(f"{_where(weights)}: {stem}.bias: missing")
-    where = f"{_where(weights)}: {stem}"
-    wanted_bytes = in_features * out_features * config.bits // 8
-    if f"{stem}.qweight" in weights and weights.info(f"{stem}.qweight").nbytes != wanted_bytes:
-        shape = list(weights.info(f"{stem}.qweight").shape)
+        layer.set_canonical(**gptq.with_v2_zeros(tensors, config))
+    except ValueError as error:
         raise ValueError(
-            f"{where}.qweight: expected {config.bits}-bit weights of {out_features} x "
-            f"{in_features} by config.json, got shape {shape}"
-        )
-    tensors = {
-        name: weights.tensor(f"{stem}.{name}") for name in names if f"{stem}.{name}" in weights
-    }
-    parts = gptq.decode_linear(
-        tensors, config, in_features=in_features, out_features=out_features, where=where
-    )
-    parts = {name: None if item is None else item.to(device) for name, item in parts.items()}
-    bias_value = parts["bias"]
-    return QuantLinear.from_canonical(
-        cast(torch.Tensor, parts["qweight"]),
-        cast(torch.Tensor, parts["qzeros"]),
-        cast(torch.Tensor, parts["scales"]),
-        bits=config.bits,
-        group_size=config.group_size,
-        g_idx=parts["g_idx"],
-        bias=None if bias_value is None else bias_value.to(dtype),
-    )
+            f"{where}.{str(error).removeprefix('QuantLinear: ')} (by config.json {config.bits} "
+            f"bits, group_size {config.group_size})"
+        ) from error
+    return layer
 
 
 # --- Saving ----------------------------------------------------------------------------------
@@ -659,7 +216,7 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
         raise ValueError(f"save: max_shard_bytes: expected at least 1, got {max_shard_bytes}")
     present, weights = out / "config.json", out / checkpoint.SINGLE_FILE
     if present.is_file():
-        plain = "quantization_config" not in checkpoint.read_json(present)
+        plain = "quantization_config" not in files.read_json(present)
     else:  # or a save was killed
         names = Checkpoint.from_file(weights).names() if weights.is_file() else [".qweight"]
         plain = not any(name.endswith(".qweight") for name in names)
@@ -675,12 +232,11 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
     # Ranges are checked before the first byte is written.
     for path, linear in linears.items():
         gptq.half_scales(linear.scales.detach(), where=f"save: {path}")
-    config = _with_hash(config, {path: lin.canonical for path, lin in linears.items()})
+    base = base_hash({path: linear.canonical for path, linear in linears.items()})
+    config = replace(config, meta={**config.meta, "base_sha256": base})
     correction = peft.find_correction(out)
-    if correction is not None:
-        base = peft.read(correction).metadata.get("base_sha256")
-        if base != config.meta["base_sha256"]:
-            raise ValueError(f"save: {correction}: belongs to other integers: move or delete it")
+    if correction is not None and peft.read(correction).metadata.get("base_sha256") != base:
+        raise ValueError(f"save: {correction}: belongs to other integers: move or delete it")
     entries: list[Entry] = []
     ties = tied_names(model)
     for path, linear in linears.items():
@@ -740,66 +296,6 @@ def quantized_entries(
     ]
 
 
-def base_hash(canonical: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]]) -> str:
-    """SHA-256 over qweight, qzeros (v2) and g_idx of all linears in sorted order of path."""
-    digest = hashlib.sha256()
-    for path in sorted(canonical):
-        tensors = canonical[path]()
-        for name in ("qweight", "qzeros", "g_idx"):
-            tensor = tensors[name].detach().cpu().contiguous()
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def packed_hash(model: PreTrainedModel) -> str | None:
-    """The base_hash of a model, computed once and kept in its config; None if nothing is packed."""
-    linears = quantized_linears(model)
-    if not linears:
-        return None
-    config = model.config.quantization_config
-    meta = config.setdefault("meta", {})
-    replaced = [linear for linear in linears.values() if linear.integers_replaced]
-    if "base_sha256" not in meta or replaced:
-        for linear in replaced:
-            linear.integers_replaced = False
-        with without_adapters(model):
-            named = quantized_linears(model)
-            meta["base_sha256"] = base_hash({name: x.canonical for name, x in named.items()})
-    return str(meta["base_sha256"])
-
-
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, shapes, dtypes and up to 4,096 values of each tensor of a state_dict."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 4096)].contiguous().cpu()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def config_digest(config: PretrainedConfig) -> str:
-    """SHA-256 over what a config says of a model, but for its name, its types and how it is
-    quantized."""
-    settings = config.to_diff_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype", "quantization_config"):
-        settings.pop(name, None)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def check_base(base: str, own: str | None, where: object) -> None:
-    """ValueError where `base`, the hash that a file was made for, is not the model's own."""
-    if base != own:
-        raise ValueError(f"{where}: belongs to another base: its integers are not this model's")
-
-
-def _with_hash(
-    config: GptqConfig, canonical: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]]
-) -> GptqConfig:
-    return replace(config, meta={**config.meta, "base_sha256": base_hash(canonical)})
-
-
 def write_model(
     out: str | os.PathLike[str],
     entries: list[Entry],
@@ -821,18 +317,14 @@ def write_model(
         tokenizer.save_pretrained(directory)
     if generation_config is not None:
         generation = generation_config.to_diff_dict()
-        checkpoint.write_json(directory / "generation_config.json", generation)
+        files.write_json(directory / "generation_config.json", generation)
     quantization = gptq_config.to_dict()
-    checkpoint.write_json(directory / "quantize_config.json", quantization)
+    files.write_json(directory / "quantize_config.json", quantization)
     config = deepcopy(model_config)
     config.quantization_config = quantization
     config.architectures = config.architectures or [
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     ]
-    checkpoint.write_json(directory / "config.json", _config_dict(config))
-
-
-def _config_dict(config: PretrainedConfig) -> dict[str, Any]:
-    value = config.to_diff_dict()
-    value.pop("_name_or_path", None)
-    return cast(dict[str, Any], value)
+    stored = config.to_diff_dict()
+    stored.pop("_name_or_path", None)
+    files.write_json(directory / "config.json", stored)

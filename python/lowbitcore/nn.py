@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import dense, ops
-from ._C import Error
-from .ops.arguments import in_memory
-from .ops.operators import is_plain
-from .ops.products import fused_qgemm_nt
+from lowbitcore import dense, ops
+from lowbitcore._C import Error
+from lowbitcore.ops.arguments import in_memory
+from lowbitcore.ops.operators import is_plain
+from lowbitcore.ops.products import fused_qgemm_nt
 
 __all__ = ["LoraLinear", "LowRank", "QuantLinear"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from lowbitcore.blocks import quantized_linears
+from lowbitcore.checks import check_kind
 from lowbitcore.lora import newest_adapters
-from lowbitcore.model import check_kind, quantized_linears
 from lowbitcore.nn import QuantLinear
 
 

@@ -17,20 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowbitcore import ops
+from lowbitcore.blocks import find_blocks, linear_shape, quantizable, set_module
+from lowbitcore.checks import check_length
 from lowbitcore.head import chunk_tokens
 from lowbitcore.lora import prepare_lora
 from lowbitcore.lrec import SHARD, TOKENS_TOGETHER
-from lowbitcore.model import (
-    check_length,
-    find_blocks,
-    linear_shape,
-    quantizable,
-    set_module,
-    tied_names,
-    use_own_operations,
-)
+from lowbitcore.modeling import use_own_operations
 from lowbitcore.nn import QuantLinear
 from lowbitcore.peqa import prepare_peqa, thaw_scales
+from lowbitcore.skeleton import tied_names
 from lowbitcore.training import KEPT, Checkpointing
 
 Method = Literal["peqa", "emef", "lrec"]
@@ -83,14 +78,13 @@ def plan(
     tokens: int = 0,
     cache: bool = True,
     memory: int,
-    dtype: torch.dtype | None = None,
     checkpointing: Checkpointing = "none",
 ) -> Plan:
     """Plans a training of the model that `config` describes, with its blocks' linears packed.
 
     `targets` None means q_proj and v_proj for "emef"; "lrec" adapts every linear, and trains the
-    scales, too, if `scales`, and keeps the teacher's states for `tokens` if `cache`. `dtype` is by
-    default the config's. Raises ValueError for settings that the methods would refuse.
+    scales, too, if `scales`, and keeps the teacher's states for `tokens` if `cache`. Raises
+    ValueError for settings that the methods would refuse.
     """
     ops.check_format("plan", bits=bits, group_size=group_size, in_features=32, out_features=32)
     for name, value, least in (
@@ -101,7 +95,7 @@ def plan(
         if value < least:
             raise ValueError(f"plan: {name}: expected at least {least}, got {value}")
     check_length("plan: length", length, config)
-    dtype = dtype or config.dtype or torch.float32
+    dtype = config.dtype or torch.float32
     if targets is not None and method == "peqa":
         raise ValueError("plan: targets: expected none for peqa, which trains scales")
     if scales and method != "lrec":

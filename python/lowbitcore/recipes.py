@@ -29,18 +29,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from lowbitcore import adapters, data
-from lowbitcore import model as models
+from lowbitcore import adapters, data, files
 from lowbitcore.blockwise import BlockwiseModel
+from lowbitcore.checks import check_length, check_tokens
 from lowbitcore.data import TrainingSet
 from lowbitcore.evaluate import check_text, perplexity
-from lowbitcore.formats import checkpoint, peft, scales
-from lowbitcore.formats.checkpoint import atomic_path
+from lowbitcore.files import atomic_path
+from lowbitcore.formats import peft, scales
 from lowbitcore.heap import keep_heap_small
 from lowbitcore.lora import prepare_lora
 from lowbitcore.lrec import LrecTrainer, TeacherCache
+from lowbitcore.model import load
 from lowbitcore.peqa import prepare_peqa, thaw_scales
+from lowbitcore.provenance import config_digest, identity
 from lowbitcore.runtime import resolve_device, synchronize
+from lowbitcore.source import Source, load_tokenizer, open_source
 from lowbitcore.training import (
     Checkpointing,
     Deadline,
@@ -167,13 +170,13 @@ def train(
     if resume and not planned and _is_main():
         say(f"{out}: nothing to resume: training from the start")
     model = _load_student(recipe, device, say)
-    tokenizer = models.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     measure = _evaluation(schedule, model, tokenizer)
     examples = _examples(schedule, model, tokenizer)
-    source = None if recipe.teacher is None else models.open_source(recipe.teacher.model)
-    identity = _identity(model, examples, source)
-    if planned and planned.get("identity") != identity:
-        names = ", ".join(k for k, v in identity.items() if planned.get("identity", {}).get(k) != v)
+    source = None if recipe.teacher is None else open_source(recipe.teacher.model)
+    found = _identity(model, examples, source)
+    if planned and planned.get("identity") != found:
+        names = ", ".join(k for k, v in found.items() if planned.get("identity", {}).get(k) != v)
         raise ValueError(f"{out}: cannot resume: not as in the unfinished run: {names}")
     torch.manual_seed(schedule.seed)
     _prepare(recipe, model, say)
@@ -190,7 +193,7 @@ def train(
     run = trainer(steps)
     run.remove_callback(PrinterCallback)
     run.add_callback(_Bar())
-    lock = _record(recipe, out, steps, identity) if _is_main() else None
+    lock = _record(recipe, out, steps, found) if _is_main() else None
     if schedule.minutes is not None:
         run.add_callback(Deadline(schedule.minutes))
     say(
@@ -220,7 +223,7 @@ def train(
         "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "ppl": ppl,
     }
-    checkpoint.write_json(out / _RECORD, {**checkpoint.read_json(out / _RECORD), "result": result})
+    files.write_json(out / _RECORD, {**files.read_json(out / _RECORD), "result": result})
     adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
     lock.close()
     return _cleaned_up(recipe, out, result)
@@ -271,19 +274,19 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
         raise ValueError(f"{out}: expected a directory, got a file")
     record = out / _RECORD
     if not _is_main():  # the first process may have begun already
-        return checkpoint.read_json(record) if resume and record.exists() else {}
+        return files.read_json(record) if resume and record.exists() else {}
     if _is_finished(out) and not (resume and (out / _LOCK).exists()):
         raise ValueError(f"{out}: holds a finished training already")
     cache = None if recipe.teacher is None else recipe.teacher.cache
     if cache is not None and out.resolve() in Path(cache).resolve().parents:
         raise ValueError(f"--cache: expected a directory outside of {out}, got {cache}")
     if record.exists():
-        checkpoint.lock(out / _LOCK).close()  # said first: a living run must not be deleted
+        files.lock(out / _LOCK).close()  # said first: a living run must not be deleted
         if not resume:
             if newest_checkpoint(out) is None:  # nothing is lost
                 return {}
             raise ValueError(f"{out}: holds an unfinished training: give --resume, or delete it")
-        found = checkpoint.read_json(record)
+        found = files.read_json(record)
         settings = _settings(recipe)
         before, now = _flat(found.get("recipe", {})), _flat(settings)
         for name in sorted(before.keys() | now.keys()):
@@ -306,7 +309,7 @@ def _is_finished(out: Path) -> bool:
     if not (out / scales.FILE).exists():
         return False
     record = out / _RECORD
-    recipe = checkpoint.read_json(record).get("recipe", {}) if record.exists() else {}
+    recipe = files.read_json(record).get("recipe", {}) if record.exists() else {}
     return recipe.get("lora") is None
 
 
@@ -337,9 +340,9 @@ def training_device(name: str) -> torch.device:
 def _record(recipe: Recipe, out: Path, steps: int, identity: dict[str, Any]) -> IO[str]:
     """Begins, or goes on with, a run in `out`; the lock that keeps others out of it."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = checkpoint.lock(out / _LOCK)
+    lock = files.lock(out / _LOCK)
     record = {"recipe": _settings(recipe), "steps": steps, "identity": identity}
-    checkpoint.write_json(out / _RECORD, record)
+    files.write_json(out / _RECORD, record)
     return lock
 
 
@@ -362,11 +365,11 @@ def _check_minutes(recipe: Recipe) -> None:
 def _load_student(
     recipe: Recipe, device: torch.device, say: Callable[[str], None]
 ) -> PreTrainedModel:
-    model = models.load(recipe.model, dtype=recipe.dtype, device=device)
+    model = load(recipe.model, dtype=recipe.dtype, device=device)
     if model.dtype == torch.float16:
         say(f"{recipe.model}: is of float16, in which gradients underflow: trained in bfloat16")
         model = model.to(torch.bfloat16)
-    models.check_length("--length", recipe.schedule.length, model.config)
+    check_length("--length", recipe.schedule.length, model.config)
     adapters.load_adapters(model, recipe.adapters)
     return model
 
@@ -391,7 +394,7 @@ def _examples(schedule: Schedule, model: PreTrainedModel, tokenizer: Any) -> Tra
         seed=schedule.seed,
     )
     for ids, _ in examples.items:
-        models.check_tokens("--data", ids, model)
+        check_tokens("--data", ids, model)
     return examples
 
 
@@ -408,13 +411,13 @@ def _planned_steps(schedule: Schedule, examples: TrainingSet) -> int | None:
 
 
 def _identity(
-    model: PreTrainedModel, examples: TrainingSet, source: models.Source | None
+    model: PreTrainedModel, examples: TrainingSet, source: Source | None
 ) -> dict[str, Any]:
     """What a resumed run has to find as it was, by hash."""
-    identity = {"data": examples.digest(), **adapters.identity(model)}
+    found: dict[str, Any] = {"data": examples.digest(), **identity(model)}
     if source is not None:
-        identity["teacher"] = source.weights.fingerprint() + models.config_digest(source.config)
-    return identity
+        found["teacher"] = source.weights.fingerprint() + config_digest(source.config)
+    return found
 
 
 def _prepare(recipe: Recipe, model: PreTrainedModel, say: Callable[[str], None]) -> None:
@@ -438,7 +441,7 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, say: Callable[[str], None])
 
 def _teacher(
     recipe: Recipe,
-    source: models.Source | None,
+    source: Source | None,
     model: PreTrainedModel,
     examples: TrainingSet,
     say: Callable[[str], None],
@@ -452,7 +455,7 @@ def _teacher(
     if source.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise ValueError(f"--teacher: {recipe.teacher.model}: its vocabulary is not the student's")
     if recipe.teacher.cache is None:
-        return models.load(recipe.teacher.model, dtype=model.dtype, device=model.device)
+        return load(recipe.teacher.model, dtype=model.dtype, device=model.device)
     teacher = BlockwiseModel(source, dtype=model.dtype, device=model.device)
     size = TeacherCache.bytes_needed(teacher, examples)
     say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")

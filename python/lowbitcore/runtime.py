@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _C
+from lowbitcore import _C
 
 __all__ = [
     "CudaDevice",

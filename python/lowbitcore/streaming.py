@@ -13,42 +13,23 @@ from typing import Any
 
 import torch
 
+from lowbitcore import files
+from lowbitcore.blocks import linear_shape, quantizable
 from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.calibration import Calibration
+from lowbitcore.engine import BlockReport, LinearReport, Quantized, Report, engine_for
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gguf import GgufFile
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.formats.peft import LowRankTensors
-from lowbitcore.model import (
-    Source,
-    base_hash,
-    config_digest,
-    find_name,
-    linear_shape,
-    load_generation_config,
-    load_tokenizer,
-    open_source,
-    quantizable,
-    quantized_entries,
-    read_quant_linear,
-    saved_name,
-    tied_names,
-    write_model,
-)
-from lowbitcore.quantize import (
-    BlockReport,
-    Engine,
-    LinearReport,
-    QuantConfig,
-    Quantized,
-    Report,
-    calibration_for,
-    compute_dtype,
-    each_block,
-    package_version,
-)
+from lowbitcore.model import quantized_entries, read_quant_linear, write_model
+from lowbitcore.provenance import base_hash, config_digest
+from lowbitcore.quant_config import QuantConfig, package_version
+from lowbitcore.quantize import calibration_for, compute_dtype, each_block
 from lowbitcore.runtime import resolve_device
+from lowbitcore.skeleton import find_name, saved_name, tied_names
+from lowbitcore.source import Source, load_generation_config, load_tokenizer, open_source
 
 _PARTIAL, _LOCK = ".partial", "lock"
 
@@ -100,7 +81,7 @@ def check_output(out: Path, *, resume: bool) -> None:
         raise ValueError(f"quantize_checkpoint: {out}: holds a finished model already")
     if (partial / "progress.json").exists():
         if not resume:
-            checkpoint.lock(partial / _LOCK).close()  # that of a living run must not be deleted
+            files.lock(partial / _LOCK).close()  # that of a living run must not be deleted
             raise ValueError(
                 f"quantize_checkpoint: {out}: holds an unfinished quantization: resume it "
                 f"(--resume), or delete {partial}"
@@ -149,7 +130,7 @@ class _StreamingRun:
             return
         if progress.exists():
             self._lock()
-            self._take_up(checkpoint.read_json(progress), progress)
+            self._take_up(files.read_json(progress), progress)
             for directory in (self._out, self._out / peft.CORRECTION):
                 for leftover in directory.glob(".*.tmp"):  # of a run killed while it wrote
                     leftover.unlink()
@@ -168,7 +149,7 @@ class _StreamingRun:
 
     def _lock(self) -> None:
         """Keeps other runs out of `out` for as long as this process lives."""
-        self._lock_file = checkpoint.lock(self._partial / _LOCK)
+        self._lock_file = files.lock(self._partial / _LOCK)
 
     def _take_up(self, state: dict[str, Any], where: Path) -> None:
         for name, value in self._binding().items():
@@ -221,7 +202,7 @@ class _StreamingRun:
 
     def _save_progress(self) -> None:
         report = asdict(self._report)
-        checkpoint.write_json(
+        files.write_json(
             self._partial / "progress.json",
             {**self._binding(), "done": self._done, "report": report},
         )
@@ -235,7 +216,7 @@ class _StreamingRun:
         calibration = None
         if self._config.method == "gptq":
             calibration = self._calibrate()
-        engine = Engine(self._config, calibration, self._layout, self._dtype, self._report)
+        engine = engine_for(self._config, calibration, self._layout, self._dtype, self._report)
         for index in each_block(self._layout, progress):
             if index < self._done:
                 # Without calibration nothing depends on earlier blocks.

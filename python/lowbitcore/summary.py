@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from .formats import peft
-from .formats import scales as scales_file
-from .formats.gguf import GgufFile
-from .formats.gptq import SUFFIXES, GptqConfig
-from .model import check_base, open_source
+from lowbitcore.formats import peft
+from lowbitcore.formats import scales as scales_file
+from lowbitcore.formats.gguf import GgufFile
+from lowbitcore.formats.gptq import SUFFIXES, GptqConfig
+from lowbitcore.provenance import check_base
+from lowbitcore.source import open_source
 
 
 class Summary(NamedTuple):

@@ -32,13 +32,14 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lowbitcore import adapters
+from lowbitcore.blocks import evaluating
+from lowbitcore.checks import check_kind
 from lowbitcore.data import IGNORED
 from lowbitcore.formats import peft, scales
 from lowbitcore.formats.checkpoint import read_header
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.lora import newest_adapters
 from lowbitcore.losses import cross_entropy
-from lowbitcore.model import check_kind, evaluating
 
 Checkpointing = Literal["none", "selective", "full"]
 

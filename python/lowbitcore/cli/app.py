@@ -86,11 +86,11 @@ Adapters = Annotated[
 def load_model(
     model: str, dtype: str, device: str, adapter: list[str] | None = None
 ) -> PreTrainedModel:
-    from lowbitcore import model as models
     from lowbitcore.adapters import load_adapters, note_correction
+    from lowbitcore.model import load
 
     names = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
-    loaded = models.load(model, dtype=names[dtype], device=device)
+    loaded = load(model, dtype=names[dtype], device=device)
     load_adapters(loaded, adapter or [])
     note_correction(loaded, model, lambda line: print(line, file=sys.stderr))
     loaded.eval()

@@ -29,7 +29,8 @@ from lowbitcore.cli.app import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowbitcore.quantize import QuantConfig, Report
+    from lowbitcore.engine import Report
+    from lowbitcore.quant_config import QuantConfig
     from lowbitcore.summary import Summary
 
 
@@ -92,7 +93,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model into a GPTQ checkpoint, block by block."""
-    from lowbitcore.quantize import QuantConfig
+    from lowbitcore.quant_config import QuantConfig
     from lowbitcore.runtime import resolve_device
     from lowbitcore.streaming import check_output, quantize_checkpoint
 
@@ -127,7 +128,7 @@ def _calibration(
     model: str, calib: str, samples: int, length: int | None, seed: int, device: str
 ) -> Tensor:
     from lowbitcore import data
-    from lowbitcore import model as models
+    from lowbitcore.source import load_tokenizer
     from lowbitcore.summary import summarize
 
     summary = summarize(model)
@@ -138,7 +139,7 @@ def _calibration(
         length = min(2048, limit or 2048)
     elif limit is not None and length > limit:
         raise ValueError(f"--length: expected at most {limit} for this model, got {length}")
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     if calib == "self":
         writer = load_model(model, "auto", device)
         return data.sample_from_model(writer, tokenizer, samples=samples, length=length, seed=seed)
@@ -208,13 +209,13 @@ def evaluate(
 
     The text is cut into full windows, each scored on its last context - 1 tokens."""
     from lowbitcore import data
-    from lowbitcore import model as models
     from lowbitcore.evaluate import perplexity
+    from lowbitcore.source import load_tokenizer
 
     content = "\n\n".join(data.read_texts(text))
     result = perplexity(
         load_model(model, dtype, device, adapter),
-        models.load_tokenizer(model),
+        load_tokenizer(model),
         content,
         context=context,
         windows=windows,
@@ -238,11 +239,11 @@ def generate(
     """Continue a prompt, greedily."""
     from transformers import TextStreamer
 
-    from lowbitcore import model as models
     from lowbitcore.generate import complete
+    from lowbitcore.source import load_tokenizer
 
     loaded = load_model(model, dtype, device, adapter)
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     text, tokens = complete(

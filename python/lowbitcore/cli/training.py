@@ -294,7 +294,7 @@ def plan(
 ) -> None:
     """What a training will need, before anything is loaded."""
     from lowbitcore import plan as plans
-    from lowbitcore.model import read_config
+    from lowbitcore.source import read_config
 
     result = plans.plan(
         read_config(model),

@@ -8,22 +8,21 @@ then the data of all tensors without holes).
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from lowbitcore.files import atomic_path, file_fingerprint, one_line, read_json, write_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -65,19 +64,6 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ValueError (one line, naming the file) for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Reads and checks the header of one safetensors file.
 
@@ -100,7 +86,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: header is not valid JSON: {_one_line(error)}") from error
+        raise ValueError(f"{path}: header is not valid JSON: {one_line(error)}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: header is not a JSON object")
     header.pop("__metadata__", None)
@@ -146,10 +132,6 @@ def _parse_entry(path: Path, name: str, entry: Any, data_bytes: int) -> tuple[Te
 def _is_sizes(value: Any) -> bool:
     # bool is an int to isinstance, and JSON's true is no size.
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Checkpoint:
@@ -203,7 +185,7 @@ class Checkpoint:
             with safe_open(info.file, framework="pt") as file:
                 return file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{info.file}: tensor {name!r}: {_one_line(error)}") from error
+            raise ValueError(f"{info.file}: tensor {name!r}: {one_line(error)}") from error
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All of them, each file opened once: for files of many small ones."""
@@ -213,7 +195,7 @@ class Checkpoint:
                     for name in file.keys():  # noqa: SIM118  (it is not a dict)
                         yield name, file.get_tensor(name).clone()
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: {_one_line(error)}") from error
+                raise ValueError(f"{path}: {one_line(error)}") from error
 
     def metadata(self) -> dict[str, str]:
         """What the headers carry beside tensors."""
@@ -241,18 +223,6 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
         found.update(name.encode())
         found.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 over a file's size and 17 samples of 64 KiB spread over it."""
-    sample = 1 << 16
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for step in range(17):
-            file.seek(max(0, size - sample) * step // 16)
-            digest.update(file.read(sample))
-    return digest.hexdigest()
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -303,51 +273,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"directory, got {file_name!r}"
             )
     return weight_map
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced and takes its place.
-
-    On any exception (a full disk, Ctrl-C) the temporary file is removed and `path` is untouched.
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's 0600 would keep other users out
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def lock(path: Path) -> IO[str]:
-    """Keeps other runs out until it is closed; ValueError where one is in."""
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ValueError(f"{path.parent}: another run is writing there") from error
-    return file
-
-
-def write_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
-    """Writes a JSON object atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from lowbitcore.formats.checkpoint import TensorInfo, file_fingerprint
+from lowbitcore.files import file_fingerprint
+from lowbitcore.formats.checkpoint import TensorInfo
 
 _DTYPES = {
     GGMLQuantizationType.F16: torch.float16,

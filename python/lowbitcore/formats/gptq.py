@@ -51,9 +51,6 @@ class GptqConfig:
         """Whether v1 zeros were made by GPTQModel's arithmetic on whole words."""
         return "gptqmodel" in self.quantizers and self.bits in _ONES
 
-    def groups(self, in_features: int) -> int:
-        return ops.group_count(in_features, self.group_size)
-
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for `config.json:quantization_config` and `quantize_config.json`."""
         out: dict[str, Any] = {
@@ -180,68 +177,15 @@ def _shift_zeros(qzeros: torch.Tensor, amount: int, *, bits: int, whole_word: bo
     return ops.pack_qzeros(shifted, bits=bits)
 
 
-def decode_linear(
-    tensors: Mapping[str, torch.Tensor],
-    config: GptqConfig,
-    *,
-    in_features: int,
-    out_features: int,
-    where: str,
-) -> dict[str, torch.Tensor | None]:
-    """Checks one linear's tensors and brings them to canonical form.
-
-    `tensors`: qweight int32 [K*b/32, N], qzeros int32 [G, N*b/32], scales float [G,N] and, if any,
-    g_idx int32 [K], bias [N]. Returns qweight, qzeros (v2), scales (fp32), g_idx and bias.
-    ValueError starts with `where`.
-    """
-    bits, groups = config.bits, config.groups(in_features)
-    if in_features % 32 or out_features % 32:
-        raise ValueError(
-            f"{where}: expected multiples of 32, got in_features {in_features}, "
-            f"out_features {out_features}"
-        )
-    wanted: dict[str, tuple[int, ...]] = {
-        "qweight": (in_features * bits // 32, out_features),
-        "qzeros": (groups, out_features * bits // 32),
-        "scales": (groups, out_features),
-        "g_idx": (in_features,),
-        "bias": (out_features,),
-    }
-    for name, shape in wanted.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            if name in ("g_idx", "bias"):
-                continue
-            raise ValueError(f"{where}.{name}: missing")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{where}.{name}: expected shape {list(shape)} ({bits} bits, group_size "
-                f"{config.group_size}), got {list(tensor.shape)}"
-            )
-        if name in ("scales", "bias"):
-            if not tensor.is_floating_point():
-                raise ValueError(f"{where}.{name}: expected a float dtype, got {tensor.dtype}")
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{where}.{name}: holds NaN or Inf")
-        elif tensor.dtype != torch.int32:
-            raise ValueError(f"{where}.{name}: expected torch.int32, got {tensor.dtype}")
-    g_idx = tensors.get("g_idx")
-    if g_idx is not None:
-        low, high = int(g_idx.min()), int(g_idx.max())
-        if low < 0 or high >= groups:
-            raise ValueError(f"{where}.g_idx: expected 0..{groups - 1}, got {low}..{high}")
-        if torch.equal(g_idx, ops.trivial_g_idx(in_features, config.group_size, g_idx.device)):
-            g_idx = None
-    qzeros = tensors["qzeros"]
-    if config.checkpoint_format == V1:
-        qzeros = v1_to_v2(qzeros, bits=bits, whole_word=config.whole_word_zeros)
-    return {
-        "qweight": tensors["qweight"],
-        "qzeros": qzeros,
-        "scales": tensors["scales"].float(),
-        "g_idx": g_idx,
-        "bias": tensors.get("bias"),
-    }
+def with_v2_zeros(
+    tensors: Mapping[str, torch.Tensor], config: GptqConfig
+) -> dict[str, torch.Tensor]:
+    """One linear's tensors with v2 zeros. What is no matrix of zeros stays for who takes it to
+    refuse."""
+    zeros = tensors["qzeros"]
+    if config.checkpoint_format == V1 and zeros.dtype == torch.int32 and zeros.dim() == 2:
+        zeros = v1_to_v2(zeros, bits=config.bits, whole_word=config.whole_word_zeros)
+    return {**tensors, "qzeros": zeros}
 
 
 def half_scales(scales: torch.Tensor, *, where: str) -> torch.Tensor:
@@ -272,10 +216,9 @@ def choose_format(*, sym: bool, any_zero: bool) -> Literal["gptq", "gptq_v2"]:
 
 @dataclass(frozen=True)
 class Loader:
-    """Whether a program can load a checkpoint, and if not, why."""
+    """A program, and why it cannot load a checkpoint, if so."""
 
     name: str
-    loads: bool
     reason: str = ""
 
 
@@ -304,13 +247,8 @@ def compatible_loaders(config: GptqConfig, in_features: Iterable[int] = ()) -> l
             f"a last group that is short ({short[0]} inputs, groups of {config.group_size})"
         )
     return [
-        Loader("lowbitcore", True),
-        _loader("GPTQModel", gptqmodel),
-        _loader("transformers (optimum + gptqmodel)", gptqmodel),
-        _loader("vLLM", vllm),
+        Loader("lowbitcore"),
+        Loader("GPTQModel", "; ".join(gptqmodel)),
+        Loader("transformers (optimum + gptqmodel)", "; ".join(gptqmodel)),
+        Loader("vLLM", "; ".join(vllm)),
     ]
-
-
-def _loader(name: str, obstacles: Iterable[str]) -> Loader:
-    reason = "; ".join(obstacles)
-    return Loader(name, not reason, reason)

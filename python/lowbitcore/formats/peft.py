@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowbitcore import files
 from lowbitcore.formats import checkpoint
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 
@@ -141,7 +142,7 @@ def write(
         entries.append(Entry.of(f"{_PREFIX}{path}.lora_A.weight", item.a))
         entries.append(Entry.of(f"{_PREFIX}{path}.lora_B.weight", item.b))
     checkpoint.write_safetensors(directory / WEIGHTS_FILE, entries, metadata)
-    checkpoint.write_json(directory / CONFIG_FILE, config)
+    files.write_json(directory / CONFIG_FILE, config)
 
 
 def _number(value: float) -> float | int:
@@ -152,7 +153,7 @@ def _number(value: float) -> float | int:
 def read(directory: Path) -> PeftAdapter:
     """Reads an adapter; ValueError where it is none, or is of a kind not known here."""
     path = directory / CONFIG_FILE
-    config = checkpoint.read_json(path)
+    config = files.read_json(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type: expected LORA, got {config.get('peft_type')!r}")
     for name, allowed in _UNSUPPORTED.items():

@@ -16,9 +16,9 @@ call an operation once outside of one first, as torch asks of everything (a kern
 first called).
 """
 
-from .arguments import serves
-from .causal_attention import attention, has_attention
-from .decoding import (
+from lowbitcore.ops.arguments import serves
+from lowbitcore.ops.causal_attention import attention, has_attention
+from lowbitcore.ops.decoding import (
     AdaptedWeight,
     Norm,
     Projections,
@@ -28,11 +28,11 @@ from .decoding import (
     finish_token,
     project_token,
 )
-from .elementwise import dropout, rms_norm, rotate, swiglu
-from .fake_quantization import add_fake_quantized_, fake_quantized_grads
-from .format import check_format, group_count, packed_size, trivial_g_idx
-from .losses import token_losses
-from .packing import (
+from lowbitcore.ops.elementwise import dropout, rms_norm, rotate, swiglu
+from lowbitcore.ops.fake_quantization import add_fake_quantized_, fake_quantized_grads
+from lowbitcore.ops.format import check_format, group_count, packed_size, trivial_g_idx
+from lowbitcore.ops.losses import token_losses
+from lowbitcore.ops.packing import (
     dequantize,
     pack_qweight,
     pack_qzeros,
@@ -41,8 +41,8 @@ from .packing import (
     unpack_qweight,
     unpack_qzeros,
 )
-from .products import permute_columns, qgemm_grad_scales, qgemm_nn, qgemm_nt
-from .quantization import (
+from lowbitcore.ops.products import permute_columns, qgemm_grad_scales, qgemm_nn, qgemm_nt
+from lowbitcore.ops.quantization import (
     GptqFactor,
     GptqResult,
     Quantized,

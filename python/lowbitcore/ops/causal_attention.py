@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from .arguments import as_heads, check_dims, dense, heads_like
-from .operators import define, differentiate, fake, kernel_or_operator
+from lowbitcore import _C
+from lowbitcore.ops.arguments import as_heads, check_dims, dense, heads_like
+from lowbitcore.ops.operators import define, differentiate, fake, kernel_or_operator
 
 
 def has_attention() -> bool:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import _C
-from .arguments import as_heads, as_rows, check_dims, empty, fail
+from lowbitcore import _C
+from lowbitcore.ops.arguments import as_heads, as_rows, check_dims, empty, fail
 
 
 class AdaptedWeight(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from .arguments import (
+from lowbitcore import _C
+from lowbitcore.ops.arguments import (
     as_rows,
     check,
     check_dims,
@@ -18,7 +18,7 @@ from .arguments import (
     heads_like,
     result_rows,
 )
-from .operators import define, differentiate, fake, kernel_or_operator
+from lowbitcore.ops.operators import define, differentiate, fake, kernel_or_operator
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

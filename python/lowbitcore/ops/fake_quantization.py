@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C
-from .arguments import as_rows, check, check_activations, fail
-from .operators import define, fake
+from lowbitcore import _C
+from lowbitcore.ops.arguments import as_rows, check, check_activations, fail
+from lowbitcore.ops.operators import define, fake
 
 
 def add_fake_quantized_(

@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import _C
-from .arguments import check, fail
+from lowbitcore import _C
+from lowbitcore.ops.arguments import check, fail
 
 
 def group_count(in_features: int, group_size: int) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
-from .arguments import as_rows, check, check_dims, dense, result_rows
-from .operators import define, fake
+from lowbitcore import _C
+from lowbitcore.ops.arguments import as_rows, check, check_dims, dense, result_rows
+from lowbitcore.ops.operators import define, fake
 
 
 def token_losses(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import check, in_memory
+from lowbitcore.ops.arguments import check, in_memory
 
 _library = torch.library.Library("lowbitcore", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])

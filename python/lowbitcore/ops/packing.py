@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C
-from .arguments import ACTIVATIONS, as_rows, check, check_dims, dense, fail
-from .format import check_format, group_count
-from .operators import define, define_on_host, fake, stream
+from lowbitcore import _C
+from lowbitcore.ops.arguments import ACTIVATIONS, as_rows, check, check_dims, dense, fail
+from lowbitcore.ops.format import check_format, group_count
+from lowbitcore.ops.operators import define, define_on_host, fake, stream
 
 
 def pack_qweight(codes: Tensor, *, bits: int) -> Tensor:

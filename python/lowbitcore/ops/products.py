@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, dispatch
-from .arguments import (
+from lowbitcore import _C, dispatch
+from lowbitcore.ops.arguments import (
     as_rows,
     check,
     check_activations,
@@ -18,8 +18,15 @@ from .arguments import (
     fail,
     result_rows,
 )
-from .format import check_format, group_count, stored_in_features
-from .operators import define, differentiate, fake, is_plain, kernel_or_operator, stream
+from lowbitcore.ops.format import check_format, group_count, stored_in_features
+from lowbitcore.ops.operators import (
+    define,
+    differentiate,
+    fake,
+    is_plain,
+    kernel_or_operator,
+    stream,
+)
 
 
 def _by_dequantizing(op: dispatch.Op, x: Tensor, g_idx: Tensor | None, weights: int) -> bool:

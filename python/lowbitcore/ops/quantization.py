@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
-from .arguments import as_rows, check, check_activations, check_dims, fail
-from .format import group_count, trivial_g_idx
-from .operators import define, define_on_host, fake, stream
+from lowbitcore import _C
+from lowbitcore.ops.arguments import as_rows, check, check_activations, check_dims, fail
+from lowbitcore.ops.format import group_count, trivial_g_idx
+from lowbitcore.ops.operators import define, define_on_host, fake, stream
 
 
 class Quantized(NamedTuple):

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
-from lowbitcore import attention, ops  # noqa: F401  a pickled model may call for it by name
+from lowbitcore import ops
 
 __all__ = ["use_own_elementwise"]
 

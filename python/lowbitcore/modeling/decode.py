@@ -23,7 +23,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from lowbitcore import ops
-from lowbitcore.elementwise import RmsNorm, SwigluMlp, computes_as, with_forward, with_own_rotary
+from lowbitcore.modeling.elementwise import (
+    RmsNorm,
+    SwigluMlp,
+    computes_as,
+    with_forward,
+    with_own_rotary,
+)
 from lowbitcore.nn import LoraLinear, QuantLinear
 from lowbitcore.ops.operators import is_plain
 

@@ -1,0 +1,48 @@
+"""Dense linears and the head in the place of torch's, where these are slow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowbitcore.dense import linear
+from lowbitcore.ops.operators import is_plain
+
+
+class Linear(nn.Linear):
+    """torch's own wherever that is quick."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def use_own_linears(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+
+
+class _Head(Linear):
+    """A linear like any other, but that one row goes through a product with a vector: as one of
+    matrices it takes up to twice as long to read the weight, which is most of what decoding a
+    token reads outside of packed weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = input, self.weight
+        if (
+            is_plain(x, weight)
+            and x.numel() == self.in_features == x.shape[-1]
+            and x.dtype == weight.dtype != torch.float16  # which takes longer that way
+            and self.bias is None
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+def use_own_head(model: PreTrainedModel) -> None:
+    """Of a model that has our linears already."""
+    head = model.get_output_embeddings()
+    if type(head) is Linear:
+        head.__class__ = _Head
