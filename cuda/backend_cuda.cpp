@@ -137,8 +137,8 @@ struct Plan {
 
 Plan plan_of(Op op, const QuantFormat& f, std::int64_t m) {
   constexpr std::int64_t kStep = 64;
-  const bool wgmma = choose_wgmma(op, m) && supports_wgmma();
-  const Tile tile = choose_tile(op, m);
+  const Tile tile = choose_tile(m);
+  const bool wgmma = tile == Tile::many && supports_wgmma();
   const std::int64_t rows = wgmma ? 128 : tile_rows(tile);
   const std::int64_t columns = wgmma || tile == Tile::few ? 256 : 128;
   const std::int64_t depth = op == Op::nt ? f.in_features : f.out_features;

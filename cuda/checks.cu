@@ -1,4 +1,6 @@
-// Checks of data that lies on the device.
+// Checks of data that lies on the device, and of the device.
+#include <lowbitcore/runtime.h>
+
 #include "elements.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -38,3 +40,17 @@ bool all_finite(ConstMatrix matrix, void* workspace, cudaStream_t stream) {
 }
 
 }  // namespace lowbitcore::cuda
+
+// Asks for one kernel, which makes the runtime load it, or compile it from PTX.
+std::string lowbitcore::cuda_why_not(int device) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, cuda::find_nonfinite);
+    cudaSetDevice(before);
+  }
+  cudaGetLastError();  // said here, and not by the next launch
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}

@@ -8,7 +8,7 @@
 
 namespace lowbitcore::cuda {
 
-// ---- tensor cores (qgemm_*.cuh, one object per width): 16-bit activations, trivial g_idx, rows
+// ---- tensor cores (qgemm_*.cuh, one object per family): 16-bit activations, trivial g_idx, rows
 // aligned to 16 bytes ----
 
 // Rows of activations that a block of a tensor-core kernel works on: 16, 64 or 128.

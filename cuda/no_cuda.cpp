@@ -18,6 +18,8 @@ const Memory& cuda_memory() { fail(); }
 
 std::string cuda_status() { return "not built (configure with LOWBITCORE_CUDA=ON and nvcc)"; }
 
+std::string cuda_why_not(int) { return cuda_status(); }
+
 bool cuda_has_wgmma() { return false; }
 
 }  // namespace lowbitcore

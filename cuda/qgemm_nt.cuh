@@ -215,8 +215,9 @@ void launch_qgemm_nt(DType dtype, Tile tile, const GemmArgs& args, int splits,
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
     if (tile == Tile::few) {
-      // At 8 bits a fourth stage would leave room for one block only on an sm_80 multiprocessor.
-      launch_qgemm_nt_tile<T, kBits, 1, 2, 1, 4, kBits == 8 ? 3 : 4>(args, splits, stream);
+      // As many stages as leave room for two blocks: at 8 bits on sm_80, at 4 in the 100 KB of
+      // sm_86.
+      launch_qgemm_nt_tile<T, kBits, 1, 2, 1, 4, kBits >= 4 ? 3 : 4>(args, splits, stream);
     } else if (tile == Tile::some) {
       launch_qgemm_nt_tile<T, kBits, 4, 1, 1, 4, 4>(args, splits, stream);
     } else {

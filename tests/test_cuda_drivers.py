@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from elsewhere import Elsewhere, Elsewheres, moved
 from lowbitcore import adapters, dispatch, lrec, nn, ops, quantize, recipes, runtime, training
 from lowbitcore.blocks import quantized_linears
 from lowbitcore.data import Example, TrainingSet
+from lowbitcore.ops import operators
 from test_adapters import excite
 from test_cli import fail, succeed
 from test_data import make_tokenizer, text_of
@@ -550,7 +552,8 @@ def test_the_cpu_never_dequantizes() -> None:
 
 
 class FakeGpu:
-    def __init__(self, major: int, minor: int) -> None:
+    def __init__(self, major: int, minor: int, missing: str = "") -> None:
+        self.missing = missing
         self.name, self.major, self.minor = f"GPU {major}{minor}", major, minor
         self.total_memory = 8 * 10**9
 
@@ -561,6 +564,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def install(*devices: FakeGpu) -> None:
         monkeypatch.setattr(runtime, "cuda_status", lambda: "built; devices: some")
+        monkeypatch.setattr(runtime._C, "cuda_why_not", lambda index: devices[index].missing)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
@@ -570,12 +574,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_why_there_is_no_cuda(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(FakeGpu(8, 6), FakeGpu(7, 5))
+    gpus(FakeGpu(8, 6), FakeGpu(7, 5), FakeGpu(8, 7, "no kernel image is available"))
     assert runtime.why_no_cuda() is None
     assert runtime.resolve_device("cuda") == torch.device("cuda")
     for name, reason in (
         ("cuda:1", "got cuda:1: GPU 75: kernels need sm_80 or newer, this is sm_75"),
-        ("cuda:2", "got cuda:2: torch sees 2 GPUs"),
+        ("cuda:2", "GPU 87: this build's kernels do not run on sm_87: no kernel image"),
+        ("cuda:3", "got cuda:3: torch sees 3 GPUs"),
         ("mps", "expected cpu or cuda, got mps"),
         ("gpu", "expected cpu or cuda, got gpu"),
     ):
@@ -618,6 +623,30 @@ def test_a_device_that_is_not_there(
     line = fail(command, tmp_path / "none", *more, "--device", "cuda")
     assert line.startswith("error: --device: expected cpu, got cuda: torch sees no GPU")
     assert not out.exists()
+
+
+def test_scratch_comes_after_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch keeps of freed memory is given back before an operation fails for lack of it."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "capture" in events)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("empty"))
+
+    def kernel(tensor: torch.Tensor, message: str) -> torch.Tensor:
+        events.append("kernel")
+        if "empty" not in events:
+            raise lbc.Error(message)
+        return tensor
+
+    run = operators._on_its_device(kernel)
+    x = torch.ones(1)
+    assert run(x, "workspace: CUDA: out of memory") is x
+    assert events == ["kernel", "empty", "kernel"]
+    for before, message in (([], "x: wrong"), (["capture"], "workspace: CUDA: out of memory")):
+        events[:] = before
+        with pytest.raises(lbc.Error, match=message):
+            run(x, message)
+        assert events == [*before, "kernel"]
 
 
 def test_out_of_device_memory(monkeypatch: pytest.MonkeyPatch, checkpoints: Path) -> None:

@@ -12,6 +12,7 @@ void init_runtime(nanobind::module_& m) {
   m.def("set_num_threads", &set_num_threads);
   m.def("get_num_threads", &get_num_threads);
   m.def("cuda_status", &cuda_status);
+  m.def("cuda_why_not", &cuda_why_not);
   m.def("cuda_has_wgmma", &cuda_has_wgmma);
   m.def("version", &version);
 }

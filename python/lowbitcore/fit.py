@@ -127,7 +127,7 @@ def fit_low_rank(error: Tensor, factor: ops.GptqFactor, *, rank: int) -> tuple[T
     weighted = torch.linalg.solve_triangular(
         factor.u, error[:, factor.order.long()], upper=True, left=False
     )
-    with torch.random.fork_rng(devices=[error.device] if error.is_cuda else []):
+    with torch.random.fork_rng():  # on all devices, which are all seeded
         torch.manual_seed(0)
         most = min(weighted.shape)
         u, _, _ = torch.svd_lowrank(weighted, q=min(rank + _OVERSAMPLED, most), niter=_ITERATIONS)

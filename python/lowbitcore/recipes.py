@@ -495,8 +495,6 @@ def _arguments(
         disable_tqdm=True,  # its bar prints every log on stdout
         report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
         use_cpu=device.type == "cpu",
-        # The packed weights are buffers, the same in all processes: no traffic for each forward.
-        ddp_broadcast_buffers=False,
         ddp_backend="gloo" if processes > 1 and device.type == "cpu" else None,
     )
 

@@ -89,29 +89,32 @@ def cuda_devices() -> list[CudaDevice]:
     """The GPUs that torch sees."""
     if not torch.cuda.is_available():
         return []
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [
-        CudaDevice(
-            device.name,
-            f"sm_{device.major}{device.minor}",
-            device.total_memory,
-            _why_no_kernels((device.major, device.minor)),
-        )
-        for device in found
-    ]
+    return list(map(_cuda_device, range(torch.cuda.device_count())))
 
 
-def _why_no_kernels(capability: tuple[int, int]) -> str | None:
+def _cuda_device(index: int) -> CudaDevice:
+    found = torch.cuda.get_device_properties(index)
+    architecture = f"sm_{found.major}{found.minor}"
+    why_not = None
     if not _works():
-        return f"CUDA is {cuda_status()}"
-    if capability < _OLDEST_ARCHITECTURE:
-        return f"kernels need sm_80 or newer, this is sm_{capability[0]}{capability[1]}"
-    return None
+        why_not = f"CUDA is {cuda_status()}"
+    elif (found.major, found.minor) < _OLDEST_ARCHITECTURE:
+        why_not = f"kernels need sm_80 or newer, this is {architecture}"
+    elif said := _C.cuda_why_not(index):
+        why_not = f"this build's kernels do not run on {architecture}: {said}"
+    return CudaDevice(found.name, architecture, found.total_memory, why_not)
 
 
 def _works() -> bool:
     """Whether this build has kernels and its CUDA runtime accepts the driver."""
     return cuda_status().startswith("built; devices")
+
+
+def _index(device: torch.device) -> int:
+    """Of "cuda" that of the current GPU."""
+    if device.index is not None:
+        return device.index
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
 
 
 def why_no_cuda(index: int = 0) -> str | None:
@@ -120,13 +123,13 @@ def why_no_cuda(index: int = 0) -> str | None:
         return f"CUDA is {cuda_status()}"
     if torch.version.cuda is None:
         return f"this torch, {torch.__version__}, has no CUDA"
-    devices = cuda_devices()
-    if not devices:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         return f"torch sees no GPU (CUDA is {cuda_status()})"
-    if index >= len(devices):
-        return f"torch sees {len(devices)} GPUs"
-    why_not = devices[index].why_not
-    return None if why_not is None else f"{devices[index].name}: {why_not}"
+    if index >= count:
+        return f"torch sees {count} GPUs"
+    device = _cuda_device(index)
+    return None if device.why_not is None else f"{device.name}: {device.why_not}"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -141,8 +144,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"resolve_device: device: expected cpu or cuda, got {device}")
-    why_not = why_no_cuda(found.index or 0) if found.type == "cuda" else None
-    if why_not is not None:
+    if found.type == "cuda" and (why_not := why_no_cuda(_index(found))) is not None:
         raise ValueError(f"resolve_device: device: expected cpu, got {device}: {why_not}")
     return found
 

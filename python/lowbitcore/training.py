@@ -243,6 +243,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self._scales_lr = args.learning_rate if scales_lr is None else scales_lr
         args.remove_unused_columns = False  # what a batch holds is for the loss to know
         args.include_num_input_tokens_seen = "no"  # counted here, padding left out
+        if args.ddp_broadcast_buffers is None:
+            # Packed weights are buffers, the same in all processes: no traffic for each forward.
+            args.ddp_broadcast_buffers = False
         if args.n_gpu > 1:
             args._n_gpu = 1  # a process for each GPU: DataParallel would leave the teacher behind
         if model.device.type == args.device.type == "cuda" and model.device != args.device:

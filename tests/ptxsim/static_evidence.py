@@ -17,10 +17,15 @@ ARCHITECTURES = ("80", "86", "89", "90", "90a")
 VIRTUAL = {"80": "80", "86": "80", "89": "80", "90": "90", "90a": "90a"}
 REGISTERS = 65536  # of a multiprocessor
 
-# Blocks on a multiprocessor that the kernels are made for. dispatch.h cuts work for two. sm_86 and
-# sm_89 have 100 KB of shared memory, where three stages of a large tile fit once.
-# The kernels with wgmma, of sm_90a, are made for one.
-PLANNED_BLOCKS = {"80": 2, "86": 1, "89": 1, "90": 2, "90a": 1}
+
+def planned_blocks(geometry: Geometry, architecture: str) -> int:
+    """Blocks on a multiprocessor that a kernel is made for. Two, where shared memory has room for
+    them: sm_86 and sm_89 have 100 KB, which three stages of a large tile fill, and so do those of
+    8 bits; those with wgmma fill any."""
+    if geometry.wgmma:
+        return 1
+    small = architecture in ("86", "89")
+    return 1 if small and not (geometry.blocks_each == 2 and geometry.bits < 8) else 2
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ def check_occupancy(kernels: list[Compiled], checks: Checks) -> None:
     print(f"{'':42}", *(f"{'registers blocks':>16}" for _ in ARCHITECTURES))
     cells: dict[Geometry, dict[str, str]] = {}
     for kernel, blocks in zip(kernels, occupancy(kernels), strict=True):
-        g, planned = kernel.geometry, PLANNED_BLOCKS[kernel.architecture]
+        g = kernel.geometry
+        planned = planned_blocks(g, kernel.architecture)
         checks.that(
             f"{g.label} sm_{kernel.architecture}: blocks on a multiprocessor",
             blocks >= planned,

@@ -25,6 +25,10 @@ int get_num_threads();
 // One line on CUDA: the devices, or why there are none.
 std::string cuda_status();
 
+// Why kernels cannot run on the CUDA device of this number, such as that the build has none for its
+// architecture; empty where they can.
+std::string cuda_why_not(int device);
+
 // Whether this build has the kernels that only sm_90 runs: without them others, slower, compute
 // there.
 bool cuda_has_wgmma();

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lowbitcore._C import Error
 from lowbitcore.ops.arguments import check, in_memory
 
 _library = torch.library.Library("lowbitcore", "DEF")
@@ -31,7 +32,15 @@ def define(schema: str, *, cuda: Callable[..., Any] | None = None) -> Callable[[
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(first: Tensor, *rest: Any) -> Any:
         with torch.cuda.device(first.device):
-            return kernel(first, *rest)
+            try:
+                return kernel(first, *rest)
+            except Error as error:
+                # The core has scratch from the driver, before it does anything: it may need what
+                # torch keeps of freed memory.
+                if "out of memory" not in str(error) or torch.cuda.is_current_stream_capturing():
+                    raise
+                torch.cuda.empty_cache()
+                return kernel(first, *rest)
 
     return run
 
