@@ -199,7 +199,7 @@ def test_sampling_follows_the_model() -> None:
 
 
 def test_sampling_limits() -> None:
-    with pytest.raises(ValueError, match="length: expected at most 128, got 129"):
+    with pytest.raises(ValueError, match="length: expected at most 128 for this model, got 129"):
         sample_from_model(
             make_model("llama"), make_tokenizer(), samples=1, length=129, seed=0, progress=False
         )

@@ -10,12 +10,6 @@ namespace lowbitcore {
 
 namespace {
 
-const Backend& backend_with_attention(const char* op, const Execution& exec) {
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.attention != nullptr);
-  return backend;
-}
-
 void check_heads(const char* op, const char* argument, const ConstHeads& x, const ConstHeads& like,
                  std::int64_t count) {
   check::heads(op, argument, x, like.batch, count, like.rows, like.cols);
@@ -60,7 +54,7 @@ std::size_t sized(const char* op, std::size_t (*Backend::*size)(std::int64_t, st
                   std::int64_t rows, std::int64_t cols, const Execution& exec) {
   check::row_count(op, "rows", rows);
   check::head_columns(op, "cols", cols);
-  const Backend& backend = backend_with_attention(op, exec);
+  const Backend& backend = backend_with(op, exec, &Backend::attention);
   return (backend.*size)(rows, cols, resolve_threads(exec));
 }
 
@@ -73,7 +67,7 @@ void attention(const AttentionInputs& in, Heads out, View<float> lse, const Exec
   check_inputs(op, in);
   check_result(op, "out", out, in.q, in.q.heads);
   check::shape(op, "lse", lse, in.q.batch * in.q.heads, in.q.rows);
-  const Backend& backend = backend_with_attention(op, exec);
+  const Backend& backend = backend_with(op, exec, &Backend::attention);
   if (in.q.rows == 0) return;
   const int threads = resolve_threads(exec);
   const Call call(op, exec, threads, backend.attention_workspace(in.q.rows, in.q.cols, threads));
@@ -91,7 +85,7 @@ void attention_backward(ConstHeads d_out, const AttentionInputs& in, ConstHeads 
   check_result(op, "dq", dq, in.q, in.q.heads);
   check_result(op, "dk", dk, in.q, in.k.heads);
   check_result(op, "dv", dv, in.q, in.k.heads);
-  const Backend& backend = backend_with_attention(op, exec);
+  const Backend& backend = backend_with(op, exec, &Backend::attention);
   if (in.q.rows == 0) return;
   const int threads = resolve_threads(exec);
   const Call call(op, exec, threads,

@@ -9,9 +9,14 @@
 
 namespace lowbitcore {
 
-// Error where a backend lacks an operation.
-inline void check_has(const char* op, const Backend& backend, bool kernel) {
-  if (!kernel) throw Error(std::string(op) + ": " + backend.name + " has no kernel for it");
+// The backend of a call; Error where it lacks the kernel.
+template <typename Kernel>
+const Backend& backend_with(const char* op, const Execution& exec, Kernel* Backend::* kernel) {
+  const Backend& backend = backend_of(exec);
+  if (backend.*kernel == nullptr) {
+    throw Error(std::string(op) + ": " + backend.name + " has no kernel for it");
+  }
+  return backend;
 }
 
 // Threads, stream and `bytes` of scratch of a call: what the host brought, if it is large enough,

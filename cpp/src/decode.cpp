@@ -25,12 +25,6 @@ class Rows {
   Matrix matrix_;
 };
 
-const Backend& backend_with(const char* op, const Execution& exec) {
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.attend != nullptr);
-  return backend;
-}
-
 void check_adapter(const char* op, const ConstMatrix& x, const LowRank& adapter, const Matrix& y) {
   check::shape(op, "a", adapter.a, adapter.a.rows, x.cols);
   check::shape(op, "b", adapter.b, y.cols, adapter.a.rows);
@@ -57,7 +51,7 @@ void check_attention(const char* op, const ConstMatrix& q, const ConstHeads& key
 }
 
 void add(const char* op, ConstMatrix a, ConstMatrix b, Matrix sum, const Execution& exec) {
-  backend_of(exec).add(a, b, sum, Call(op, exec));
+  backend_with(op, exec, &Backend::add).add(a, b, sum, Call(op, exec));
 }
 
 void multiply(const char* op, ConstMatrix x, const AdaptedWeight& w, const Matrix& y,
@@ -96,7 +90,7 @@ void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Executi
   check::shape(op, "y", y, x.rows, y.cols);
   check::same_dtype(op, "y", y.dtype, "x", x.dtype);
   check_adapter(op, x, adapter, y);
-  const Backend& backend = backend_with(op, exec);
+  const Backend& backend = backend_with(op, exec, &Backend::add_low_rank);
   const auto bytes = static_cast<std::size_t>(x.cols + adapter.a.rows) * sizeof(float);
   backend.add_low_rank(x, adapter, y, Call(op, exec, resolve_threads(exec), bytes));
 }
@@ -105,13 +99,13 @@ void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, flo
             Matrix out, const Execution& exec) {
   const char* op = "attend";
   check_attention(op, q, keys, values, scale, out);
-  backend_with(op, exec).attend(q, keys, values, scale, out, Call(op, exec));
+  backend_with(op, exec, &Backend::attend).attend(q, keys, values, scale, out, Call(op, exec));
 }
 
 void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMatrix sin, Matrix q,
                    Matrix k, Matrix v, const Execution& exec) {
   const char* op = "project_token";
-  backend_with(op, exec);
+  backend_with(op, exec, &Backend::attend);
   check::vectors(op, "x", x);
   check::vectors(op, "q", q);
   check::vectors(op, "k", k);
@@ -128,7 +122,7 @@ void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMa
 void finish_token(ConstMatrix x, ConstMatrix q, const ConstHeads& keys, const ConstHeads& values,
                   float scale, const RestOfBlock& rest, Matrix y, const Execution& exec) {
   const char* op = "finish_token";
-  backend_with(op, exec);
+  backend_with(op, exec, &Backend::attend);
   check::vectors(op, "x", x);
   check::like(op, "y", y, "x", x);
   check::shape(op, "q", q, x.rows, q.cols);

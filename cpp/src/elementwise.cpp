@@ -29,9 +29,7 @@ void rms_norm(ConstMatrix x, ConstMatrix weight, float eps, Matrix y, const Exec
   const char* op = "rms_norm";
   check_norm(op, x, weight, eps);
   check::like(op, "y", y, "x", x);
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.rms_norm != nullptr);
-  backend.rms_norm(x, weight, eps, y, Call(op, exec));
+  backend_with(op, exec, &Backend::rms_norm).rms_norm(x, weight, eps, y, Call(op, exec));
 }
 
 void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float eps, Matrix dx,
@@ -40,9 +38,8 @@ void rms_norm_backward(ConstMatrix dy, ConstMatrix x, ConstMatrix weight, float 
   check_norm(op, x, weight, eps);
   check::like(op, "dy", dy, "x", x);
   check::like(op, "dx", dx, "x", x);
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.rms_norm_backward != nullptr);
-  backend.rms_norm_backward(dy, x, weight, eps, dx, Call(op, exec));
+  backend_with(op, exec, &Backend::rms_norm_backward)
+      .rms_norm_backward(dy, x, weight, eps, dx, Call(op, exec));
 }
 
 void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matrix y,
@@ -61,18 +58,14 @@ void rotate(ConstMatrix x, ConstMatrix cos, ConstMatrix sin, bool inverse, Matri
   check::shape(op, "cos", cos, cos.rows, cos.cols);
   check::same_dtype(op, "cos", cos.dtype, "x", x.dtype);
   check::like(op, "sin", sin, "cos", cos);
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.rotate != nullptr);
-  backend.rotate(x, cos, sin, inverse, y, Call(op, exec));
+  backend_with(op, exec, &Backend::rotate).rotate(x, cos, sin, inverse, y, Call(op, exec));
 }
 
 void swiglu(ConstMatrix gate, ConstMatrix up, Matrix out, const Execution& exec) {
   const char* op = "swiglu";
   check_gate(op, gate, up);
   check::like(op, "out", out, "gate", gate);
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.swiglu != nullptr);
-  backend.swiglu(gate, up, out, Call(op, exec));
+  backend_with(op, exec, &Backend::swiglu).swiglu(gate, up, out, Call(op, exec));
 }
 
 void swiglu_backward(ConstMatrix d_out, ConstMatrix gate, ConstMatrix up, Matrix d_gate,
@@ -82,9 +75,8 @@ void swiglu_backward(ConstMatrix d_out, ConstMatrix gate, ConstMatrix up, Matrix
   check::like(op, "d_out", d_out, "gate", gate);
   check::like(op, "d_gate", d_gate, "gate", gate);
   check::like(op, "d_up", d_up, "gate", gate);
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.swiglu_backward != nullptr);
-  backend.swiglu_backward(d_out, gate, up, d_gate, d_up, Call(op, exec));
+  backend_with(op, exec, &Backend::swiglu_backward)
+      .swiglu_backward(d_out, gate, up, d_gate, d_up, Call(op, exec));
 }
 
 void dropout(ConstMatrix x, std::uint64_t seed, std::uint32_t dropped, Matrix y,
@@ -93,9 +85,7 @@ void dropout(ConstMatrix x, std::uint64_t seed, std::uint32_t dropped, Matrix y,
   check::vectors(op, "x", x);
   check::like(op, "y", y, "x", x);
   if (dropped >= 1u << 16) check::fail(op, "dropped", "less than 65536", std::to_string(dropped));
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.dropout != nullptr);
-  backend.dropout(x, seed, dropped, y, Call(op, exec));
+  backend_with(op, exec, &Backend::dropout).dropout(x, seed, dropped, y, Call(op, exec));
 }
 
 }  // namespace lowbitcore

@@ -53,8 +53,7 @@ void accumulate_hessian(ConstMatrix x, View<float> hessian, const Execution& exe
   check_square(op, "hessian", {hessian.data, hessian.rows, hessian.cols, hessian.stride});
   check::shape(op, "x", x, x.rows, hessian.rows);
   if (x.rows == 0) return;
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.accumulate_hessian != nullptr);
+  const Backend& backend = backend_with(op, exec, &Backend::accumulate_hessian);
   const Call call(op, exec, resolve_threads(exec),
                   backend.accumulate_hessian_workspace(x.rows, x.cols));
   backend.accumulate_hessian(x, hessian, call);
@@ -66,8 +65,7 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Exe
   check::shape(op, "a", a, a.rows, cross.rows);
   check::shape(op, "b", b, a.rows, cross.rows);
   if (a.rows == 0) return;
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.accumulate_cross != nullptr);
+  const Backend& backend = backend_with(op, exec, &Backend::accumulate_cross);
   const Call call(op, exec, resolve_threads(exec),
                   backend.accumulate_cross_workspace(a.rows, a.cols));
   backend.accumulate_cross(a, b, cross, call);
@@ -189,16 +187,14 @@ double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::u
 std::size_t accumulate_hessian_workspace_size(std::int64_t rows, std::int64_t cols,
                                               const Execution& exec) {
   const char* op = "accumulate_hessian_workspace_size";
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.accumulate_hessian != nullptr);
+  const Backend& backend = backend_with(op, exec, &Backend::accumulate_hessian);
   return sized(op, backend.accumulate_hessian_workspace, rows, cols);
 }
 
 std::size_t accumulate_cross_workspace_size(std::int64_t rows, std::int64_t cols,
                                             const Execution& exec) {
   const char* op = "accumulate_cross_workspace_size";
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.accumulate_cross != nullptr);
+  const Backend& backend = backend_with(op, exec, &Backend::accumulate_cross);
   return sized(op, backend.accumulate_cross_workspace, rows, cols);
 }
 

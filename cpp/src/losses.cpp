@@ -26,8 +26,7 @@ void token_losses(ConstMatrix logits, View<const std::int64_t> targets, const Lo
   if (gradient.data != nullptr) check::like(op, "gradient", gradient, "logits", logits);
   check_lambda(op, "lambda_ce", terms.lambda_ce);
   check_lambda(op, "lambda_kl", terms.lambda_kl);
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.token_losses != nullptr);
+  const Backend& backend = backend_with(op, exec, &Backend::token_losses);
   for (std::int64_t i = 0; i < tokens; ++i) {
     if (targets.data[i] < 0 || targets.data[i] >= vocabulary) {
       check::fail(op, "targets", "numbers from 0 to " + std::to_string(vocabulary - 1),

@@ -65,9 +65,8 @@ void add_fake_quantized(const LatentWeight& weight, Matrix out, const Execution&
   const char* op = "add_fake_quantized";
   check_latent(op, weight);
   check::shape(op, "out", out, weight.latent.rows, weight.latent.cols);
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.add_fake_quantized != nullptr);
-  backend.add_fake_quantized(weight, out, Call(op, exec));
+  backend_with(op, exec, &Backend::add_fake_quantized)
+      .add_fake_quantized(weight, out, Call(op, exec));
 }
 
 void fake_quantized_grads(ConstMatrix dw, const LatentWeight& weight, View<float> d_latent,
@@ -77,9 +76,8 @@ void fake_quantized_grads(ConstMatrix dw, const LatentWeight& weight, View<float
   check::shape(op, "dw", dw, weight.latent.rows, weight.latent.cols);
   check::shape(op, "d_latent", d_latent, weight.latent.rows, weight.latent.cols);
   check::shape(op, "d_scales", d_scales, weight.latent.rows, 1);
-  const Backend& backend = backend_of(exec);
-  check_has(op, backend, backend.fake_quantized_grads != nullptr);
-  backend.fake_quantized_grads(dw, weight, d_latent, d_scales, Call(op, exec));
+  backend_with(op, exec, &Backend::fake_quantized_grads)
+      .fake_quantized_grads(dw, weight, d_latent, d_scales, Call(op, exec));
 }
 
 }  // namespace lowbitcore

@@ -12,7 +12,7 @@ from lowbitcore.nn import QuantLinear
 if TYPE_CHECKING:
     from lowbitcore.adapters import load_adapter, save_adapter, swap_scales
     from lowbitcore.blockwise import BlockwiseModel
-    from lowbitcore.data import TrainingSet
+    from lowbitcore.data import TrainingSet, read_examples
     from lowbitcore.evaluate import perplexity
     from lowbitcore.lora import fold_adapters, prepare_lora
     from lowbitcore.lrec import LrecTrainer, TeacherCache
@@ -43,6 +43,7 @@ __all__ = [
     "prepare_peqa",
     "quantize_checkpoint",
     "quantize_model",
+    "read_examples",
     "runtime",
     "save",
     "save_adapter",
@@ -67,6 +68,7 @@ _LAZY = {
     "prepare_peqa": "peqa",
     "quantize_checkpoint": "streaming",
     "quantize_model": "quantize",
+    "read_examples": "data",
     "save": "model",
     "save_adapter": "adapters",
     "swap_scales": "adapters",
@@ -78,3 +80,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lowbitcore.blocks import BlockLayout
+from lowbitcore.checks import check_length, max_length
 from lowbitcore.data import calibration_windows, read_texts
 
 # Tokens that go through a block at once: enough to keep matrix products busy, few enough for
@@ -24,7 +25,12 @@ from lowbitcore.data import calibration_windows, read_texts
 MICRO_BATCH_TOKENS = 4096
 
 # Windows taken from a calibration file where the caller gives only its path.
-_FILE_SAMPLES, _FILE_LENGTH = 128, 2048
+_FILE_SAMPLES, _LENGTH = 128, 2048
+
+
+def default_length(config: PretrainedConfig) -> int:
+    """Tokens in a window, where nobody says how many."""
+    return min(_LENGTH, max_length(config) or _LENGTH)
 
 
 def checked_windows(
@@ -32,13 +38,12 @@ def checked_windows(
 ) -> torch.Tensor:
     """Checks calibration data, or cuts it from a file; int64 [n, length]."""
     vocabulary = model_config.get_text_config().vocab_size
-    limit = getattr(model_config, "max_position_embeddings", None)
     if isinstance(calibration, str | os.PathLike):
         calibration = calibration_windows(
             read_texts(calibration),
             load_tokenizer(),
             samples=_FILE_SAMPLES,
-            length=min(_FILE_LENGTH, limit or _FILE_LENGTH),
+            length=default_length(model_config),
             seed=0,
         )
     if isinstance(calibration, Sequence):
@@ -61,10 +66,7 @@ def checked_windows(
             "quantize: calibration: expected at least 1 window of 2 tokens, "
             f"got [{count}, {length}]"
         )
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"quantize: calibration: expected at most {limit} tokens a window, got {length}"
-        )
+    check_length("quantize: calibration", length, model_config)
     low, high = int(calibration.min()), int(calibration.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(

@@ -22,9 +22,15 @@ def check_tokens(where: str, ids: torch.Tensor, model: PreTrainedModel) -> None:
         )
 
 
+def max_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model with this config can take; None: any."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit
+
+
 def check_length(argument: str, length: int, config: PretrainedConfig) -> None:
     """ValueError for a sequence longer than a model with this config can take."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = max_length(config)
     if limit is not None and length > limit:
         raise ValueError(f"{argument}: expected at most {limit} for this model, got {length}")
 

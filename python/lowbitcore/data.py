@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lowbitcore.blocks import evaluating
-from lowbitcore.checks import check_unicode
+from lowbitcore.checks import check_length, check_unicode
 
 # A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
 # special tokens apart, are its bytes and most frequent pieces.
@@ -195,7 +195,8 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
     example each, in Alpaca's prompt, ended by the tokenizer's eos and cut off at `length`;
     `mask_prompt` leaves the prompt out of the labels, and examples with nothing but a prompt are
     left out. `limit` is the number of examples that are wanted, or `tokens` of tokens: reading
-    stops there.
+    stops there. Raises ValueError where no example is left, and for a prompt to mask where there
+    are texts alone.
     """
 
     def __init__(
@@ -302,9 +303,7 @@ def sample_from_model(
     or with a random common token where the tokenizer has none, and goes on past any end of text.
     """
     _check_sizes("sample_from_model", samples, length)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(f"sample_from_model: length: expected at most {limit}, got {length}")
+    check_length("sample_from_model: length", length, model.config)
     generator = torch.Generator().manual_seed(seed)
     if tokenizer.bos_token_id is not None:
         first = torch.full((samples, 1), tokenizer.bos_token_id, dtype=torch.int64)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbitcore.blocks import evaluating
-from lowbitcore.checks import check_kind, check_tokens, check_unicode
+from lowbitcore.checks import check_kind, check_length, check_tokens, check_unicode, max_length
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.losses import negative_log_likelihood
 
@@ -83,8 +83,7 @@ def _tokenized(
 ) -> tuple[torch.Tensor, int]:
     """The tokens of a text that fills at least one window, int64 [n], and a window's length."""
     check_kind("perplexity: model", model, PreTrainedModel)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    context = min(1024, limit or 1024) if context is None else context
+    context = min(1024, max_length(model.config) or 1024) if context is None else context
     check_kind("perplexity: tokenizer", tokenizer, PreTrainedTokenizerBase)
     check_kind("perplexity: text", text, str)
     check_unicode("perplexity: text", text)
@@ -92,8 +91,7 @@ def _tokenized(
         raise ValueError(f"perplexity: context: expected an integer, got {context!r}")
     if context < 2:
         raise ValueError(f"perplexity: context: expected at least 2, got {context}")
-    if limit is not None and context > limit:
-        raise ValueError(f"perplexity: context: expected at most {limit} by config, got {context}")
+    check_length("perplexity: context", context, model.config)
     ids = torch.tensor(
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
     )

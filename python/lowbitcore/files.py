@@ -17,6 +17,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def remove_leftovers(directory: Path) -> None:
+    """What a run that was killed while it wrote left in a directory; of a living one, too."""
+    for leftover in directory.glob(".*.tmp"):
+        leftover.unlink()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; ValueError (one line, naming the file) for anything else."""
     try:

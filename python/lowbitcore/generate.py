@@ -8,7 +8,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
-from lowbitcore.checks import check_tokens, check_unicode
+from lowbitcore.checks import check_tokens, check_unicode, max_length
 
 
 def complete(
@@ -42,7 +42,7 @@ def complete(
         raise ValueError(f"generate: prompt: expected one with tokens, got none in {prompt!r}")
     check_tokens("generate: prompt", encoded["input_ids"], model)
     length = encoded["input_ids"].shape[1] + max_new_tokens
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = max_length(model.config)
     if limit is not None and length > limit:
         raise ValueError(
             f"generate: max_new_tokens: expected prompt and answer to fit the model's {limit} "

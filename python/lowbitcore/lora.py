@@ -122,6 +122,7 @@ def fold_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
     A = [A1; A2], B = [s1 B1, s2 B2] with scaling 1: the same products, summed in another order.
     """
+    check_kind("fold_adapters: model", model, PreTrainedModel)
     for linear in adapted_linears(model).values():
         stacked: list[LowRank] = list(linear.adapters)  # type: ignore[arg-type]
         in_features, out_features = linear_features(linear)

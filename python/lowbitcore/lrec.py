@@ -192,8 +192,7 @@ class TeacherCache:
         if cls._begun(path, binding) and not missing():
             return cache  # as several processes may find it at once
         with files.lock(path / _LOCK):
-            for leftover in path.glob(".*.tmp"):  # of a run killed while it wrote
-                leftover.unlink()
+            files.remove_leftovers(path)
             if not cls._begun(path, binding):
                 needed, free = cls.bytes_needed(teacher, dataset), shutil.disk_usage(path).free
                 if needed > free:

@@ -47,9 +47,9 @@ from lowbitcore.source import (
     Source,
     Weights,
     load_generation_config,
-    load_tokenizer,
     open_source,
     place,
+    tokenizer_if_any,
 )
 
 # --- Loading ---------------------------------------------------------------------------------
@@ -263,10 +263,7 @@ def _origin_tokenizer(model: PreTrainedModel) -> Any:
     origin = getattr(model.config, "name_or_path", "")
     if not origin or not Path(origin).exists():
         return None
-    try:
-        return load_tokenizer(origin)
-    except ValueError:
-        return None  # a model without a tokenizer is a model all the same
+    return tokenizer_if_any(origin)
 
 
 def quantized_entries(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -334,9 +335,7 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        # .to(), .cuda() and .half() go through here. Casting the masters is not fine, and moving
-        # is where the layout stays the same.
-        masters = self.scales.detach()  # super() may put other data into the same parameter
+        # Moving is fine where the layout stays the same.
         kinds = {self.packed.device.type, _device_after(fn, self.packed).type}
         if len(kinds) == 2 and "meta" not in kinds:
             old = self.packed.device
@@ -345,13 +344,10 @@ class QuantLinear(nn.Module):
             if old.type == "cuda":  # copies to the CPU may still be under way (non_blocking)
                 torch.cuda.current_stream(old).synchronize()
             self._hold(qweight, qzeros, g_idx)
-        super()._apply(fn, recurse)
+        with _masters_kept(self, "scales"):
+            super()._apply(fn, recurse)
         if "meta" in kinds:  # no bytes came along
             self._layout = self.packed.device.type
-        if self.scales.dtype != torch.float32:
-            self.scales = nn.Parameter(
-                masters.to(self.scales.device), requires_grad=self.scales.requires_grad
-            )
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -444,6 +440,18 @@ def _inverse(order: Tensor) -> Tensor:
     return inverse
 
 
+@contextmanager
+def _masters_kept(module: nn.Module, *names: str) -> Iterator[None]:
+    """Parameters that .to(), .cuda() and .half() may move, but not cast: they stay float32."""
+    # What is in the parameters may be replaced, these being the same objects.
+    masters = {name: getattr(module, name).detach() for name in names}
+    yield
+    for name, master in masters.items():
+        own = getattr(module, name)
+        if own.dtype != torch.float32:
+            own.data = master.to(own.device)
+
+
 def _device_after(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> torch.device:
     """Where what ``Module._apply`` is given puts a tensor."""
     return fn(tensor.new_empty(0)).device
@@ -485,13 +493,8 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
-        # Moving the masters is fine, casting is not.
-        masters = {name: getattr(self, name).detach() for name in ("a", "b")}
-        super()._apply(fn, recurse)
-        for name, master in masters.items():
-            own = getattr(self, name)
-            if own.dtype != torch.float32:
-                own.data = master.to(own.device)
+        with _masters_kept(self, "a", "b"):
+            super()._apply(fn, recurse)
         return self
 
     @property

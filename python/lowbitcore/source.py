@@ -182,6 +182,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: no usable tokenizer: {one_line(error)}") from error
 
 
+def tokenizer_if_any(path: str | os.PathLike[str]) -> Any:
+    """None where there is none: a model without a tokenizer is a model all the same."""
+    try:
+        return load_tokenizer(path)
+    except ValueError:
+        return None
+
+
 def load_generation_config(source: Source) -> GenerationConfig:
     """The directory's generation_config.json, or what the model's config implies."""
     path = source.path / "generation_config.json"

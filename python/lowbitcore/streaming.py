@@ -29,7 +29,13 @@ from lowbitcore.quant_config import QuantConfig, package_version
 from lowbitcore.quantize import calibration_for, compute_dtype, each_block
 from lowbitcore.runtime import resolve_device
 from lowbitcore.skeleton import find_name, saved_name, tied_names
-from lowbitcore.source import Source, load_generation_config, load_tokenizer, open_source
+from lowbitcore.source import (
+    Source,
+    load_generation_config,
+    load_tokenizer,
+    open_source,
+    tokenizer_if_any,
+)
 
 _PARTIAL, _LOCK = ".partial", "lock"
 
@@ -132,8 +138,7 @@ class _StreamingRun:
             self._lock()
             self._take_up(files.read_json(progress), progress)
             for directory in (self._out, self._out / peft.CORRECTION):
-                for leftover in directory.glob(".*.tmp"):  # of a run killed while it wrote
-                    leftover.unlink()
+                files.remove_leftovers(directory)
             return
         self._partial.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -362,17 +367,13 @@ class _StreamingRun:
             ),
         )
         self._merge_corrections(base)
-        try:
-            tokenizer = load_tokenizer(self._source.path)
-        except ValueError:
-            tokenizer = None  # a model without a tokenizer is a model all the same
         write_model(
             self._out,
             entries,
             model_config=self._model.config,
             gptq_config=config,
             generation_config=self._generation_config,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_if_any(self._source.path),
         )
         shutil.rmtree(self._partial)
 

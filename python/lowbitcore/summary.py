@@ -30,7 +30,6 @@ class Summary(NamedTuple):
     in_features: tuple[int, ...]
     effective_bits: float
     scales: int
-    max_length: int | None
     gptq: GptqConfig | None
 
 
@@ -91,6 +90,5 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
         in_features=tuple(sorted(inputs)),
         effective_bits=effective,
         scales=scales,
-        max_length=getattr(source.config, "max_position_embeddings", None),
         gptq=source.gptq,
     )

@@ -7,8 +7,8 @@
 
 #include "../backend.h"
 #include "../half.h"
-#include "../layout.h"
 #include "../parallel.h"
+#include "layout.h"
 
 // For what is called once per integer: sums that live in registers must not go through memory, as
 // they do where a compiler leaves such a function out of line.

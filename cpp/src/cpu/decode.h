@@ -1,5 +1,5 @@
-// What a new token takes besides products, norms and positions: attention of one query to keys of
-// earlier tokens, and adapters.
+// Decoding: what a new token takes besides products, norms and positions. Attention of one query to
+// the KV cache (online softmax), and LoRA of few rows.
 #pragma once
 
 #include "elementwise.h"

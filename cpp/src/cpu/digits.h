@@ -1,4 +1,4 @@
-// X W^T for very few rows of bf16 in integers, on levels that multiply and add bytes.
+// GEMV in integers (VNNI): X W^T for very few rows of bf16, on levels that multiply and add bytes.
 //
 // A group's activations become fixed-point numbers of 30 bits relative to the largest of them, cut
 // into signed bytes, the digits of 256^0 to 256^3. All sums over a group are exact, products with

@@ -1,4 +1,4 @@
-// X W^T for few rows, straight from the packed integers.
+// GEMV and skinny GEMM: X W^T for few rows, straight from the packed integers.
 //
 // Where bytes and decoding bound the time, each integer is decoded once for all rows, multiplied as
 // the exact q - z, and a group's scale is applied to its sums. With a g_idx there are no runs of

@@ -1,4 +1,4 @@
-// Norms, rotary positions, gates and dropout: a row at a time, in one pass over memory.
+// RMSNorm, rotary positions (RoPE), SwiGLU and dropout: a row at a time, in one pass over memory.
 #pragma once
 
 #include "common.h"

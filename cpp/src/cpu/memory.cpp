@@ -11,7 +11,7 @@
 #include "../backend.h"
 #include "../check.h"
 #include "../fields.h"
-#include "../layout.h"
+#include "layout.h"
 
 namespace lowbitcore {
 

@@ -1,4 +1,5 @@
-// Products of two activations summed over tokens: scale gradients, Hessians, cross terms.
+// Products of two activations summed over tokens (SYRK, and X^T Y): Hessians, cross terms, scale
+// gradients.
 #pragma once
 
 #include "gemm.h"

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "../layout.h"
+#include "layout.h"
 #include "vec_avx512.h"
 
 #define LOWBITCORE_PAIRS

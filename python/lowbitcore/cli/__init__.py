@@ -5,47 +5,24 @@ from __future__ import annotations
 import signal
 import sys
 
+import typer
 from tqdm import tqdm
 
 import lowbitcore
 from lowbitcore.cli import models, training  # noqa: F401  (they register their commands)
 from lowbitcore.cli.app import app
 
-# What functions call their arguments, and what the options are called they come from.
-_OPTIONS = {
-    "bits": "--bits",
-    "scales": "--scales",
-    "tokens": "--tokens",
-    "group_size": "--group-size",
-    "percdamp": "--damp",
-    "texts": "--calib",
-    "samples": "--samples",
-    "length": "--length",
-    "context": "--context",
-    "device": "--device",
-    "windows": "--windows",
-    "stride": "--stride",
-    "prompt": "--prompt",
-    "text": "--text",
-    "max_new_tokens": "--max-new-tokens",
-    "chat": "--chat",
-    "rank": "--rank",
-    "adapter_bits": "--adapter-bits",
-    "tune_epochs": "--tune-epochs",
-    "adapter": "--adapter",
-    "alpha": "--alpha",
-    "targets": "--targets",
-    "dropout": "--dropout",
-    "lambda_kl": "--lambda-kl",
-    "lambda_ce": "--lambda-ce",
-    "examples": "--data",
-    "mask_prompt": "--mask-prompt",
-    "memory": "--memory",
-    "micro_batch": "--micro-batch",
-}
+# What functions call their arguments, where the options that these come from are called otherwise.
+_OPTIONS = {"percdamp": "--damp", "texts": "--calib", "examples": "--data"}
 
 
 _INTERRUPTED = 130  # what typer exits with after Ctrl-C
+
+
+def _options() -> set[str]:
+    """Of all commands."""
+    group = typer.main.get_group(app)
+    return {name for item in group.commands.values() for x in item.params for name in x.opts}
 
 
 def _for_the_command_line(message: str) -> str:
@@ -54,8 +31,9 @@ def _for_the_command_line(message: str) -> str:
     message = " ".join(message.split())
     function, _, rest = message.partition(": ")
     argument, _, what = rest.partition(": ")
-    if argument in _OPTIONS:
-        return f"{_OPTIONS[argument]}: {what}"
+    option = _OPTIONS.get(argument, f"--{argument.replace('_', '-')}")
+    if option in _options():
+        return f"{option}: {what}"
     typed = any(function in word for word in sys.argv[1:])
     return rest if function in lowbitcore.__all__ and not typed else message
 

@@ -128,17 +128,15 @@ def _calibration(
     model: str, calib: str, samples: int, length: int | None, seed: int, device: str
 ) -> Tensor:
     from lowbitcore import data
-    from lowbitcore.source import load_tokenizer
-    from lowbitcore.summary import summarize
+    from lowbitcore.calibration import default_length
+    from lowbitcore.checks import check_length
+    from lowbitcore.source import load_tokenizer, open_source
 
-    summary = summarize(model)
-    if summary.gptq is not None:  # said before the model writes text for hours
+    source = open_source(model)
+    if source.gptq is not None:  # said before the model writes text for hours
         raise ValueError(f"{model}: is quantized already")
-    limit = summary.max_length
-    if length is None:
-        length = min(2048, limit or 2048)
-    elif limit is not None and length > limit:
-        raise ValueError(f"--length: expected at most {limit} for this model, got {length}")
+    length = default_length(source.config) if length is None else length
+    check_length("--length", length, source.config)
     tokenizer = load_tokenizer(model)
     if calib == "self":
         writer = load_model(model, "auto", device)

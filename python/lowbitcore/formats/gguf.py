@@ -29,7 +29,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from lowbitcore.files import file_fingerprint
+from lowbitcore.files import file_fingerprint, one_line
 from lowbitcore.formats.checkpoint import TensorInfo
 
 _DTYPES = {
@@ -70,7 +70,7 @@ class GgufFile:
                 names = self._read()
         # The readers raise whatever a broken file trips them into (IndexError, KeyError, ...).
         except Exception as error:
-            detail = " ".join(str(error).split()) or type(error).__name__
+            detail = one_line(error)
             raise ValueError(f"{self.path}: not a readable GGUF model: {detail}") from error
         self._tensors: dict[str, ReaderTensor] = {}
         for tensor in self._reader.tensors:

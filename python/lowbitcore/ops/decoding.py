@@ -1,4 +1,4 @@
-"""A new token through a block of a LLaMA-like model, in two calls."""
+"""Decoding: a new token through a block of a LLaMA-like model in two calls, with its KV cache."""
 
 from __future__ import annotations
 

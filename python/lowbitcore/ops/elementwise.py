@@ -1,4 +1,4 @@
-"""What lies between a model's products."""
+"""RMSNorm, rotary position embeddings (RoPE), SwiGLU, dropout: what lies between products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Weights that train: dense ones, rounded to what their bits hold."""
+"""Fake quantization with a straight-through estimator: dense weights that train, rounded to what
+their bits hold."""
 
 from __future__ import annotations
 

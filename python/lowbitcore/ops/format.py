@@ -1,4 +1,4 @@
-"""What a packed weight's sizes follow from."""
+"""Sizes of the packed format: what they follow from."""
 
 from __future__ import annotations
 
