@@ -1,4 +1,5 @@
-"""Dense products of bf16 beside torch's, on processors that have no instructions for them.
+"""Dense products of bf16 beside torch's, on processors that have no instructions for them, and
+beside torch's of fp32, which take twice the memory.
 
 pytest bench/bench_dense.py
 """
@@ -59,15 +60,27 @@ def operands(product: Product) -> tuple[Tensor, Tensor]:
 @each
 def test_forward(benchmark: Any, product: Product) -> None:
     x, weight = operands(product)
-    compare(benchmark, lambda: dense.linear(x, weight), torch=lambda: functional.linear(x, weight))
+    wide_x, wide_weight = x.float(), weight.float()
+    compare(
+        benchmark,
+        lambda: dense.linear(x, weight),
+        torch=lambda: functional.linear(x, weight),
+        fp32=lambda: functional.linear(wide_x, wide_weight),
+    )
     describe(benchmark, product.name)
 
 
 @each
 def test_backward(benchmark: Any, product: Product) -> None:
     x, weight = operands(product)
+    wide = x.detach().float().requires_grad_()
     ours, torchs = dense.linear(x, weight), functional.linear(x, weight)
-    compare(benchmark, gradient(ours, x), torch=gradient(torchs, x))
+    compare(
+        benchmark,
+        gradient(ours, x),
+        torch=gradient(torchs, x),
+        fp32=gradient(functional.linear(wide, weight.float()), wide),
+    )
     describe(benchmark, f"{product.name}_backward")
 
 

@@ -235,12 +235,12 @@ def test_qgemm_nn(benchmark: Any, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_qgemm_grad_scales(benchmark: Any, case: Case) -> None:
-    packed, _ = next(packed_weights(case.n, case.k, case.bits))
+    ours = packed_copies(case)
     dy = randn(case.m, case.n, dtype=case.dtype)
     x = randn(case.m, case.k, dtype=case.dtype)
     compare(
         benchmark,
-        lambda: ops.qgemm_grad_scales(dy, x, packed, bits=case.bits, group_size=GROUP_SIZE),
+        lambda: ops.qgemm_grad_scales(dy, x, next(ours)[0], bits=case.bits, group_size=GROUP_SIZE),
         dense=lambda: dy.T @ x,  # the dense dW alone, without contracting it
     )
     describe(benchmark, "qgemm_grad_scales", case)

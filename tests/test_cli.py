@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import lowbitcore as lbc
-from lowbitcore import demo
+from lowbitcore import cli, demo, engine, streaming
 from lowbitcore.cli import main
 from test_data import make_tokenizer, text_of
 from test_models import make_model
@@ -283,6 +284,46 @@ def test_bad_input(
     (workplace / "empty.txt").write_text(" \n")
     assert re.search(message, fail(*arguments(workplace)))
     assert not (workplace / "x" / "config.json").exists()
+
+
+def test_every_option_of_quantize_arrives(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def taken(model: str, out: Path, windows: Any, config: Any, **options: Any) -> Any:
+        given.append((model, out, windows, config, options))
+        return engine.Report(bytes={"original": 1, "quantized": 1})
+
+    monkeypatch.setattr(streaming, "quantize_checkpoint", taken)
+
+    def quantize(*options: object) -> Any:
+        words = ["quantize", workplace / "model", workplace / "y", "--bits", 3, *options]
+        done = CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        model, out, windows, config, rest = given.pop()
+        assert (model, out) == (str(workplace / "model"), workplace / "y")
+        return windows, config, rest
+
+    text = ("--calib", workplace / "text.txt", "--samples", 3, "--length", 32)
+    windows, config, rest = quantize(*text)
+    assert windows.shape == (3, 32) and config == lbc.QuantConfig(bits=3)
+    assert rest == {"device": "cpu", "resume": False}
+    more = ("--group-size", -1, "--sym", "--act-order", "dynamic", "--no-true-sequential")
+    more += ("--rank", 5, "--adapter-bits", 16, "--tune-epochs", 2, "--damp", 0.25, "--seed", 4)
+    others, config, rest = quantize(*text, *more, "--resume")
+    assert not torch.equal(windows, others) and rest["resume"]
+    assert config == lbc.QuantConfig(
+        bits=3,
+        group_size=-1,
+        sym=True,
+        act_order="dynamic",
+        true_sequential=False,
+        percdamp=0.25,
+        rank=5,
+        adapter_bits=16,
+        tune_epochs=2,
+    )
+    windows, config, _ = quantize("--method", "rtn")
+    assert windows is None and config == lbc.QuantConfig(bits=3, method="rtn")
 
 
 def test_two_runs_into_one_directory(workplace: Path) -> None:

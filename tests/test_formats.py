@@ -157,12 +157,12 @@ def decode(
     *,
     in_features: int = 96,
     bias: bool = False,
-    checkpoint_format: Any = gptq.V2,
+    config: GptqConfig | None = None,
 ) -> lbc.QuantLinear:
     return read_quant_linear(
         Tensors({f"layer.{name}": x for name, x in tensors.items() if x is not None}),
         "layer",
-        GptqConfig(4, 64, False, False, checkpoint_format),
+        config or GptqConfig(4, 64, False, False, gptq.V2),
         in_features=in_features,
         out_features=64,
         bias=bias,
@@ -205,11 +205,28 @@ def test_reading_one_linear() -> None:
 )
 @pytest.mark.parametrize("checkpoint_format", [gptq.V1, gptq.V2])
 def test_reading_one_linear_refuses(
-    name: str, value: Any, message: str, checkpoint_format: str
+    name: str, value: Any, message: str, checkpoint_format: Any
 ) -> None:
     tensors = {**linear_tensors(), "bias": torch.zeros(64), name: value}
     with pytest.raises(ValueError, match=rf"^file: layer\.{name}: .*{message}"):
-        decode(tensors, bias=True, checkpoint_format=checkpoint_format)
+        decode(tensors, bias=True, config=GptqConfig(4, 64, False, False, checkpoint_format))
+
+
+@pytest.mark.parametrize("quantizer", ["gptqmodel:7.7.0", "autogptq:0.7.1"])
+def test_zeros_of_v1_are_read_as_they_were_written(quantizer: str) -> None:
+    """GPTQModel takes 1 off whole words, where a zero of 0 borrows from the next."""
+    tensors = linear_tensors()
+    z = ops.unpack_qzeros(tensors["qzeros"], bits=4)
+    z[0, :8] = torch.tensor([0, 0, 3, 0, 15, 0, 1, 0])
+    ones = 0x11111111
+    if quantizer.startswith("gptqmodel"):
+        words = ops.pack_qzeros(z, bits=4).to(torch.int64)
+        stored = (words - ones).to(torch.int32)
+    else:
+        stored = ops.pack_qzeros((z.to(torch.int16) - 1).bitwise_and(15).to(torch.uint8), bits=4)
+    config = GptqConfig(4, 64, False, False, gptq.V1, {"quantizer": quantizer})
+    layer = decode({**tensors, "qzeros": stored}, config=config)
+    assert torch.equal(ops.unpack_qzeros(layer.canonical()["qzeros"], bits=4), z)
 
 
 def test_reading_one_linear_refuses_others() -> None:

@@ -449,3 +449,22 @@ def test_peak_memory_is_about_a_block(tmp_path: Path) -> None:
     assert increase < size / 4, f"{increase / 1e6:.0f} MB more for {size / 1e6:.0f} MB of blocks"
     loaded = lbc.load(tmp_path / "out")
     assert len(quantized_linears(loaded)) == 28 * 7
+
+
+@pytest.mark.parametrize("target", ["model", "layer"])
+def test_one_block_is_in_memory(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident: list[list[int]] = []
+    quantize = engine.Engine.quantize
+
+    def watched(self: engine.Engine, index: int) -> Any:
+        result = quantize(self, index)
+        blocks = enumerate(self._layout.modules)
+        resident.append([i for i, x in blocks if any(not p.is_meta for p in x.parameters())])
+        return result
+
+    monkeypatch.setattr(engine.Engine, "quantize", watched)
+    config = lbc.QuantConfig(bits=4, group_size=32, target=target)
+    run(save_source("llama", tmp_path / "in"), tmp_path / "out", config)
+    assert resident == [[index] for index in range(len(resident))] and len(resident) > 1

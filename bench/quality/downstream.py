@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-eval on a model of any kind here, with its adapters.
 
-    pip install 'lowbitcore[downstream]'
+    pip install '.[downstream]'
     python bench/quality/downstream.py MODEL [--adapter DIR] --tasks arc_easy,hellaswag
     python bench/quality/downstream.py MODEL [--adapter DIR] --text FILE [--text FILE]
 
@@ -18,10 +18,6 @@ import re
 import tempfile
 from pathlib import Path
 from typing import Any
-
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from lowbitcore.cli.app import load_model
 from lowbitcore.source import load_tokenizer
@@ -91,6 +87,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.tasks or arguments.text):
         parser.error("expected --tasks or --text")
+    # The harness is an extra of its own, and --help should do without.
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     model = load_model(arguments.model, "auto", "cpu", arguments.adapter)
     tokenizer = load_tokenizer(arguments.model)
