@@ -201,7 +201,10 @@ def train(
         f"for {steps} steps of {schedule.batch} sequences, {len(examples)} of them at hand"
     )
     before = time.perf_counter()
-    run.train(resume_from_checkpoint=newest_checkpoint(out) if resume else None)
+    begun = newest_checkpoint(out) if resume else None
+    if begun is not None:
+        say(f"going on from {begun}")
+    run.train(resume_from_checkpoint=begun)
     training_seconds = time.perf_counter() - before
     _leave_the_others()
     if lock is None:

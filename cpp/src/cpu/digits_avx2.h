@@ -3,7 +3,9 @@
 
 #include <utility>
 
-#include "common.h"
+#include "vec_avx2.h"
+
+#include "common.h"  // over these vectors
 
 #define LOWBITCORE_DIGITS
 
