@@ -106,6 +106,31 @@ def test_dead_columns_do_not_count() -> None:
     assert torch.equal(scales, refit(weight, hessian, result, 32))
 
 
+@pytest.mark.parametrize("silent", ["integers", "inputs"])
+def test_a_silent_group_keeps_its_scale_alone(silent: str) -> None:
+    """And the rest is fitted as if it were not there."""
+    weight, hessian, _ = problem(2, 32, act_order=False)
+    group = slice(32, 64)
+    if silent == "inputs":
+        hessian[group] = hessian[:, group] = 0
+    factor = ops.gptq_factorize(hessian, percdamp=0.01)
+    result = ops.gptq_quantize(weight, factor, bits=2, group_size=32)
+    if silent == "integers":
+        result.codes[:, group] = result.zeros[1][:, None]
+    scales = refit(weight, hessian, result, 32)
+    fitted = 0
+    for row in range(64):
+        assert scales[1, row] == result.scales[1, row]
+        h, w, matrix = row_problem(weight, hessian, result, 32, row)
+        others = np.delete(matrix, 1, axis=1)
+        best = np.linalg.solve(others.T @ h @ others, others.T @ h @ w)
+        found = np.delete(scales[:, row].double().numpy(), 1)
+        if (best > 0).all():
+            fitted += 1
+            assert (np.abs(found - best) <= 2e-3 * np.abs(best)).all()
+    assert fitted > 40
+
+
 def test_a_row_of_zeros_keeps_its_scales() -> None:
     weight, hessian, _ = problem(4, 32, act_order=False)
     weight[5] = 0

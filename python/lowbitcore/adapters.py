@@ -89,6 +89,14 @@ def round_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
             adapter.scaling = item.scaling
 
 
+def round_scales(model: PreTrainedModel) -> None:
+    """Gives scales the values that they have in a GPTQ checkpoint, of fp16: a model saved with them
+    computes the same. What fp16 cannot hold stays, for `save` to refuse."""
+    for linear in _packed(model, "round_scales").values():
+        rounded = linear.scales.detach().half().float()
+        linear.scales.data = torch.where(rounded.isfinite(), rounded, linear.scales.detach())
+
+
 def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_scales: bool) -> None:
     adapters = newest_adapters(model)
     tensors = {

@@ -22,6 +22,7 @@ from lowbitcore.checks import check_length, check_unicode
 # A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
 # special tokens apart, are its bytes and most frequent pieces.
 _HUB_DOCUMENTS = 10_000
+_TRAINING = 1 << 40  # above the seeds that people use
 _COMMON_TOKENS = 2000
 
 
@@ -192,7 +193,8 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
     """`input_ids` and `labels`, int64 [at most length]; labels are IGNORED where nothing is learnt.
 
     Texts are shuffled, joined and cut into windows, every token a label. Instructions are one
-    example each, in Alpaca's prompt, ended by the tokenizer's eos and cut off at `length`;
+    example each, in Alpaca's prompt, after the tokenizer's bos if it sets one before prompts, ended
+    by its eos and cut off at `length`;
     `mask_prompt` leaves the prompt out of the labels, and examples with nothing but a prompt are
     left out. `limit` is the number of examples that are wanted, or `tokens` of tokens: reading
     stops there. Raises ValueError where no example is left, and for a prompt to mask where there
@@ -212,7 +214,8 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         _check_sizes("TrainingSet", 1 if limit is None else limit, length)
         most = sys.maxsize if limit is None else limit
-        generator = torch.Generator().manual_seed(seed)
+        # Other documents first than a calibration with the same seed has taken.
+        generator = torch.Generator().manual_seed(seed + _TRAINING)
         texts = [example.text for example in examples if not example.prompt]
         instructions = [example for example in examples if example.prompt]
         if mask_prompt and not instructions:
@@ -273,11 +276,20 @@ def _tokenize(
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for text in (example.prompt, example.response)
     )
+    prompt = [*_begin(tokenizer), *prompt]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = torch.tensor([*prompt, *response, *end][:length], dtype=torch.int64)
     if not mask_prompt:
         return ids, 0
     return ids, len(prompt) if response else len(ids)
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a prompt that a model is to answer: bos, as LLaMA's does, or
+    nothing."""
+    alone = tokenizer("", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and alone[:1] == [bos] else []
 
 
 def _check_sizes(name: str, samples: int, length: int) -> None:

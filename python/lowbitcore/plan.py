@@ -124,6 +124,9 @@ def plan(
     copies = 3 if method == "lrec" else 2
     loss = chunk_tokens(model) * model.config.get_text_config().vocab_size * copies * dtype.itemsize
     runtime = _resident()
+    if method == "lrec" and cache:  # the teacher's states of a batch, and of its scored tokens
+        states = 2 * length * model.config.get_text_config().hidden_size * dtype.itemsize
+        one, two = one + states, two + 2 * states
     slope = two - one
     activation = one + (micro_batch - 1) * slope
 

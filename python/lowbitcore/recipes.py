@@ -213,6 +213,8 @@ def train(
     dtype = torch.float32 if recipe.lora is None else peft.DTYPES[recipe.lora.bits]
     if recipe.lora is not None:
         adapters.round_adapter(model, dtype)
+    if adapters.trains_scales(model):
+        adapters.round_scales(model)
     ppl = None if measure is None else measure(model, None)
     draw(run.state.log_history, out / "training.png", final=ppl)
     run.state.save_to_json(str(out / _STATE))

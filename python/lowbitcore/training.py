@@ -334,7 +334,8 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         options = {**options, "weight_decay": self.args.weight_decay}  # AdamW's own is not 0
         groups: list[dict[str, Any]] = [{"params": others}] if others else []  # its rate is logged
         for item in scaled:
-            size = float(item.detach().abs().mean())
+            # Not the mean: groups of nothing but zeros may have large scales.
+            size = float(item.detach().abs().median())
             groups.append({"params": [item], "lr": self._scales_lr * size})
         self.optimizer = kind(groups, **options)
         return self.optimizer

@@ -102,7 +102,7 @@ def peqa(
     batch: Batch = 2,
     micro_batch: MicroBatch = None,
     lr: Annotated[
-        float, typer.Option(help="Learning rate, relative to the mean scale of each linear.")
+        float, typer.Option(help="Learning rate, relative to the median scale of each linear.")
     ] = 5e-3,
     seed: Seed = 0,
     eval_text: EvalText = None,
@@ -218,7 +218,7 @@ def lrec(
         float | None,
         typer.Option(
             help="Train the scales, too, at this rate relative to their size (try 5e-3): better at "
-            "no more bytes in files, but PEFT alone cannot load the result."
+            "no more bytes in a model saved with them, but PEFT alone cannot load the result."
         ),
     ] = None,
     cache: Annotated[
