@@ -579,7 +579,7 @@ def test_quantizing_twice_is_refused() -> None:
         ([torch.zeros(8, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)], "of one length"),
         (torch.full((2, 16), VOCABULARY), f"tokens 0..{VOCABULARY - 1}, got {VOCABULARY}"),
         (torch.full((2, 16), -1), "got -1"),
-        (torch.ones(1, 129, dtype=torch.int64), "at most 128 tokens"),
+        (torch.ones(1, 129, dtype=torch.int64), "at most 128 for this model"),
         (None, "got NoneType"),
     ],
 )

@@ -74,9 +74,9 @@ def test_the_largest_micro_batch_is_the_largest(monkeypatch: pytest.MonkeyPatch)
 def test_a_teacher_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """While its states are cached, or all along."""
     monkeypatch.setattr(sys.modules["lowbitcore.plan"], "_resident", lambda: 10**9)
-    config = LlamaConfig(**{k: v for k, v in LLAMA_7B.items() if k != "dtype"})
+    config = LlamaConfig(**{**LLAMA_7B, "dtype": torch.bfloat16})
     settings = {"method": "lrec", "bits": 4, "group_size": 128, "length": 256, "tokens": 100_000}
-    more = {**settings, "memory": 22 * 10**9, "checkpointing": "full", "dtype": torch.bfloat16}
+    more = {**settings, "memory": 22 * 10**9, "checkpointing": "full"}
     cached, beside = (plan(config, **more, cache=cache) for cache in (True, False))  # type: ignore[arg-type]
     assert beside.teacher_bytes == pytest.approx(2 * 6.74e9, rel=1e-2)
     block, embeddings = 2 * 202.4e6, 2 * 32_000 * 4096

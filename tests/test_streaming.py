@@ -237,7 +237,7 @@ def test_kill_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         write_json(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", stop)
+        patch.setattr(files, "write_json", stop)
         with pytest.raises(Killed):
             run(source, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
