@@ -25,7 +25,6 @@ from lowbitcore.lora import add_adapter, newest_adapters, next_order
 from lowbitcore.nn import LowRank, QuantLinear
 from lowbitcore.peqa import prepare_peqa, thaw_scales
 from lowbitcore.provenance import (
-    _DTYPES,
     adapters_digest,
     adapters_digests,
     check_base,
@@ -57,8 +56,8 @@ def save_adapter(
     adapter, and where `out` would then hold an adapter and scales that do not belong together.
     """
     check_kind("save_adapter: model", model, PreTrainedModel)
-    if dtype not in _DTYPES:
-        names = ", ".join(str(item).removeprefix("torch.") for item in _DTYPES)
+    if dtype not in peft.STORED_DTYPES:
+        names = ", ".join(str(item).removeprefix("torch.") for item in peft.STORED_DTYPES)
         raise ValueError(f"save_adapter: dtype: expected one of {names}, got {dtype}")
     adapted, packed = bool(adapted_linears(model)), bool(quantized_linears(model))
     if not adapted and not packed:

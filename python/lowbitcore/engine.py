@@ -94,7 +94,7 @@ class Statistics(NamedTuple):
     cross: torch.Tensor | None
 
 
-class Quantized(NamedTuple):
+class QuantizedLinear(NamedTuple):
     """A linear's integers and scales, and the correction beside them if the config wants one."""
 
     linear: QuantLinear
@@ -134,7 +134,7 @@ class Engine(ABC):
     def __init__(self, config: QuantConfig, layout: BlockLayout, report: Report) -> None:
         self._config, self._layout, self._report = config, layout, report
 
-    def quantize(self, index: int) -> dict[str, Quantized]:
+    def quantize(self, index: int) -> dict[str, QuantizedLinear]:
         """Quantizes one block; its linears then hold dequantized weights in the compute dtype,
         corrections included.
 
@@ -150,10 +150,10 @@ class Engine(ABC):
     @abstractmethod
     def _quantize(
         self, index: int, prefix: str, linears: Mapping[str, nn.Module]
-    ) -> dict[str, Quantized]: ...
+    ) -> dict[str, QuantizedLinear]: ...
 
     @abstractmethod
-    def skip(self, index: int, linears: Mapping[str, Quantized]) -> None:
+    def skip(self, index: int, linears: Mapping[str, QuantizedLinear]) -> None:
         """Takes a block that was quantized earlier: the hidden states go past it."""
 
     def _quant_linear(
@@ -176,7 +176,7 @@ class Engine(ABC):
             bias=None if bias is None else bias.detach().clone(),
         )
 
-    def _add(self, entry: LinearReport, quantized: Quantized) -> None:
+    def _add(self, entry: LinearReport, quantized: QuantizedLinear) -> None:
         linear, correction = quantized
         self._report.linears.append(entry)
         weights, scales = linear.in_features * linear.out_features, linear.scales.numel()
@@ -190,12 +190,12 @@ class Engine(ABC):
 class RtnEngine(Engine):
     """Rounds each weight to the nearest integer of its grid: no data, no states."""
 
-    def skip(self, index: int, linears: Mapping[str, Quantized]) -> None:
+    def skip(self, index: int, linears: Mapping[str, QuantizedLinear]) -> None:
         pass
 
     def _quantize(
         self, index: int, prefix: str, linears: Mapping[str, nn.Module]
-    ) -> dict[str, Quantized]:
+    ) -> dict[str, QuantizedLinear]:
         config, result = self._config, {}
         for path, module in linears.items():
             with self._report.timing("quantize"):
@@ -206,7 +206,9 @@ class RtnEngine(Engine):
                     sym=config.sym,
                     mse=config.mse,
                 )
-                result[path] = Quantized(self._quant_linear(module, codes, scales, zeros, None))
+                result[path] = QuantizedLinear(
+                    self._quant_linear(module, codes, scales, zeros, None)
+                )
             self._add(LinearReport(f"{prefix}.{path}", None, None), result[path])
         return result
 
@@ -227,7 +229,7 @@ class GptqEngine(Engine):
         shapes = [linear_shape(item) for item in quantizable(layout.modules[0]).values()]
         check_rank("QuantConfig: rank", config.rank, shapes)
 
-    def skip(self, index: int, linears: Mapping[str, Quantized]) -> None:
+    def skip(self, index: int, linears: Mapping[str, QuantizedLinear]) -> None:
         block, calibration = self._layout.modules[index], self._calibration
         if self._config.target == "model":
             states = calibration.reference
@@ -239,7 +241,7 @@ class GptqEngine(Engine):
 
     def _quantize(
         self, index: int, prefix: str, linears: Mapping[str, nn.Module]
-    ) -> dict[str, Quantized]:
+    ) -> dict[str, QuantizedLinear]:
         groups = self._groups(index, linears)
         reached = {path for group in groups for path in group}
         calibration, block = self._calibration, self._layout.modules[index]
@@ -257,7 +259,7 @@ class GptqEngine(Engine):
             references = self._forwards(index, twin, calibration.reference, heads)
         forwards = self._forwards(index, block, calibration.hidden, heads)
         waiting: list[Statistics] = []
-        result: dict[str, Quantized] = {}
+        result: dict[str, QuantizedLinear] = {}
         try:
             for number, group in enumerate(groups):
                 statistics = self._statistics(index, forwards, references, number)
@@ -292,8 +294,8 @@ class GptqEngine(Engine):
         index: int,
         inputs: Sequence[torch.Tensor],
         originals: Mapping[str, torch.Tensor],
-        untuned: dict[str, Quantized],
-    ) -> dict[str, Quantized]:
+        untuned: dict[str, QuantizedLinear],
+    ) -> dict[str, QuantizedLinear]:
         """What training makes of a block's linears, or the very same where that is no better. The
         hidden states have gone past the block already, and are then those past the result."""
         calibration, block = self._calibration, self._layout.modules[index]
@@ -334,7 +336,7 @@ class GptqEngine(Engine):
                 linear = self._quant_linear(module, codes, scales, zeros, g_idx)
                 if correction is not None:
                     correction = peft.rounded(correction, peft.DTYPES[self._config.adapter_bits])
-            tuned[name] = Quantized(linear, correction)
+            tuned[name] = QuantizedLinear(linear, correction)
             self._set_dense(module, tuned[name])
         outputs = list(self._finish(self._forwards(index, block, inputs, [])))
         after = self._block_error(outputs, calibration.reference)
@@ -474,7 +476,7 @@ class GptqEngine(Engine):
         linears: Mapping[str, nn.Module],
         group: Sequence[str],
         statistics: Statistics,
-    ) -> dict[str, Quantized]:
+    ) -> dict[str, QuantizedLinear]:
         tokens, hessian, cross = statistics
         if hessian is None:
             return {}  # experts that no token was routed to
@@ -508,7 +510,7 @@ class GptqEngine(Engine):
                 linear = self._quant_linear(
                     module, codes[rows], scales[:, rows], zeros[:, rows], g_idx
                 )
-                result[path] = Quantized(linear, correction)
+                result[path] = QuantizedLinear(linear, correction)
                 self._set_dense(module, result[path])
                 error = self._relative_loss(weight[rows], _weight(module), hessian)
             self._add(LinearReport(f"{prefix}.{path}", error, factor.percdamp), result[path])
@@ -560,7 +562,7 @@ class GptqEngine(Engine):
         a, b = fit_low_rank(rest, factor, rank=self._config.rank)
         return peft.rounded(LowRankTensors(a, b, 1.0), peft.DTYPES[self._config.adapter_bits])
 
-    def _set_dense(self, module: nn.Module, quantized: Quantized) -> None:
+    def _set_dense(self, module: nn.Module, quantized: QuantizedLinear) -> None:
         """What the rest of the calibration sees: dequantized weights, multiplied by torch."""
         dense = quantized.linear.dequantize(self._dtype)
         if quantized.correction is not None:

@@ -74,9 +74,6 @@ def check_base(base: str, own: str | None, where: object) -> None:
         raise ValueError(f"{where}: belongs to another base: its integers are not this model's")
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-
-
 def adapters_digest(
     stacks: Mapping[str, Sequence[LowRank | LowRankTensors]], dtype: torch.dtype
 ) -> str:
@@ -93,7 +90,7 @@ def adapters_digest(
 def adapters_digests(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]]) -> str:
     """Of adapters as files of each type hold them: in this process they may be the masters of one
     of fewer bits."""
-    return " ".join(adapters_digest(stacks, item) for item in _DTYPES)
+    return " ".join(adapters_digest(stacks, item) for item in peft.STORED_DTYPES)
 
 
 def scales_digest(model: PreTrainedModel) -> str:

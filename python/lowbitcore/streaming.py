@@ -17,7 +17,7 @@ from lowbitcore import files
 from lowbitcore.blocks import linear_shape, quantizable
 from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.calibration import Calibration
-from lowbitcore.engine import BlockReport, LinearReport, Quantized, Report, engine_for
+from lowbitcore.engine import BlockReport, LinearReport, QuantizedLinear, Report, engine_for
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gguf import GgufFile
@@ -263,7 +263,7 @@ class _StreamingRun:
     def _correction_file(self, index: int) -> Path:
         return self._partial / f"correction-{index:05d}.safetensors"
 
-    def _write_corrections(self, index: int, linears: Mapping[str, Quantized]) -> None:
+    def _write_corrections(self, index: int, linears: Mapping[str, QuantizedLinear]) -> None:
         if not self._config.rank:
             return
         entries = []
@@ -288,7 +288,7 @@ class _StreamingRun:
             for path in paths
         }
 
-    def _write_block(self, index: int, linears: Mapping[str, Quantized]) -> None:
+    def _write_block(self, index: int, linears: Mapping[str, QuantizedLinear]) -> None:
         prefix = f"{self._layout.prefix}.{index}"
         config = self._config.gptq_config()
         entries = []
@@ -315,7 +315,7 @@ class _StreamingRun:
         saved = saved_name(self._model, name)
         return Entry(saved, dtype, info.shape, lambda: weights.tensor(found).to(dtype))
 
-    def _read_done(self, index: int) -> dict[str, Quantized]:
+    def _read_done(self, index: int) -> dict[str, QuantizedLinear]:
         prefix = f"{self._layout.prefix}.{index}."
         weights = Checkpoint.from_file(self._block_file(index))
         block = self._layout.modules[index]
@@ -336,7 +336,7 @@ class _StreamingRun:
                 dtype=self._dtype,
                 device=self._device,
             )
-            result[path] = Quantized(linear, corrections.get(path))
+            result[path] = QuantizedLinear(linear, corrections.get(path))
         return result
 
     # Merging

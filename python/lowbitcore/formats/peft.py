@@ -27,6 +27,8 @@ CORRECTION = "correction"
 
 # Of an adapter's matrices, by their bits in a file.
 DTYPES = {8: torch.float8_e4m3fn, 16: torch.float16}
+# What files may hold; training keeps its checkpoints in the first.
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 _PREFIX = "base_model.model."
 # What would change the product and is not done here.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbitcore import _C
-from lowbitcore.ops.arguments import as_heads, check_dims, dense, heads_like
+from lowbitcore.ops.arguments import as_heads, check_dims, contiguous, heads_like
 from lowbitcore.ops.operators import define, differentiate, fake, kernel_or_operator
 
 
@@ -68,7 +68,7 @@ def _(
         as_heads(k),
         as_heads(v),
         as_heads(out),
-        dense(lse),
+        contiguous(lse),
         scale,
         dq,
         dk,

@@ -12,7 +12,7 @@ from lowbitcore.ops.arguments import (
     as_rows,
     check,
     check_dims,
-    dense,
+    contiguous,
     empty_like,
     fail,
     heads_like,
@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 @define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = empty_like(x)
-    _C.rms_norm(as_rows(x), dense(weight), eps, result_rows(y))
+    _C.rms_norm(as_rows(x), contiguous(weight), eps, result_rows(y))
     return y
 
 
@@ -58,7 +58,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @define("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor")
 def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dx = empty_like(x)
-    _C.rms_norm_backward(as_rows(dy), as_rows(x), dense(weight), eps, result_rows(dx))
+    _C.rms_norm_backward(as_rows(dy), as_rows(x), contiguous(weight), eps, result_rows(dx))
     return dx
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbitcore import _C
-from lowbitcore.ops.arguments import as_rows, check, check_dims, dense, result_rows
+from lowbitcore.ops.arguments import as_rows, check, check_dims, contiguous, result_rows
 from lowbitcore.ops.operators import define, fake
 
 
@@ -59,7 +59,7 @@ def _(
     losses, gradient = _token_losses_fake(logits, targets, differentiate)
     _C.token_losses(
         as_rows(logits),
-        dense(targets),
+        contiguous(targets),
         lambda_ce,
         None if teacher is None else as_rows(teacher),
         lambda_kl,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbitcore import _C
-from lowbitcore.ops.arguments import ACTIVATIONS, as_rows, check, check_dims, dense, fail
+from lowbitcore.ops.arguments import ACTIVATIONS, as_rows, check, check_dims, contiguous, fail
 from lowbitcore.ops.format import check_format, group_count
 from lowbitcore.ops.operators import define, define_on_host, fake, stream
 
@@ -153,7 +153,7 @@ def _(
     _C.check_format("unpack", bits, group_size, in_features, out_features)
     qweight, qzeros = _unpack_fake(packed, bits, group_size, in_features, out_features)
     _C.unpack(
-        dense(packed),
+        contiguous(packed),
         bits,
         group_size,
         in_features,
