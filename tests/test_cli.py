@@ -180,8 +180,11 @@ def test_self_calibration_and_rtn(workplace: Path) -> None:
     assert result["mean_loss"] is None
 
 
-def test_hub_data_set(workplace: Path, tmp_path: Path) -> None:
+def test_hub_data_set(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A data set of the hub is loaded by the datasets library, which takes a directory as well."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": text_of(900)}) + '\n{"text": null}\n')
     arguments = quantization(workplace, "hub")
     arguments[arguments.index("--calib") + 1] = f"hf:{tmp_path}"
