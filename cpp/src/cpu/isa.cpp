@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdlib>
 
-
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
