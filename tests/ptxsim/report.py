@@ -210,7 +210,6 @@ def look_at_machine_code(
         checks,
     )
     print("No spills, no stack, no warnings; registers of a thread and blocks of a multiprocessor.")
-    print(f"Planned blocks: {static_evidence.PLANNED_BLOCKS}\n")
     static_evidence.check_occupancy(compiled, checks)
     heading("SASS: instructions of the main loop (reported, not checked)")
     if toolchain.disassembler() is None:
