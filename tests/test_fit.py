@@ -208,6 +208,19 @@ def test_low_rank_is_the_best_there_is(shape: tuple[int, int], act_order: bool) 
         assert torch.equal(drawn, torch.rand(1))
 
 
+def test_low_rank_draws_no_random_numbers_of_others() -> None:
+    weight, hessian, _ = problem(3, 32, act_order=False)
+    factor = ops.gptq_factorize(hessian, percdamp=0.01)
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    first = fit_low_rank(weight, factor, rank=4)
+    assert torch.equal(torch.rand(3), wanted)
+    torch.rand(5)
+    for one, other in zip(first, fit_low_rank(weight, factor, rank=4), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_low_rank_of_full_rank_leaves_nothing() -> None:
     weight, hessian, _ = problem(4, 32, act_order=True)
     factor = ops.gptq_factorize(hessian)

@@ -3,6 +3,9 @@ and a low-rank product to what those leave over."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -137,11 +140,24 @@ def fit_low_rank(error: Tensor, factor: ops.GptqFactor, *, rank: int) -> tuple[T
     weighted = torch.linalg.solve_triangular(
         factor.u, error[:, factor.order.long()], upper=True, left=False
     )
-    with torch.random.fork_rng():  # on all devices, which are all seeded
-        torch.manual_seed(0)
+    with _seeded(error.device):
         most = min(weighted.shape)
         u, _, _ = torch.svd_lowrank(weighted, q=min(rank + _OVERSAMPLED, most), niter=_ITERATIONS)
     u = u[:, :rank]
     a = u.T @ error
     norms = a.norm(dim=1).sqrt().clamp(min=1e-12)
     return a / norms[:, None], u * norms
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """The same random numbers each time, and none of those that others draw on this device."""
+    generator = torch.default_generator
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index]
+    state = generator.get_state()
+    generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
