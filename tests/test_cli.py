@@ -272,6 +272,18 @@ def test_info_device() -> None:
             lambda d: ["quantize", d / "model", d / "x", "--bits", 4, "--group-size", 2**62],
             "--group-size: expected -1 or a multiple of 32",
         ),
+        (
+            lambda d: [*quantization(d, "x"), "--method", "rtn"],
+            "--calib: expected none with --method rtn",
+        ),
+        (
+            lambda d: ["quantize", d, d / "x", "--bits", 4, "--method", "rtn", "--tune-epochs", 1],
+            "--tune-epochs: expected none with --method rtn, which uses no data",
+        ),
+        (
+            lambda d: ["quantize", d, d / "x", "--bits=4", "--method=rtn", "--no-true-sequential"],
+            "--no-true-sequential: expected none",
+        ),
         (lambda d: ["info"], "expected either PATH or --device"),
         (lambda d: ["info", ""], "path: expected a directory"),
         # Said before the model writes its calibration text.

@@ -34,8 +34,16 @@ if TYPE_CHECKING:
     from lowbitcore.summary import Summary
 
 
+# Options of quantize that say nothing to --method rtn.
+_OF_GPTQ = (
+    *("act_order", "no_true_sequential", "damp", "calib", "samples", "length", "seed"),
+    *("rank", "adapter_bits", "tune_epochs"),
+)
+
+
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Annotated[
         Path,
@@ -97,6 +105,12 @@ def quantize(
     from lowbitcore.runtime import resolve_device
     from lowbitcore.streaming import check_output, quantize_checkpoint
 
+    if method == "rtn":
+        for name in _OF_GPTQ:
+            given = context.get_parameter_source(name)
+            if given is not None and given.name == "COMMANDLINE":
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: expected none with --method rtn, which uses no data")
     config = QuantConfig(
         bits=bits,
         group_size=group_size,
@@ -116,8 +130,6 @@ def quantize(
         if calib is None:
             raise ValueError("--calib: expected a text file, hf:NAME or self (or --method rtn)")
         windows = _calibration(model, calib, samples, length, seed, device)
-    elif calib is not None:
-        raise ValueError("--calib: expected none with --method rtn, which uses no data")
     start = time.perf_counter()
     report = quantize_checkpoint(model, out, windows, config, device=device, resume=resume)
     seconds = time.perf_counter() - start
