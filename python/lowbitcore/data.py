@@ -22,7 +22,7 @@ from lowbitcore.checks import check_length, check_unicode
 # A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
 # special tokens apart, are its bytes and most frequent pieces.
 _HUB_DOCUMENTS = 10_000
-_TRAINING = 1 << 40  # above the seeds that people use
+_TRAINING = 1 << 31  # above the seeds that people use; torch looks at 32 bits of one
 _COMMON_TOKENS = 2000
 
 
@@ -215,7 +215,7 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
         _check_sizes("TrainingSet", 1 if limit is None else limit, length)
         most = sys.maxsize if limit is None else limit
         # Other documents first than a calibration with the same seed has taken.
-        generator = torch.Generator().manual_seed(seed + _TRAINING)
+        generator = torch.Generator().manual_seed(seed ^ _TRAINING)
         texts = [example.text for example in examples if not example.prompt]
         instructions = [example for example in examples if example.prompt]
         if mask_prompt and not instructions:

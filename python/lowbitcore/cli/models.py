@@ -94,7 +94,7 @@ def quantize(
     ] = 0,
     damp: Annotated[float, typer.Option(help="Damping, a fraction of the mean diagonal.")] = 0.01,
     seed: Annotated[
-        int, typer.Option(help="Of the calibration windows.", min=0, max=2**63 - 1)
+        int, typer.Option(help="Of the calibration windows.", min=0, max=2**32 - 1)
     ] = 0,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
