@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lowbitcore.blocks import evaluating
 from lowbitcore.checks import check_length, check_unicode
+from lowbitcore.files import one_line
 
 # A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
 # special tokens apart, are its bytes and most frequent pieces.
@@ -106,7 +107,7 @@ def hub_texts(name: str) -> list[str]:
         records = itertools.islice(stream, _HUB_DOCUMENTS)
         texts = [item for item in (record["text"] for record in records) if isinstance(item, str)]
     except Exception as error:  # network, unknown name, no such column: all end here
-        raise ValueError(f"hf:{name}: cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"hf:{name}: cannot be read: {one_line(error)}") from error
     if not any(text.strip() for text in texts):
         raise ValueError(f"hf:{name}: holds no text")
     return texts
