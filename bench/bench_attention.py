@@ -1,4 +1,4 @@
-"""Causal attention beside torch's, forward and backward, where a level has it: with AMX.
+"""Causal attention beside torch's, forward and backward.
 
 pytest bench/bench_attention.py
 """
@@ -18,9 +18,7 @@ import lowbitcore as lbc
 from bench_qgemm import compare
 from lowbitcore import ops
 
-pytestmark = pytest.mark.skipif(
-    device.on_gpu() or not ops.has_attention(), reason="this level leaves attention to torch"
-)
+pytestmark = pytest.mark.skipif(device.on_gpu(), reason="on a GPU attention is torch's")
 
 
 class Shape(NamedTuple):

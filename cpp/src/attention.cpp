@@ -13,7 +13,10 @@ namespace {
 void check_heads(const char* op, const char* argument, const ConstHeads& x, const ConstHeads& like,
                  std::int64_t count) {
   check::heads(op, argument, x, like.batch, count, like.rows, like.cols);
-  if (x.dtype != DType::bf16) check::fail(op, argument, "bfloat16", check::name(x.dtype));
+  if (x.dtype != like.dtype) {
+    check::fail(op, argument, std::string(check::name(like.dtype)) + ", as q",
+                check::name(x.dtype));
+  }
 }
 
 // What is written: no two elements in one place.
@@ -59,8 +62,6 @@ std::size_t sized(const char* op, std::size_t (*Backend::*size)(std::int64_t, st
 }
 
 }  // namespace
-
-bool has_attention(const Execution& exec) { return backend_of(exec).attention != nullptr; }
 
 void attention(const AttentionInputs& in, Heads out, View<float> lse, const Execution& exec) {
   const char* op = "attention";

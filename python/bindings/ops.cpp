@@ -415,7 +415,6 @@ void init_ops(nb::module_& m) {
   m.def("qgemm_nn", &py_qgemm_nn);
   m.def("qgemm_grad_scales", &py_qgemm_grad_scales);
   m.def("permute_columns", &py_permute_columns);
-  m.def("has_attention", [] { return has_attention(); });
   m.def("attention", &py_attention);
   m.def("attention_backward", &py_attention_backward);
   m.def("quantize_rtn", &py_quantize_rtn);

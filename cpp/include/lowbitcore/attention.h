@@ -1,29 +1,26 @@
-// Causal attention of bf16 heads, forward and backward, for training: as many queries as keys.
+// Causal attention, forward and backward, of as many queries as keys. On the CPU.
 //
 //   O = softmax(scale Q K^T) V    for each head of q; a query sees the keys up to its own
 //
 // Query head h attends to head h / (q.heads / k.heads) of k and v. Scores, their softmax and all
-// sums are fp32; probabilities and the gradients of scores are rounded to bf16 where they are
-// multiplied by values, queries and keys, results once at the end. A thread takes a head of k
-// and v with all that attend to it, so results do not depend on the number of threads. Scratch
-// grows with rows, not with their square.
+// sums are fp32, results are rounded once, at the end. Of bf16 on levels with tiles, probabilities
+// and the gradients of scores are rounded to bf16 where they are multiplied by values, queries and
+// keys. Results do not depend on the number of threads. Scratch grows with rows, not with their
+// square.
 #pragma once
 
 #include <lowbitcore/types.h>
 
 namespace lowbitcore {
 
-// What attention is computed of, all bf16. Columns: a multiple of 32, at most 256. k and v are of
-// one shape.
+// What attention is computed of, all of one type, as results are. Columns: a multiple of 32, at
+// most 256. k and v are of one shape.
 struct AttentionInputs {
   ConstHeads q;
   ConstHeads k;
   ConstHeads v;
   float scale = 1.0f;  // above 0
 };
-
-// Whether the level in use has these operations (those with tiles do); without, they throw Error.
-bool has_attention(const Execution& exec = {});
 
 // out, shaped as q, and the logarithm of each row's sum of exponentials, lse [batch * heads, rows],
 // which the backward takes.

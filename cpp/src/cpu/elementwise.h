@@ -73,6 +73,11 @@ inline Vec exp(const Vec& x) {
   return p * as_int(exponent).template left<23>().as_float();
 }
 
+// 0 where it would be no normal number. Keeps NaN.
+inline Vec exp_or_zero(const Vec& x) {
+  return select_less(x, Vec::broadcast(-87.3f), Vec::broadcast(0.0f), exp(x));
+}
+
 // 0 where it would be no normal number.
 inline Vec sigmoid(const Vec& x) {
   const Vec one = Vec::broadcast(1.0f), zero = Vec::broadcast(0.0f);

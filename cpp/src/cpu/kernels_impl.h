@@ -40,6 +40,7 @@
 // Nothing here has external linkage, and nothing from the standard library that would: linking two
 // levels must never let code of the higher one serve the lower (see CONTRIBUTING).
 
+#include "attention.h"
 #include "decode.h"
 #include "direct.h"
 #include "doubles.h"
@@ -52,7 +53,7 @@
 #include "digits.h"
 #endif
 #ifdef LOWBITCORE_TILES
-#include "attention.h"
+#include "tiles_attention.h"
 #include "tiles_gemm.h"
 #endif
 
@@ -117,6 +118,39 @@ size_t qgemm_nn_workspace(const QuantFormat& f, int64_t m, int threads) {
   return most;
 }
 
+void attention(const AttentionInputs& in, Heads out, View<float> lse, const Resources& use) {
+#ifdef LOWBITCORE_TILES
+  if (in.q.dtype == DType::bf16) return tiles_attention(in, out, lse, use);
+#endif
+  vectors_attention(in, out, lse, use);
+}
+
+size_t attention_workspace(int64_t rows, int64_t cols, int threads) {
+  size_t most = vectors_attention_workspace(rows, cols, threads);
+#ifdef LOWBITCORE_TILES
+  most = larger(most, tiles_attention_workspace(rows, cols, threads));
+#endif
+  return most;
+}
+
+void attention_backward(ConstHeads d_out, const AttentionInputs& in, ConstHeads out,
+                        View<const float> lse, Heads dq, Heads dk, Heads dv, const Resources& use) {
+#ifdef LOWBITCORE_TILES
+  if (in.q.dtype == DType::bf16) {
+    return tiles_attention_backward(d_out, in, out, lse, dq, dk, dv, use);
+  }
+#endif
+  vectors_attention_backward(d_out, in, out, lse, dq, dk, dv, use);
+}
+
+size_t attention_backward_workspace(int64_t rows, int64_t cols, int threads) {
+  size_t most = vectors_attention_backward_workspace(rows, cols, threads);
+#ifdef LOWBITCORE_TILES
+  most = larger(most, tiles_attention_backward_workspace(rows, cols, threads));
+#endif
+  return most;
+}
+
 constexpr Backend make_backend(const char* name) {
   Backend backend{};
   backend.name = name;
@@ -148,12 +182,10 @@ constexpr Backend make_backend(const char* name) {
   backend.attend = attend;
   backend.add_low_rank = add_low_rank;
   backend.add = add;
-#ifdef LOWBITCORE_TILES
   backend.attention = attention;
   backend.attention_workspace = attention_workspace;
   backend.attention_backward = attention_backward;
   backend.attention_backward_workspace = attention_backward_workspace;
-#endif
   return backend;
 }
 

@@ -33,11 +33,8 @@ struct RowSoftmax {
     inverse = Vec::broadcast(1.0f / total);
   }
   Vec logit(int64_t c) const { return load_as_float(row, Type, c); }
-  // 0 where it would be no normal number: of a masked logit it is, and counts for nothing.
-  Vec exponential(int64_t c) const {
-    const Vec x = logit(c) - max;
-    return select_less(x, Vec::broadcast(-87.3f), Vec::broadcast(0.0f), exp(x));
-  }
+  // Of a masked logit 0: it counts for nothing.
+  Vec exponential(int64_t c) const { return exp_or_zero(logit(c) - max); }
   // p f(c), and 0 where p is, however large the other may be. Keeps NaN.
   template <typename F>
   Vec expectation(int64_t c, const F& f) const {

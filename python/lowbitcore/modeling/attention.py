@@ -1,7 +1,8 @@
 """Attention of transformers' models through the core's operation, wherever that has it.
 
 Importing this registers the implementation ``lowbitcore`` with transformers. It is torch's own,
-``sdpa``, but for causal bf16 on the CPU without a cache: training, calibration, evaluation.
+``sdpa``, but where as many queries as keys are causal, on the CPU: training, calibration,
+evaluation, prompts.
 """
 
 from __future__ import annotations
@@ -122,13 +123,13 @@ def _is_ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the core has attention for these."""
     return (
         not torch.compiler.is_compiling()
-        and all(x.is_cpu and x.dtype == torch.bfloat16 for x in (query, key, value))
+        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(x.is_cpu and x.dtype == query.dtype for x in (query, key, value))
         and query.shape[0] == key.shape[0]
         and query.shape[2:] == key.shape[2:]
         and key.shape == value.shape
         and query.shape[-1] % 32 == 0
         and query.shape[-1] <= 256
-        and ops.has_attention()
     )
 
 

@@ -17,7 +17,7 @@ first called).
 """
 
 from lowbitcore.ops.arguments import serves
-from lowbitcore.ops.causal_attention import attention, has_attention
+from lowbitcore.ops.causal_attention import attention
 from lowbitcore.ops.decoding import (
     AdaptedWeight,
     Norm,
@@ -75,7 +75,6 @@ __all__ = [
     "gptq_factorize",
     "gptq_quantize",
     "group_count",
-    "has_attention",
     "pack_qweight",
     "pack_qzeros",
     "packed_size",

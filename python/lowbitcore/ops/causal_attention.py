@@ -12,26 +12,19 @@ from lowbitcore.ops.arguments import as_heads, check_dims, contiguous, heads_lik
 from lowbitcore.ops.operators import define, differentiate, fake, kernel_or_operator
 
 
-def has_attention() -> bool:
-    """Whether the level in use has :func:`attention`: those with tiles do."""
-    return _C.has_attention()
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """Causal attention, ``softmax(scale q k^T) v``, with as many queries as keys; on the CPU.
 
     Args:
-        q: bfloat16 [B, H, T, D], D a multiple of 32, at most 256; any strides.
-        k, v: bfloat16 [B, H', T, D], any strides. H' divides H; ``H / H'`` heads of q in a row
-            share one of k and v.
+        q: float32, bfloat16 or float16 [B, H, T, D], D a multiple of 32, at most 256; any strides.
+        k, v: as q [B, H', T, D], any strides. H' divides H; ``H / H'`` heads of q in a row share
+            one of k and v.
         scale: above 0; D ** -0.5 by default.
 
     Returns:
-        bfloat16 [B, H, T, D], a transposed view of [B, T, H, D], as gradients are. Scores, softmax
-        and sums are float32. Differentiable, once, in q, k and v.
-
-    Raises:
-        lowbitcore.Error: the level in use does not have it; see :func:`has_attention`.
+        As q, [B, H, T, D], a transposed view of [B, T, H, D], as gradients are. Scores, softmax
+        and sums are float32. Differentiable, once, in q, k and v. After FlashAttention-2 (arXiv
+        2307.08691).
     """
     kernel = kernel_or_operator("attention", _attention, q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
