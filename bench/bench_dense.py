@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface
 
 import device
-import lowbitcore.modeling  # noqa: F401  (registers our attention)
 from bench_elementwise import describe
 from bench_qgemm import compare
-from lowbitcore import dense
+from lowbitcore import dense, ops
 
 pytestmark = pytest.mark.skipif(
     device.on_gpu() or dense.multiplies(torch.bfloat16),
@@ -39,8 +37,6 @@ class Product(NamedTuple):
 # Of a batch of SmolLM2-135M; of the head as many tokens as a chunk of the loss has at least.
 PRODUCTS = [
     Product("linear", 1024, 576, 1536),
-    Product("adapter_down", 1024, 8, 576),
-    Product("adapter_up", 1024, 576, 8),
     Product("head", 32, 49152, 576),
 ]
 each = pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
@@ -84,15 +80,53 @@ def test_backward(benchmark: Any, product: Product) -> None:
     describe(benchmark, f"{product.name}_backward")
 
 
-def test_attention_backward(benchmark: Any) -> None:
-    q, k, v = (
-        torch.randn(2, heads, 512, 64, dtype=torch.bfloat16, requires_grad=True)
-        for heads in (9, 3, 3)
+class Adapted(NamedTuple):
+    """What a linear puts out and an adapter of rank 8 adds to, from m rows of k."""
+
+    m: int
+    n: int
+    k: int
+
+
+each_adapted = pytest.mark.parametrize(
+    "shape", [Adapted(1024, 1536, 576), Adapted(1024, 192, 576)], ids=lambda s: f"N{s.n}-K{s.k}"
+)
+
+
+def adapters(shape: Adapted, dtype: torch.dtype) -> list[Tensor]:
+    sizes = (shape.m, shape.n), (shape.m, shape.k), (8, shape.k), (shape.n, 8)
+    y, x, a, b = (torch.randn(size, requires_grad=True) for size in sizes)
+    return [*(item.detach().to(dtype).requires_grad_() for item in (y, x)), a, b]
+
+
+def torchs_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(y, functional.linear(x, a.to(x.dtype)), b.to(x.dtype).mT, alpha=2.0)
+
+
+def our_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return ops.add_low_rank(y, x, a, b, scaling=2.0)
+
+
+@torch.no_grad()
+@each_adapted
+def test_adapter(benchmark: Any, shape: Adapted) -> None:
+    narrow, wide = adapters(shape, torch.bfloat16), adapters(shape, torch.float32)
+    compare(
+        benchmark,
+        lambda: our_adapter(*narrow),
+        torch=lambda: torchs_adapter(*narrow),
+        fp32=lambda: torchs_adapter(*wide),
     )
-    module: Any = nn.Module()
-    module.num_key_value_groups, module.is_causal = 3, True
-    ours, torchs = (
-        AttentionInterface()[name](module, q, k, v, None)[0] for name in ("lowbitcore", "sdpa")
+    describe(benchmark, "adapter")
+
+
+@each_adapted
+def test_adapter_backward(benchmark: Any, shape: Adapted) -> None:
+    narrow, wide = adapters(shape, torch.bfloat16), adapters(shape, torch.float32)
+    compare(
+        benchmark,
+        gradient(our_adapter(*narrow), *narrow),
+        torch=gradient(torchs_adapter(*narrow), *narrow),
+        fp32=gradient(torchs_adapter(*wide), *wide),
     )
-    compare(benchmark, gradient(ours, q, k, v), torch=gradient(torchs, q, k, v))
-    describe(benchmark, "attention_backward")
+    describe(benchmark, "adapter_backward")

@@ -283,7 +283,7 @@ def test_caller_errors(isa: str) -> None:
     q, k, v = make_case(groups=2, group=2, rows=8)[:3]
     wrong = {
         "q: expected .*, got float64": (q.double(), k, v),
-        "k: expected float32, as q, got bfloat16": (q.float(), k, v),
+        r"k: expected the type of q \(float32\), got bfloat16": (q.float(), k, v),
         "q: expected 4 dimensions": (q[0], k, v),
         r"q: expected a positive multiple of 32 columns, at most 256, got 24": (
             q[..., :24],

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lowbitcore import dense
+from lowbitcore import dense, ops
 from lowbitcore.modeling import attention, linears
 from lowbitcore.nn import LoraLinear, LowRank
 from test_models import make_model
@@ -45,7 +45,7 @@ def check(found: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
     n=st.integers(1, 70),
     k=st.integers(1, 70),
     dtype=st.sampled_from(HALVES),
-    added=st.sampled_from((None, "row", "matrix")),
+    biased=st.booleans(),
     across=st.booleans(),
 )
 def test_products_and_gradients(
@@ -54,7 +54,7 @@ def test_products_and_gradients(
     n: int,
     k: int,
     dtype: torch.dtype,
-    added: str | None,
+    biased: bool,
     across: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -64,35 +64,27 @@ def test_products_and_gradients(
 
     x, dy = random(*batch, k), random(*batch, n)
     weight = random(k, n).mT if across else random(n, k)
-    add = {None: None, "row": random(n), "matrix": random(*batch, n)}[added]
-    inputs = [item for item in (x, weight, add) if item is not None]
+    bias = random(n) if biased else None
+    inputs = [item for item in (x, weight, bias) if item is not None]
     with pytest.MonkeyPatch.context() as patch:
         pretend(patch, slow=True)
         cut_small(patch)
         for item in inputs:
             item.requires_grad_()
-        if added == "matrix":
-            scaling, y = -0.375, dense.add_scaled(add, x, weight, scaling=-0.375)
-        else:
-            scaling, y = 1.0, dense.linear(x, weight, add)
+        y = dense.linear(x, weight, bias)
         gradients = torch.autograd.grad(y, inputs, dy)
     assert y.grad_fn is not None
     assert type(y.grad_fn).__name__ == "_InFloat32Backward"
     x64, w64, dy64 = (item.detach().double() for item in (x, weight, dy))
-    plus = torch.zeros(1).double() if add is None else add.detach().double()
-    check(
-        y.detach(),
-        plus + scaling * (x64 @ w64.mT),
-        plus.abs() + abs(scaling) * (x64.abs() @ w64.abs().mT),
-        k + 2,
-    )
-    wanted = [(scaling * dy64 @ w64, abs(scaling) * dy64.abs() @ w64.abs(), n + 1)]
+    plus = torch.zeros(1).double() if bias is None else bias.detach().double()
+    check(y.detach(), plus + x64 @ w64.mT, plus.abs() + x64.abs() @ w64.abs().mT, k + 2)
     rows, dy_rows = x64.flatten(0, -2), dy64.flatten(0, -2)
-    magnitude = dy_rows.abs().mT @ rows.abs()
-    wanted.append((scaling * dy_rows.mT @ rows, abs(scaling) * magnitude, len(rows) + 1))
-    if add is not None:
-        summed = dy_rows.sum(0) if added == "row" else dy64
-        wanted.append((summed, dy_rows.abs().sum(0) if added == "row" else dy64, len(rows)))
+    wanted = [
+        (dy64 @ w64, dy64.abs() @ w64.abs(), n + 1),
+        (dy_rows.mT @ rows, dy_rows.abs().mT @ rows.abs(), len(rows) + 1),
+    ]
+    if bias is not None:
+        wanted.append((dy_rows.sum(0), dy_rows.abs().sum(0), len(rows)))
     for gradient, (exact, size, terms) in zip(gradients, wanted, strict=True):
         assert gradient.dtype == dtype
         check(gradient, exact, size.abs(), terms)
@@ -105,15 +97,14 @@ def test_same_values_either_way(
 ) -> None:
     """Few rows, and float32, are torch's."""
     generator = torch.Generator().manual_seed(rows)
-    x, weight, y = (
-        torch.randn(*shape, generator=generator).to(dtype)
-        for shape in ((rows, 64), (48, 64), (rows, 48))
+    x, weight = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, 64), (48, 64))
     )
     found = []
     for slow in (False, True):
         pretend(monkeypatch, slow=slow)
         weight.requires_grad_()
-        found.append(dense.add_scaled(y, x, weight, scaling=0.5))
+        found.append(dense.linear(x, weight))
     ours = type(found[1].grad_fn).__name__ == "_InFloat32Backward"
     assert ours == (rows >= 16 and dtype in HALVES)
     eps = torch.finfo(dtype).eps
@@ -152,12 +143,19 @@ def test_another_default_type() -> None:
 
 
 @pytest.mark.usefixtures("slow")
-def test_an_adapter() -> None:
+@pytest.mark.parametrize("outputs", [96, 40], ids=["the core's", "torch's"])
+def test_an_adapter(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of widths that are multiples of 32 it is the core's."""
+    calls = []
+    original = ops.add_low_rank
+    monkeypatch.setattr(
+        ops, "add_low_rank", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
     generator = torch.Generator().manual_seed(0)
-    base = nn.Linear(64, 96, bias=True).bfloat16()
+    base = nn.Linear(64, outputs).bfloat16()
     linears.use_own_linears(nn.ModuleList([base]))
     linear = LoraLinear(base)
-    adapter = LowRank(64, 96, rank=8, scaling=2.0, dropout=0.0)
+    adapter = LowRank(64, outputs, rank=8, scaling=2.0, dropout=0.0)
     nn.init.normal_(adapter.b, generator=generator)
     linear.adapters.append(adapter)
     x = torch.randn(2, 20, 64, generator=generator).bfloat16()
@@ -168,8 +166,9 @@ def test_an_adapter() -> None:
     torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.05)
     assert adapter.a.grad is not None
     assert adapter.b.grad is not None
-    db = 2 * (x.double() @ a.mT).flatten(0, 1).sum(0).expand(96, 8)
+    db = 2 * (x.double() @ a.mT).flatten(0, 1).sum(0).expand(outputs, 8)
     torch.testing.assert_close(adapter.b.grad.double(), db, rtol=0.02, atol=0.1)
+    assert len(calls) == (outputs % 32 == 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-sliding", "opt"])
@@ -203,16 +202,14 @@ def test_a_model_trains_to_the_same(family: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("slow")
 def test_torch_has_it_where_it_is_watched() -> None:
     layer = linears.Linear(32, 48).bfloat16()
-    x, y = torch.randn(20, 32).bfloat16(), torch.randn(20, 48).bfloat16()
+    x = torch.randn(20, 32).bfloat16()
 
     def is_ours(y: Tensor) -> bool:
         return type(y.grad_fn).__name__ == "_InFloat32Backward"
 
     assert is_ours(layer(input=x))
-    assert is_ours(dense.add_scaled(y, x, layer.weight, scaling=0.5))
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_ours(layer(x))
-        assert not is_ours(dense.add_scaled(y, x, layer.weight, scaling=0.5))
     assert torch.func.vmap(layer)(x[None]).shape == (1, 20, 48)
     assert torch.func.jacrev(layer)(x[:16]).shape == (16, 48, 16, 32)
     assert dense.linear(x, torch.empty(0, 32).bfloat16()).shape == (20, 0)

@@ -305,6 +305,7 @@ def plain(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> PreTrained
 def test_models_compute_what_transformers_computes(
     kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In bf16, as near to fp32 as transformers is, but for half as much again."""
     config = kind(**SMALL)
     model = filled(config, dtype)
     calls: list[str] = []
@@ -318,10 +319,11 @@ def test_models_compute_what_transformers_computes(
         monkeypatch.setattr(ops, name, counted)
     ids = torch.randint(96, (2, 12))
     with torch.no_grad():
-        found = model(input_ids=ids).logits
-        wanted = plain(model, config, dtype)(input_ids=ids).logits
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.06}[dtype]
-    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
+        found = model(input_ids=ids).logits.float()
+        other = plain(model, config, dtype)
+        theirs = other(input_ids=ids).logits.float()
+        exact = other.float()(input_ids=ids).logits
+    assert (found - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-5 * exact.norm()
     assert calls.count("swiglu") == 2 and calls.count("rotate") == 4
     assert calls.count("rms_norm") == (5 if kind is LlamaConfig else 9)
 

@@ -125,6 +125,25 @@ def test_opcheck_differentiable(rows: int, dtype: torch.dtype) -> None:
     opcheck(lib.qgemm_grad_scales.default, (grad_dy, grad_x, packed()), plain)
 
 
+ONCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rms_norm": lambda t: ops.rms_norm(t, torch.ones(K), eps=1e-5),
+    "swiglu": lambda t: ops.swiglu(t, t),
+    "attention": lambda t: ops.attention(*3 * [t.view(1, 1, 6, K)]),
+    "add_low_rank": lambda t: ops.add_low_rank(
+        t, t, torch.ones(2, K), torch.ones(K, 2), scaling=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_second_derivatives_are_refused(name: str) -> None:
+    """Not zeros, as torch makes of an operator without gradients."""
+    given = x(6).requires_grad_()
+    (first,) = torch.autograd.grad(ONCE[name](given).square().sum(), given, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"lowbitcore::{name} can be differentiated once"):
+        torch.autograd.grad(first.sum(), given)
+
+
 # ------------------------------------------------------------- with and without torch's dispatcher
 
 

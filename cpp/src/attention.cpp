@@ -13,10 +13,7 @@ namespace {
 void check_heads(const char* op, const char* argument, const ConstHeads& x, const ConstHeads& like,
                  std::int64_t count) {
   check::heads(op, argument, x, like.batch, count, like.rows, like.cols);
-  if (x.dtype != like.dtype) {
-    check::fail(op, argument, std::string(check::name(like.dtype)) + ", as q",
-                check::name(x.dtype));
-  }
+  check::same_dtype(op, argument, x.dtype, "q", like.dtype);
 }
 
 // What is written: no two elements in one place.

@@ -7,6 +7,7 @@
 #include <lowbitcore/elementwise.h>
 #include <lowbitcore/gptq.h>
 #include <lowbitcore/losses.h>
+#include <lowbitcore/low_rank.h>
 #include <lowbitcore/qgemm.h>
 #include <lowbitcore/quantize.h>
 
@@ -33,6 +34,10 @@ struct GptqProblem {
   View<float> scales;
   View<std::uint8_t> zeros;
   double* loss;  // one entry per kLanes outputs, so that their sum has a fixed order
+};
+
+struct LowRankShape {
+  std::int64_t rows, in_features, out_features, rank;
 };
 
 // Outputs are quantized in strips of this many, on every backend and level.
@@ -90,7 +95,12 @@ struct Backend {
   std::size_t (*attention_backward_workspace)(std::int64_t rows, std::int64_t cols, int threads);
   void (*attend)(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
                  Matrix out, const Resources&);
-  void (*add_low_rank)(ConstMatrix x, const LowRank&, Matrix y, const Resources&);
+  void (*add_low_rank)(ConstMatrix y, ConstMatrix x, const LowRank&, View<float> low, Matrix sum,
+                       const Resources&);
+  std::size_t (*add_low_rank_workspace)(const LowRankShape&, int threads);
+  void (*add_low_rank_backward)(ConstMatrix dy, ConstMatrix x, View<const float> low,
+                                const LowRank&, const LowRankGrads&, const Resources&);
+  std::size_t (*add_low_rank_backward_workspace)(const LowRankShape&, int threads);
   void (*add)(ConstMatrix a, ConstMatrix b, Matrix sum, const Resources&);
 };
 

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "call.h"
 
@@ -24,11 +25,6 @@ class Rows {
   std::unique_ptr<char[]> memory_;
   Matrix matrix_;
 };
-
-void check_adapter(const char* op, const ConstMatrix& x, const LowRank& adapter, const Matrix& y) {
-  check::shape(op, "a", adapter.a, adapter.a.rows, x.cols);
-  check::shape(op, "b", adapter.b, y.cols, adapter.a.rows);
-}
 
 void check_attention(const char* op, const ConstMatrix& q, const ConstHeads& keys,
                      const ConstHeads& values, float scale, const Matrix& out) {
@@ -58,7 +54,11 @@ void multiply(const char* op, ConstMatrix x, const AdaptedWeight& w, const Matri
               const Execution& exec) {
   if (w.adapter_count > 0) check::data(op, "adapters", w.adapters);
   qgemm_nt(x, w.weight, w.bias, y, exec);
-  for (std::size_t i = 0; i < w.adapter_count; ++i) add_low_rank(x, w.adapters[i], y, exec);
+  for (std::size_t i = 0; i < w.adapter_count; ++i) {
+    const std::int64_t rank = w.adapters[i].a.rows;
+    std::vector<float> low(static_cast<std::size_t>(x.rows * rank));
+    add_low_rank(y, x, w.adapters[i], {low.data(), x.rows, rank, rank}, y, exec);
+  }
 }
 
 // Turns the heads of x, which it takes apart from one another for their norm, if there is one.
@@ -82,18 +82,6 @@ void place(const Rows& x, const Norm& norm, ConstMatrix cos, ConstMatrix sin, Ma
 }
 
 }  // namespace
-
-void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Execution& exec) {
-  const char* op = "add_low_rank";
-  check::vectors(op, "x", x);
-  check::vectors(op, "y", y);
-  check::shape(op, "y", y, x.rows, y.cols);
-  check::same_dtype(op, "y", y.dtype, "x", x.dtype);
-  check_adapter(op, x, adapter, y);
-  const Backend& backend = backend_with(op, exec, &Backend::add_low_rank);
-  const auto bytes = static_cast<std::size_t>(x.cols + adapter.a.rows) * sizeof(float);
-  backend.add_low_rank(x, adapter, y, Call(op, exec, resolve_threads(exec), bytes));
-}
 
 void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
             Matrix out, const Execution& exec) {

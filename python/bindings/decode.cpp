@@ -93,17 +93,6 @@ class Parts {
   std::deque<std::vector<LowRank>> adapters_;
 };
 
-void py_add_low_rank(const Array& x, const Array& a, const Array& b, float scaling,
-                     const Array& y) {
-  const char* op = "add_low_rank";
-  on_cpu(op, {{"x", &x}, {"a", &a}, {"b", &b}, {"y", &y}});
-  const ConstMatrix in = const_matrix(op, "x", x);
-  const LowRank adapter{input<float>(op, "a", a), input<float>(op, "b", b), scaling};
-  const Matrix out = matrix(op, "y", y);
-  nb::gil_scoped_release release;
-  add_low_rank(in, adapter, out);
-}
-
 void py_attend(const Array& q, const Array& keys, const Array& values, float scale,
                const Array& out) {
   const char* op = "attend";
@@ -150,7 +139,6 @@ void py_finish_token(const Array& x, const Array& q, const Array& keys, const Ar
 }  // namespace
 
 void init_decode(nb::module_& m) {
-  m.def("add_low_rank", &py_add_low_rank);
   m.def("attend", &py_attend);
   m.def("project_token", &py_project_token, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());

@@ -180,6 +180,38 @@ void py_permute_columns(const Array& x, const Array& order, const Array& y) {
   permute_columns(in, columns, out);
 }
 
+void py_add_low_rank(const Array& y, const Array& x, const Array& a, const Array& b, float scaling,
+                     const Array& low, const Array& sum) {
+  const char* op = "add_low_rank";
+  on_cpu(op, {{"y", &y}, {"x", &x}, {"a", &a}, {"b", &b}, {"low", &low}, {"sum", &sum}});
+  const ConstMatrix to = const_matrix(op, "y", y), in = const_matrix(op, "x", x);
+  const LowRank adapter{input<float>(op, "a", a), input<float>(op, "b", b), scaling};
+  const auto narrow = view<float>(op, "low", low);
+  const Matrix out = matrix(op, "sum", sum);
+  nb::gil_scoped_release release;
+  add_low_rank(to, in, adapter, narrow, out);
+}
+
+void py_add_low_rank_backward(const Array& dy, const OptionalArray& x, const OptionalArray& low,
+                              const Array& a, const Array& b, float scaling,
+                              const OptionalArray& dx, const OptionalArray& da,
+                              const OptionalArray& db) {
+  const char* op = "add_low_rank_backward";
+  on_cpu(op, {{"dy", &dy}, {"x", x ? &*x : nullptr}, {"a", &a}, {"b", &b}});
+  const ConstMatrix grad = const_matrix(op, "dy", dy);
+  const LowRank adapter{input<float>(op, "a", a), input<float>(op, "b", b), scaling};
+  ConstMatrix in;
+  View<const float> narrow;
+  if (x) in = const_matrix(op, "x", *x);
+  if (low) narrow = input<float>(op, "low", *low);
+  LowRankGrads grads;
+  if (dx) grads.dx = matrix(op, "dx", *dx);
+  if (da) grads.da = view<float>(op, "da", *da);
+  if (db) grads.db = view<float>(op, "db", *db);
+  nb::gil_scoped_release release;
+  add_low_rank_backward(grad, in, narrow, adapter, grads);
+}
+
 void py_attention(const Array& q, const Array& k, const Array& v, float scale, const Array& out,
                   const Array& lse) {
   const char* op = "attention";
@@ -415,6 +447,8 @@ void init_ops(nb::module_& m) {
   m.def("qgemm_nn", &py_qgemm_nn);
   m.def("qgemm_grad_scales", &py_qgemm_grad_scales);
   m.def("permute_columns", &py_permute_columns);
+  m.def("add_low_rank", &py_add_low_rank);
+  m.def("add_low_rank_backward", &py_add_low_rank_backward);
   m.def("attention", &py_attention);
   m.def("attention_backward", &py_attention_backward);
   m.def("quantize_rtn", &py_quantize_rtn);

@@ -111,6 +111,20 @@ def token_losses(
     losses: Tensor,
     gradient: Tensor | None,
 ) -> None: ...
+def add_low_rank(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, low: Tensor, sum: Tensor
+) -> None: ...
+def add_low_rank_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    low: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+) -> None: ...
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None: ...
 def attention_backward(
     d_out: Tensor,
@@ -169,7 +183,6 @@ def fake_quantized_grads(
     d_latent: Tensor,
     d_scales: Tensor,
 ) -> None: ...
-def add_low_rank(x: Tensor, a: Tensor, b: Tensor, scaling: float, y: Tensor) -> None: ...
 def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None: ...
 def project_token(
     x: Tensor,

@@ -1,9 +1,8 @@
 """Products of dense tensors of 16 bits on processors that multiply none.
 
 torch then takes them element by element: on AVX2 some 5 times as long as in float32, and up to 80
-times of reductions that are as short as an adapter's rank, or of weights that lie across. Here they
-go through float32, a piece at a time, so that no whole copy of a weight is made; sums are float32,
-and are rounded once, as torch's are.
+times of weights that lie across. Here they go through float32, a piece at a time, so that no whole
+copy of a weight is made; sums are float32, and are rounded once, as torch's are.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from lowbitcore.ops.arguments import in_memory
 
 # Elements of a weight that are float32 at a time: 4 MB, which a cache can hold.
 _PANEL_ELEMENTS = 1 << 20
-# Rows of activations that are, at least and at most; else as many as a weight is wide or high. An
-# adapter's are worth no large pieces, between which a heap comes apart: by 2048 rows, with what
-# lives on after each, training with adapters took a sixth more memory.
+# Rows of activations that are, at least and at most; else as many as a weight is wide or high.
 _ROWS = (256, 2048)
 # With fewer rows, to read a weight as it is costs less than to convert it.
 _FEW_ROWS = 16
@@ -56,19 +53,9 @@ def is_slow(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias``: x [..., K], weight [N, K], bias [N]."""
     if _through_float32(x, weight):
-        result: Tensor = _InFloat32.apply(x, weight, bias, 1.0)
+        result: Tensor = _InFloat32.apply(x, weight, bias)
         return result
     return functional.linear(x, weight, bias)
-
-
-def add_scaled(y: Tensor, x: Tensor, weight: Tensor, *, scaling: float) -> Tensor:
-    """``y + scaling x W^T``: y [..., N], x [..., K], weight [N, K]."""
-    if _through_float32(x, weight):
-        result: Tensor = _InFloat32.apply(x, weight, y, scaling)
-        return result
-    rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    total = torch.addmm(*rows, weight.mT, alpha=scaling)
-    return total.view(y.shape)
 
 
 def _through_float32(x: Tensor, weight: Tensor) -> bool:
@@ -99,27 +86,22 @@ def _panels(weight_shape: Sequence[int]) -> Iterator[slice]:
 
 
 class _InFloat32(torch.autograd.Function):
-    """`linear` and `add_scaled`. For its backward it keeps what torch would: of its arguments, as
-    they came, those that gradients are made of."""
+    """`linear`. For its backward it keeps what torch would: of its arguments, as they came, those
+    that gradients are made of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, add: Tensor | None, scaling: float) -> Tensor:
-        for_x, for_weight, *_ = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        for_x, for_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
-        ctx.scaling, ctx.row_added = scaling, add is not None and add.dim() == 1
         y = x.new_empty(*x.shape[:-1], len(weight))
         rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, len(weight))
-        if add is not None and add.dim() > 1:
-            add = add.reshape(out.shape)
         for some in _parts(rows, weight.shape):
             part = rows[some].float()
             for panel in _panels(weight.shape):
                 total = part @ weight[panel].float().mT
-                if scaling != 1.0:
-                    total *= scaling
-                if add is not None:
-                    total += add[panel] if add.dim() == 1 else add[some, panel]
+                if bias is not None:
+                    total += bias[panel]
                 out[some, panel] = total
         return y
 
@@ -138,17 +120,16 @@ class _InFloat32(torch.autograd.Function):
             for panel in _panels(ctx.weight_shape):
                 piece = gradient[some, panel].float()
                 if total is not None:
-                    total.addmm_(piece, weight[panel].float(), alpha=ctx.scaling)
+                    total.addmm_(piece, weight[panel].float())
                 if dw is not None and part is not None:
-                    dw[panel].addmm_(piece.mT, part, alpha=ctx.scaling)
+                    dw[panel].addmm_(piece.mT, part)
             if dx is not None and total is not None:
                 dx[some] = total
-        d_add = None
+        d_bias = None
         if ctx.needs_input_grad[2]:
-            d_add = gradient.sum(0, dtype=torch.float32).to(dy.dtype) if ctx.row_added else dy
+            d_bias = gradient.sum(0, dtype=torch.float32).to(dy.dtype)
         return (
             None if dx is None else dx.view(ctx.x_shape),
             None if dw is None else dw.to(dy.dtype),
-            d_add,
-            None,
+            d_bias,
         )

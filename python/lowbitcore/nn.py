@@ -503,8 +503,13 @@ class LowRank(nn.Module):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y [..., N] plus what the adapter makes of x [..., K]."""
-        low = dense.linear(self.dropout(x), self.a.to(x.dtype))
-        return dense.add_scaled(y, low, self.b.to(x.dtype), scaling=self.scaling)
+        x = self.dropout(x)
+        if dense.is_slow(x) and ops.serves(x, y):
+            return ops.add_low_rank(y, x, self.a, self.b, scaling=self.scaling)
+        low = dense.linear(x, self.a.to(x.dtype))
+        rows = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
+        total = torch.addmm(*rows, self.b.to(x.dtype).mT, alpha=self.scaling)
+        return total.view(y.shape)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"

@@ -423,7 +423,7 @@ void attention(std::int64_t rows) {
   lbc::Heads single = k.view();
   single.dtype = lbc::DType::f32;
   expect_error([&] { lbc::attention({k.view(), single, k.view()}, k.view(), view(lse, 4, rows)); },
-               {"attention", "k", "bfloat16, as q", "float32"});
+               {"attention", "k", "the type of q (bfloat16)", "float32"});
   HeadValues none(2, 0, 9);
   std::vector<float> no_lse;
   lbc::attention({none.view(), none.view(), none.view()}, none.view(), view(no_lse, 4, 0));

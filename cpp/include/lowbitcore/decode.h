@@ -9,21 +9,15 @@
 // x, y [batch, K] and whatever lies between are of one type, to which each operation above rounds
 // its result, as transformers does it; within one all is fp32. Results do not depend on the number
 // of threads. On the CPU; elsewhere Error. A workspace that a host brings serves each operation
-// inside in turn: the most that qgemm_nt_workspace_size says of the weights and, with adapters, (K
-// + rank) floats will do. What lies between them a call allocates.
+// inside in turn: the most that qgemm_nt_workspace_size says of the weights and
+// add_low_rank_workspace_size of adapters will do. What lies between them a call allocates.
 #pragma once
 
 #include <lowbitcore/format.h>
+#include <lowbitcore/low_rank.h>
 #include <lowbitcore/types.h>
 
 namespace lowbitcore {
-
-// A low-rank adapter, scaling * B A (Hu et al., arXiv 2106.09685).
-struct LowRank {
-  View<const float> a;  // [rank, K]
-  View<const float> b;  // [N, rank]
-  float scaling = 1.0f;
-};
 
 // x W^T + bias, and what its adapters add.
 struct AdaptedWeight {
@@ -37,10 +31,6 @@ struct Norm {
   ConstMatrix weight;  // [1, cols]; without data there is no norm
   float eps = 0.0f;
 };
-
-// y [M,N] += scaling B A x for x [M,K]; K and N multiples of 32. Made for few rows: B and A are
-// read for each.
-void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Execution& exec = {});
 
 // out = softmax(scale q keys^T) values for one query a head; q and out are [batch, heads * cols],
 // heads side by side. Query head h attends to head h / (heads of q / heads of keys). At least one

@@ -8,6 +8,7 @@
 #include <lowbitcore/format.h>
 #include <lowbitcore/gptq.h>
 #include <lowbitcore/losses.h>
+#include <lowbitcore/low_rank.h>
 #include <lowbitcore/pack.h>
 #include <lowbitcore/qgemm.h>
 #include <lowbitcore/quantize.h>

@@ -63,17 +63,6 @@ inline void put_rows(const ConstMatrix& x, int64_t first, int64_t count, float* 
   }
 }
 
-// c [rows][32] (+)= a^T b, where a is [depth][a_step], of which `rows` columns, and b [depth][32].
-inline void multiply_panels(int64_t rows, int64_t depth, const float* a, int64_t a_step,
-                            const float* b, float* c, bool accumulate) {
-  int64_t strips = divide_up(rows, kRows);
-  for (int64_t r = 0; r < rows; --strips) {
-    const int64_t height = divide_up(rows - r, strips);
-    Left<float>::tile(height, depth, a + r, a_step, b, c + r * kPanel, accumulate);
-    r += height;
-  }
-}
-
 // ---- scores ----
 
 // In scores [keys][queries] of a panel by itself, those of keys that come after the query.

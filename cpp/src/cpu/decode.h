@@ -1,5 +1,5 @@
-// Decoding: what a new token takes besides products, norms and positions. Attention of one query to
-// the KV cache (online softmax), and LoRA of few rows.
+// Decoding: what a new token takes besides products, norms, positions and adapters. Attention of
+// one query to the KV cache (online softmax), and sums.
 #pragma once
 
 #include "elementwise.h"
@@ -99,48 +99,6 @@ void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, flo
                          row_pointer(out, batch) + head * cols * bytes);
     });
   });
-}
-
-// ---- adapters ----
-
-void add_low_rank(ConstMatrix x, const LowRank& adapter, Matrix y, const Resources& use) {
-  constexpr int64_t kElements = 1 << 14;  // of a factor, about, that a thread takes at a time
-  const int64_t rank = adapter.a.rows;
-  float* row = static_cast<float*>(use.workspace);
-  float* low = row + x.cols;
-  for (int64_t m = 0; m < x.rows; ++m) {
-    for (int64_t k = 0; k < x.cols; k += kWidth) {
-      load_as_float(row_pointer(x, m), x.dtype, k).store(row + k);
-    }
-    const int64_t ranks = larger(1, kElements / x.cols);
-    parallel_for(divide_up(rank, ranks), use.threads, [&](int64_t part, int) {
-      for (int64_t r = part * ranks; r < smaller(rank, (part + 1) * ranks); ++r) {
-        const float* a = adapter.a.data + r * adapter.a.stride;
-        low[r] = adapter.scaling *
-                 row_sum(x.cols, [&](int64_t k) { return Vec::load(row + k) * Vec::load(a + k); });
-      }
-    });
-    const int64_t vectors = larger(1, kElements / (larger(rank, 1) * kWidth));
-    parallel_for(divide_up(y.cols, vectors * kWidth), use.threads, [&](int64_t part, int) {
-      const int64_t end = smaller(y.cols, (part + 1) * vectors * kWidth);
-      for (int64_t n = part * vectors * kWidth; n < end; n += kWidth) {
-        alignas(64) float sums[kWidth];
-        for (int i = 0; i < kWidth; ++i) {
-          const float* b = adapter.b.data + (n + i) * adapter.b.stride;
-          Vec sum = Vec::broadcast(0.0f);
-          int64_t r = 0;
-          for (; r + kWidth <= rank; r += kWidth) {
-            sum = madd(Vec::load(b + r), Vec::load(low + r), sum);
-          }
-          float rest = 0.0f;
-          for (; r < rank; ++r) rest += b[r] * low[r];
-          sums[i] = (rank < kWidth ? 0.0f : lane_sum(sum)) + rest;
-        }
-        char* out = row_pointer(y, m);
-        store_as(load_as_float(out, y.dtype, n) + Vec::load(sums), out, y.dtype, n);
-      }
-    });
-  }
 }
 
 // ---- sums ----

@@ -105,6 +105,20 @@ struct TileScope {
 };
 #endif
 
+// c [rows][32] (+)= a^T b, where a is [depth][a_step], of which `rows` columns, and b [depth][32]:
+// in strips of much the same height, of which none is so low that its sums wait for one another.
+template <typename Element>
+inline void multiply_panels(int64_t rows, int64_t depth, const Element* a, int64_t a_step,
+                            const Element* b, float* c, bool accumulate) {
+  using L = Left<Element>;
+  int64_t strips = divide_up(rows, L::kHeight);
+  for (int64_t r = 0; r < rows; --strips) {
+    const int64_t height = divide_up(rows - r, strips);
+    L::tile(height, depth, a + r, a_step, b, c + r * kPanel, accumulate);
+    r += height;
+  }
+}
+
 template <typename Element>
 void pack_rows(const ConstMatrix& x, int64_t first, int64_t count, Element* packed, int threads) {
   using L = Left<Element>;

@@ -47,6 +47,7 @@
 #include "elementwise.h"
 #include "gemm.h"
 #include "losses.h"
+#include "low_rank.h"
 #include "outer.h"
 #include "quantization.h"
 #ifdef LOWBITCORE_DIGITS
@@ -181,6 +182,9 @@ constexpr Backend make_backend(const char* name) {
   backend.token_losses = token_losses;
   backend.attend = attend;
   backend.add_low_rank = add_low_rank;
+  backend.add_low_rank_workspace = add_low_rank_workspace;
+  backend.add_low_rank_backward = add_low_rank_backward;
+  backend.add_low_rank_backward_workspace = add_low_rank_backward_workspace;
   backend.add = add;
   backend.attention = attention;
   backend.attention_workspace = attention_workspace;

@@ -80,15 +80,6 @@ void pack_left_panels(const ConstMatrix& x, int64_t first, int64_t rows, Element
   }
 }
 
-// c [32][32] = a^T b over `depth` elements of two panels, a as a left operand.
-template <typename Element>
-inline void outer_tile(int64_t depth, const Element* a, const Element* b, float* c) {
-  using L = Left<Element>;
-  for (int64_t i = 0; i < kPanel; i += L::kHeight) {
-    L::tile(smaller(L::kHeight, kPanel - i), depth, a + i, kPanel, b, c + i * kPanel, false);
-  }
-}
-
 // ---- scale gradients ----
 
 size_t qgemm_grad_scales_workspace(const QuantFormat& f, int64_t m, int threads) {
@@ -142,7 +133,8 @@ void grad_scales(const ConstMatrix& dy, const ConstMatrix& x, const QuantWeight&
         float* dw = scratch + thread * kPanel * kPanel;
         const Block<B> left(w, panel * 2), right(w, panel * 2 + 1);
         for (int64_t tile = tile0; tile < smaller(tile0 + cached_tiles, tiles); ++tile) {
-          outer_tile(depth, xp + tile * depth * kPanel, dyp + panel * depth * kPanel, dw);
+          multiply_panels(kPanel, depth, xp + tile * depth * kPanel, kPanel,
+                          dyp + panel * depth * kPanel, dw, false);
           float* out = ds.data + panel * kPanel;
           contract_tile(left, tile, dw, out, ds.stride);
           contract_tile(right, tile, dw + kBlockN, out + kBlockN, ds.stride);
@@ -187,7 +179,8 @@ void accumulate_panels(const Element* a, const Element* b, int64_t depth, int64_
   alignas(64) float c[kPanel * kPanel];
   const TileScope scope;
   for (int64_t j = from; j < to; ++j) {
-    outer_tile(depth, a + i * depth * kPanel, b + j * depth * kPanel, c);
+    multiply_panels(kPanel, depth, a + i * depth * kPanel, kPanel, b + j * depth * kPanel, c,
+                    false);
     for (int64_t r = 0; r < kPanel; ++r) {
       float* at = out.data + (i * kPanel + r) * out.stride + j * kPanel;
       for (int64_t v = 0; v < kPanel; v += kWidth) {

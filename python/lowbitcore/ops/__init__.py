@@ -23,7 +23,6 @@ from lowbitcore.ops.decoding import (
     Norm,
     Projections,
     RestOfBlock,
-    add_low_rank_,
     attend,
     finish_token,
     project_token,
@@ -32,6 +31,7 @@ from lowbitcore.ops.elementwise import dropout, rms_norm, rotate, swiglu
 from lowbitcore.ops.fake_quantization import add_fake_quantized_, fake_quantized_grads
 from lowbitcore.ops.format import check_format, group_count, packed_size, trivial_g_idx
 from lowbitcore.ops.losses import token_losses
+from lowbitcore.ops.low_rank import add_low_rank
 from lowbitcore.ops.packing import (
     dequantize,
     pack_qweight,
@@ -64,7 +64,7 @@ __all__ = [
     "accumulate_cross_",
     "accumulate_hessian_",
     "add_fake_quantized_",
-    "add_low_rank_",
+    "add_low_rank",
     "attend",
     "attention",
     "check_format",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbitcore import _C
 from lowbitcore.ops.arguments import as_heads, check_dims, contiguous, heads_like
-from lowbitcore.ops.operators import define, differentiate, fake, kernel_or_operator
+from lowbitcore.ops.operators import define, differentiate_once, fake, kernel_or_operator
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -88,4 +88,4 @@ def _attention_backward(ctx: Any, d_out: Tensor, _: Any) -> tuple[Tensor | None,
     return *grads, None
 
 
-differentiate("attention", _attention_setup, _attention_backward)
+differentiate_once("attention", _attention_setup, _attention_backward)

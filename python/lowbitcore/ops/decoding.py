@@ -77,21 +77,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
     return out
 
 
-def add_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
-    """``y += scaling x A^T B^T`` in place, for few rows, as :func:`finish_token` has it.
-
-    Args:
-        y: float32, bfloat16 or float16 [..., N]; x: [..., K], of its type; N and K multiples of 32.
-        a: float32 [r, K], b: float32 [N, r].
-
-    Returns:
-        ``y``, to whose type the sum is rounded once. Not differentiable; for plain tensors on the
-        CPU.
-    """
-    _C.add_low_rank(as_rows(x), a, b, scaling, y)
-    return y
-
-
 def project_token(
     x: Tensor, projections: Projections, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,13 @@ from lowbitcore.ops.arguments import (
     heads_like,
     result_rows,
 )
-from lowbitcore.ops.operators import define, differentiate, fake, kernel_or_operator
+from lowbitcore.ops.operators import (
+    define,
+    differentiate,
+    differentiate_once,
+    fake,
+    kernel_or_operator,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -76,7 +82,7 @@ def _rms_norm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.lowbitcore.rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
 
 
-differentiate("rms_norm", _rms_norm_setup, _rms_norm_backward)
+differentiate_once("rms_norm", _rms_norm_setup, _rms_norm_backward)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -185,7 +191,7 @@ def _swiglu_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
     return d_gate, d_up
 
 
-differentiate("swiglu", _swiglu_setup, _swiglu_backward)
+differentiate_once("swiglu", _swiglu_setup, _swiglu_backward)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

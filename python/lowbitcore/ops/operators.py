@@ -75,6 +75,17 @@ def differentiate(name: str, setup: Callable[..., Any], backward: Callable[..., 
     )
 
 
+def differentiate_once(name: str, setup: Callable[..., Any], backward: Callable[..., Any]) -> None:
+    """For a gradient that comes from the operator ``{name}_backward``, which has none itself: of
+    such ones torch makes zeros, and warns."""
+
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(f"lowbitcore::{name} can be differentiated once, not twice")
+
+    differentiate(name, setup, backward)
+    differentiate(f"{name}_backward", lambda ctx, inputs, output: None, refuse)
+
+
 def stream(tensor: Tensor) -> int:
     """The stream that work on a tensor goes to; the core takes it as an integer."""
     return 0 if tensor.device.type == "cpu" else torch.cuda.current_stream().cuda_stream
