@@ -442,6 +442,77 @@ void attention(std::int64_t rows) {
   }
 }
 
+// An adapter's sum, in place and apart, and its gradients, each from exactly the scratch it asks
+// for.
+void low_rank(std::int64_t rows) {
+  const std::int64_t k = 96, n = 64, rank = 5;
+  const auto size = [](std::int64_t count) { return static_cast<std::size_t>(count); };
+  const auto x = normal(size(rows * k), 1), y = normal(size(rows * n), 2);
+  const auto dy = normal(size(rows * n), 3);
+  const auto a = normal(size(rank * k), 4), b = normal(size(n * rank), 5);
+  const lbc::LowRank adapter{view(a, rank, k), view(b, n, rank), 0.5f};
+  const auto matrix = [&](auto& data, std::int64_t cols) {
+    return lbc::Matrix{const_cast<float*>(data.data()), lbc::DType::f32, rows, cols, cols};
+  };
+  std::vector<float> low(size(rows * rank)), sum(y.size()), dx(x.size());
+  std::vector<float> da(a.size()), db(b.size());
+  const auto close = [](float got, double want, const char* what) {
+    expect(std::abs(got - want) <= 1e-4 * (1 + std::abs(want)), what);
+  };
+  std::vector<std::vector<float>> first;
+  for (int threads : {1, 3}) {
+    with_workspace(lbc::add_low_rank_workspace_size(rows, k, n, rank, {threads}), threads,
+                   [&](const auto& exec) {
+                     lbc::add_low_rank(matrix(y, n), matrix(x, k), adapter, view(low, rows, rank),
+                                       matrix(sum, n), exec);
+                   });
+    with_workspace(lbc::add_low_rank_backward_workspace_size(rows, k, n, rank, {threads}), threads,
+                   [&](const auto& exec) {
+                     lbc::add_low_rank_backward(
+                         matrix(dy, n), matrix(x, k), view(std::as_const(low), rows, rank), adapter,
+                         {matrix(dx, k), view(da, rank, k), view(db, n, rank)}, exec);
+                   });
+    std::vector<std::vector<float>> results{low, sum, dx, da, db};
+    if (threads == 1) first = results;
+    expect(results == first, "an adapter's results do not depend on threads");
+  }
+  const auto dot = [](std::int64_t count, const float* p, std::int64_t p_step, const float* q,
+                      std::int64_t q_step) {
+    double total = 0;
+    for (std::int64_t i = 0; i < count; ++i) total += double{p[i * p_step]} * q[i * q_step];
+    return total;
+  };
+  for (std::int64_t m = 0; m < rows; ++m) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      close(sum[size(m * n + i)],
+            y[size(m * n + i)] + dot(rank, &low[size(m * rank)], 1, &b[size(i * rank)], 1),
+            "an adapter's sum");
+    }
+    for (std::int64_t r = 0; r < rank; ++r) {
+      close(low[size(m * rank + r)], 0.5 * dot(k, &x[size(m * k)], 1, &a[size(r * k)], 1),
+            "an adapter's narrow product");
+    }
+  }
+  for (std::int64_t i = 0; i < n * rank; ++i) {
+    close(db[size(i)], dot(rows, &dy[size(i / rank)], n, &low[size(i % rank)], rank),
+          "the gradient of b");
+  }
+  std::vector<float> in_place = y, other = dx;
+  lbc::add_low_rank(matrix(in_place, n), matrix(x, k), adapter, view(low, rows, rank),
+                    matrix(in_place, n));
+  expect(in_place == sum, "an adapter in place");
+  lbc::add_low_rank_backward(matrix(dy, n), {}, {}, adapter, {matrix(other, k), {}, {}});
+  expect(other == dx, "the gradient of x alone");
+  expect_error(
+      [&] {
+        lbc::add_low_rank_backward(matrix(dy, n), {}, {}, adapter,
+                                   {{}, view(da, rank, k), view(db, n, rank)});
+      },
+      {"add_low_rank_backward", "x"});
+  expect_error([&] { lbc::add_low_rank_workspace_size(1, 48, 64, 1); }, {"in_features", "48"});
+  expect_error([&] { lbc::add_low_rank_workspace_size(1, 64, 64, -1); }, {"rank", "-1"});
+}
+
 // The gradient in the place of the logits, and in that of the teacher's.
 void losses_in_place() {
   const std::int64_t tokens = 3, words = 96;
@@ -544,6 +615,7 @@ int main(int argc, char** argv) {
   gptq(true);
   gptq(false);
   for (std::int64_t rows : {1, 31, 100, 600}) attention(rows);
+  for (std::int64_t rows : {1, 4, 5, 70}) low_rank(rows);
   losses_in_place();
   threads_set_during_calls();
   threads_are_few();

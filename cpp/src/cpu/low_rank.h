@@ -11,7 +11,7 @@
 namespace lowbitcore {
 namespace {
 
-constexpr int64_t kFewRows = 4;                 // for which factors are read as they lie
+constexpr int64_t kUnpackedRows = 4;            // at most, for which factors are read as they lie
 constexpr int64_t kNarrowRows = 16;             // that share a piece of W
 constexpr int64_t kNarrowCols = 512;            // of that piece
 constexpr int64_t kWidenRows = 48;              // of a task
@@ -261,13 +261,13 @@ inline int64_t low_rank_scratch(int64_t rank, int threads) {
 }
 
 size_t add_low_rank_workspace(const LowRankShape& s, int threads) {
-  if (s.rows <= kFewRows) return static_cast<size_t>(s.in_features) * 4;
+  if (s.rows <= kUnpackedRows) return static_cast<size_t>(s.in_features) * 4;
   return static_cast<size_t>(s.rank * s.out_features + low_rank_scratch(s.rank, threads)) * 4;
 }
 
 void add_low_rank(ConstMatrix y, ConstMatrix x, const LowRank& adapter, View<float> low, Matrix sum,
                   const Resources& use) {
-  if (x.rows <= kFewRows) return add_low_rank_to_few(y, x, adapter, low, sum, use);
+  if (x.rows <= kUnpackedRows) return add_low_rank_to_few(y, x, adapter, low, sum, use);
   float* panels = static_cast<float*>(use.workspace);
   float* scratch = panels + adapter.b.rows * adapter.b.cols;
   pack_transposed_factor(adapter.b, panels, use.threads);
