@@ -1,11 +1,11 @@
-"""Causal attention beside torch's, forward and backward.
+"""Causal attention of bf16 beside torch's, forward and backward, and beside torch's of fp32.
 
 pytest bench/bench_attention.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -68,18 +68,30 @@ def describe(benchmark: Any, op: str, shape: Shape, products: int) -> None:
 @each_shape
 def test_attention(benchmark: Any, shape: Shape) -> None:
     q, k, v = inputs(shape)
-    compare(benchmark, lambda: ops.attention(q, k, v), torch=lambda: torchs(q, k, v))
+    wide = [x.float() for x in (q, k, v)]
+    compare(
+        benchmark,
+        lambda: ops.attention(q, k, v),
+        torch=lambda: torchs(q, k, v),
+        fp32=lambda: torchs(*wide),
+    )
     describe(benchmark, "attention", shape, products=2)
 
 
 @each_shape
 def test_attention_backward(benchmark: Any, shape: Shape) -> None:
-    q, k, v = inputs(shape)
+    narrow = inputs(shape)
+    wide = [x.detach().float().requires_grad_() for x in narrow]
 
-    def backward(attention: Attention) -> Callable[[], Any]:
-        out = attention(q, k, v)
+    def backward(attention: Attention, heads: Sequence[Tensor]) -> Callable[[], Any]:
+        out = attention(*heads)
         d_out = torch.randn_like(out)
-        return lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+        return lambda: torch.autograd.grad(out, heads, d_out, retain_graph=True)
 
-    compare(benchmark, backward(ops.attention), torch=backward(torchs))
+    compare(
+        benchmark,
+        backward(ops.attention, narrow),
+        torch=backward(torchs, narrow),
+        fp32=backward(torchs, wide),
+    )
     describe(benchmark, "attention_backward", shape, products=5)

@@ -8,6 +8,7 @@ bf16 as operands.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from transformers import (
 
 import lowbitcore as lbc
 import reference as ref
-from lowbitcore import _C, ops
+from lowbitcore import _C, ops, runtime
 from lowbitcore.skeleton import build_skeleton
 from lowbitcore.training import set_checkpointing
 
@@ -39,6 +40,15 @@ F64 = NDArray[np.float64]
 
 TILES = ("amx", "amx_emulated")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Those that models take it on.
+LEVELS = [name for name in runtime.available_isas() if name != "scalar"]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    with ref.forced_isa(request.param):
+        yield request.param
 
 
 # -------------------------------------------------------------------------------------- the oracle
@@ -232,6 +242,50 @@ def test_one_key_is_all(isa: str) -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [32, 128])
+def test_huge_scores(isa: str, dtype: torch.dtype, cols: int) -> None:
+    """However large a row's largest score, its exponential is 1. By a factor that is no power of
+    two, which rounds."""
+    size = 2e4 if dtype == torch.float16 else 1e5
+    alike = torch.full((1, 1, 3, cols), size, dtype=dtype)
+    values = torch.randn(1, 1, 3, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
+    means = values.float().cumsum(2) / torch.tensor([1.0, 2.0, 3.0])[:, None]
+    found = ops.attention(alike, alike, values).float()
+    torch.testing.assert_close(found, means, rtol=0.01, atol=0.01)
+    case = make_case(rows=200, cols=cols, dtype=dtype, layout="heads first")
+    leaves = [(x * size).requires_grad_() for x in (case.q.clamp(-3, 3), case.k.clamp(-3, 3))]
+    leaves.append(case.v.detach().requires_grad_())
+    out = ops.attention(*leaves)
+    assert (out.abs() <= case.v.abs().amax(2, keepdim=True)).all()
+    if dtype != torch.float16:  # whose largest number gradients pass
+        for gradient in torch.autograd.grad(out, leaves, case.d_out):
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_that_overflow(isa: str, dtype: torch.dtype) -> None:
+    """Of keys whose scores are -inf nothing is left to those that see others, too; who sees no
+    others has nothing."""
+    case = make_case(rows=300, dtype=dtype)
+    q, k = case.q.abs() * 1e3 + 1, case.k.clone()
+    k[:, :, :140] = -1e38
+    out = ops.attention(q, k, case.v)
+    alone = ops.attention(*(x[:, :, 140:] for x in (q, k, case.v)))
+    torch.testing.assert_close(out[:, :, 140:], alone, rtol=0.02, atol=0.02)
+    assert out[:, :, :140].isnan().all()
+
+
+def test_nan_stays_where_it_is_seen(isa: str) -> None:
+    case = make_case(rows=100)
+    q = case.q.clone()
+    q[0, 0, 50, 3] = torch.nan
+    out = ops.attention(q, case.k, case.v)
+    assert out[0, 0, 50].isnan().all()
+    out[0, 0, 50] = 0.0
+    assert out.isfinite().all()
+
+
 def test_expanded_gradient(isa: str) -> None:
     """What `sum` sends back has no strides at all."""
     case = make_case()
@@ -282,7 +336,7 @@ def test_watched_or_not(isa: str) -> None:
 def test_caller_errors(isa: str) -> None:
     q, k, v = make_case(groups=2, group=2, rows=8)[:3]
     wrong = {
-        "q: expected .*, got float64": (q.double(), k, v),
+        "q: expected float32, bfloat16 or float16, got float64": (q.double(), k, v),
         r"k: expected the type of q \(float32\), got bfloat16": (q.float(), k, v),
         "q: expected 4 dimensions": (q[0], k, v),
         r"q: expected a positive multiple of 32 columns, at most 256, got 24": (
@@ -351,7 +405,7 @@ def logits_and_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"logits": output.logits.detach(), **found}
 
 
-def test_model_agrees_with_torch(isa: str, tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
+def test_model_agrees_with_torch(level: str, tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
     """As close to a model in fp32 as torch's own attention is, but for half as much again."""
     model = loaded(tmp_path)
     ours = logits_and_gradients(model)
@@ -366,7 +420,7 @@ def test_model_agrees_with_torch(isa: str, tmp_path: Path, calls: list[tuple[int
         assert (ours[name].float() - want).norm() <= limit, name
 
 
-def test_what_is_left_to_torch(isa: str, tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
+def test_what_is_left_to_torch(level: str, tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
     """Padding, a window narrower than the rows: bit for bit as sdpa."""
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     padding = torch.ones_like(IDS)
@@ -385,7 +439,37 @@ def test_what_is_left_to_torch(isa: str, tmp_path: Path, calls: list[tuple[int, 
                 assert torch.equal(ours, model(input_ids=IDS, use_cache=False, **kwargs).logits)
 
 
-def test_generates(isa: str, tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_type_is_ours(
+    level: str, dtype: torch.dtype, tmp_path: Path, calls: list[tuple[int, ...]]
+) -> None:
+    model = loaded(tmp_path).to(dtype)
+    with torch.no_grad():
+        assert model(input_ids=IDS, use_cache=False).logits.isfinite().all()
+    assert calls == [(2, 4, 45, 32)] * 2
+
+
+def test_the_scalar_level_leaves_it_to_torch(tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
+    with ref.forced_isa("scalar"):
+        logits_and_gradients(loaded(tmp_path))
+    assert calls == []
+
+
+def test_transforms_of_torch(level: str, tmp_path: Path) -> None:
+    """Which know nothing of our operators, are left torch's own."""
+    model = loaded(tmp_path).float()
+    parameters = {name: item.detach() for name, item in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        call = {"input_ids": IDS, "labels": IDS, "use_cache": False}
+        return torch.func.functional_call(model, parameters, kwargs=call).loss
+
+    expected = logits_and_gradients(model)
+    for name, got in torch.func.grad(loss)(parameters).items():
+        torch.testing.assert_close(got, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_generates(level: str, tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
     """The prompt goes through ours, a token at a time through torch's."""
     model = loaded(tmp_path)
     model.generate(IDS, max_new_tokens=4, do_sample=False)
@@ -394,7 +478,7 @@ def test_generates(isa: str, tmp_path: Path, calls: list[tuple[int, ...]]) -> No
 
 @pytest.mark.parametrize(("kind", "times"), [("none", 1), ("selective", 1), ("full", 2)])
 def test_checkpoints_keep_it(
-    isa: str, kind: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    level: str, kind: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded(tmp_path).train()
     expected = logits_and_gradients(model)

@@ -328,7 +328,7 @@ SEVEN = tuple(parts()[0].q)[:7]
                 TURN,
                 v=parts()[0].v._replace(adapters=((torch.ones(4, 32), torch.ones(64, 4), 1.0),)),
             ),
-            r"x: .*\[2, 32\]",
+            "a: .*64",
         ),
         (lambda: finish(ROW, HEAD, HEAD, HEAD[:1]), r"values: .*\[2, 1, 1, 64\]"),
         (lambda: finish(ROW, HEAD, HEAD[:, :, :0], HEAD[:, :, :0]), "keys: .*at least 1 row"),

@@ -143,6 +143,18 @@ def test_another_default_type() -> None:
 
 
 @pytest.mark.usefixtures("slow")
+def test_an_adapter_of_16_bits() -> None:
+    """As one is that was made under another default type."""
+    adapter = LowRank(64, 96, rank=4, scaling=2.0, dropout=0.0)
+    nn.init.normal_(adapter.b)
+    for item in (adapter.a, adapter.b):
+        item.data = item.data.bfloat16()
+    x, y = torch.randn(20, 64).bfloat16(), torch.randn(20, 96).bfloat16()
+    wanted = y.double() + 2 * (x.double() @ adapter.a.double().mT) @ adapter.b.double().mT
+    torch.testing.assert_close(adapter.add_to(y, x).double(), wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("outputs", [96, 40], ids=["the core's", "torch's"])
 def test_an_adapter(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of widths that are multiples of 32 it is the core's."""

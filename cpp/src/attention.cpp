@@ -50,12 +50,13 @@ void check_inputs(const char* op, const AttentionInputs& in) {
   check::score_scale(op, in.scale);
 }
 
-std::size_t sized(const char* op, std::size_t (*Backend::*size)(std::int64_t, std::int64_t, int),
-                  std::int64_t rows, std::int64_t cols, const Execution& exec) {
+std::size_t sized(const char* op,
+                  std::size_t (*Backend::*size)(DType, std::int64_t, std::int64_t, int),
+                  DType dtype, std::int64_t rows, std::int64_t cols, const Execution& exec) {
   check::row_count(op, "rows", rows);
   check::head_columns(op, "cols", cols);
   const Backend& backend = backend_with(op, exec, &Backend::attention);
-  return (backend.*size)(rows, cols, resolve_threads(exec));
+  return (backend.*size)(dtype, rows, cols, resolve_threads(exec));
 }
 
 }  // namespace
@@ -68,7 +69,8 @@ void attention(const AttentionInputs& in, Heads out, View<float> lse, const Exec
   const Backend& backend = backend_with(op, exec, &Backend::attention);
   if (in.q.rows == 0) return;
   const int threads = resolve_threads(exec);
-  const Call call(op, exec, threads, backend.attention_workspace(in.q.rows, in.q.cols, threads));
+  const Call call(op, exec, threads,
+                  backend.attention_workspace(in.q.dtype, in.q.rows, in.q.cols, threads));
   backend.attention(in, out, lse, call);
 }
 
@@ -87,18 +89,19 @@ void attention_backward(ConstHeads d_out, const AttentionInputs& in, ConstHeads 
   if (in.q.rows == 0) return;
   const int threads = resolve_threads(exec);
   const Call call(op, exec, threads,
-                  backend.attention_backward_workspace(in.q.rows, in.q.cols, threads));
+                  backend.attention_backward_workspace(in.q.dtype, in.q.rows, in.q.cols, threads));
   backend.attention_backward(d_out, in, out, lse, dq, dk, dv, call);
 }
 
-std::size_t attention_workspace_size(std::int64_t rows, std::int64_t cols, const Execution& exec) {
-  return sized("attention_workspace_size", &Backend::attention_workspace, rows, cols, exec);
+std::size_t attention_workspace_size(DType dtype, std::int64_t rows, std::int64_t cols,
+                                     const Execution& exec) {
+  return sized("attention_workspace_size", &Backend::attention_workspace, dtype, rows, cols, exec);
 }
 
-std::size_t attention_backward_workspace_size(std::int64_t rows, std::int64_t cols,
+std::size_t attention_backward_workspace_size(DType dtype, std::int64_t rows, std::int64_t cols,
                                               const Execution& exec) {
-  return sized("attention_backward_workspace_size", &Backend::attention_backward_workspace, rows,
-               cols, exec);
+  return sized("attention_backward_workspace_size", &Backend::attention_backward_workspace, dtype,
+               rows, cols, exec);
 }
 
 }  // namespace lowbitcore

@@ -89,10 +89,11 @@ struct Backend {
   void (*token_losses)(ConstMatrix logits, View<const std::int64_t> targets, const LossTerms&,
                        View<float> losses, Matrix gradient, const Resources&);
   void (*attention)(const AttentionInputs&, Heads out, View<float> lse, const Resources&);
-  std::size_t (*attention_workspace)(std::int64_t rows, std::int64_t cols, int threads);
+  std::size_t (*attention_workspace)(DType, std::int64_t rows, std::int64_t cols, int threads);
   void (*attention_backward)(ConstHeads d_out, const AttentionInputs&, ConstHeads out,
                              View<const float> lse, Heads dq, Heads dk, Heads dv, const Resources&);
-  std::size_t (*attention_backward_workspace)(std::int64_t rows, std::int64_t cols, int threads);
+  std::size_t (*attention_backward_workspace)(DType, std::int64_t rows, std::int64_t cols,
+                                              int threads);
   void (*attend)(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, float scale,
                  Matrix out, const Resources&);
   void (*add_low_rank)(ConstMatrix y, ConstMatrix x, const LowRank&, View<float> low, Matrix sum,

@@ -8,16 +8,18 @@ namespace lowbitcore {
 
 namespace {
 
-LowRankShape check_adapter(const char* op, const LowRank& adapter, const char* name,
-                           const ConstMatrix& y) {
-  const std::int64_t rank = adapter.a.rows, inputs = adapter.a.cols;
+// Of rows that an adapter of so many inputs adds to.
+LowRankShape check_adapter(const char* op, const LowRank& adapter, std::int64_t inputs,
+                           const char* name, const ConstMatrix& y) {
+  const std::int64_t rank = adapter.a.rows;
   check::vectors(op, name, y);
+  check::shape(op, "a", adapter.a, rank, inputs);
   check::vectors(op, "a", adapter.a);
   check::shape(op, "b", adapter.b, y.cols, rank);
   return {y.rows, inputs, y.cols, rank};
 }
 
-// An operand or result of this shape, of the type of another.
+// The adapter's inputs, or their gradient, of the type of another argument.
 void check_input(const char* op, const char* argument, const ConstMatrix& x,
                  const LowRankShape& shape, const char* other, DType dtype) {
   check::shape(op, argument, x, shape.rows, shape.in_features);
@@ -39,7 +41,8 @@ std::size_t sized(const char* op, std::size_t (*Backend::*size)(const LowRankSha
 void add_low_rank(ConstMatrix y, ConstMatrix x, const LowRank& adapter, View<float> low, Matrix sum,
                   const Execution& exec) {
   const char* op = "add_low_rank";
-  const LowRankShape shape = check_adapter(op, adapter, "y", y);
+  check::vectors(op, "x", x);
+  const LowRankShape shape = check_adapter(op, adapter, x.cols, "y", y);
   check_input(op, "x", x, shape, "y", y.dtype);
   check::shape(op, "low", low, shape.rows, shape.rank);
   check::like(op, "sum", sum, "y", y);
@@ -53,12 +56,14 @@ void add_low_rank_backward(ConstMatrix dy, ConstMatrix x, View<const float> low,
                            const LowRank& adapter, const LowRankGrads& grads,
                            const Execution& exec) {
   const char* op = "add_low_rank_backward";
-  const LowRankShape shape = check_adapter(op, adapter, "dy", dy);
+  const LowRankShape shape = check_adapter(op, adapter, adapter.a.cols, "dy", dy);
   if (grads.dx.data != nullptr) check_input(op, "dx", grads.dx, shape, "dy", dy.dtype);
-  if (grads.da.data != nullptr || grads.db.data != nullptr) {
+  if (grads.da.data != nullptr) {
     check_input(op, "x", x, shape, "dy", dy.dtype);
-    check::shape(op, "low", low, shape.rows, shape.rank);
     check::shape(op, "da", grads.da, shape.rank, shape.in_features);
+  }
+  if (grads.db.data != nullptr) {
+    check::shape(op, "low", low, shape.rows, shape.rank);
     check::shape(op, "db", grads.db, shape.out_features, shape.rank);
   }
   const Backend& backend = backend_with(op, exec, &Backend::add_low_rank_backward);

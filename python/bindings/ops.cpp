@@ -197,7 +197,15 @@ void py_add_low_rank_backward(const Array& dy, const OptionalArray& x, const Opt
                               const OptionalArray& dx, const OptionalArray& da,
                               const OptionalArray& db) {
   const char* op = "add_low_rank_backward";
-  on_cpu(op, {{"dy", &dy}, {"x", x ? &*x : nullptr}, {"a", &a}, {"b", &b}});
+  const auto given = [](const OptionalArray& array) { return array ? &*array : nullptr; };
+  on_cpu(op, {{"dy", &dy},
+              {"x", given(x)},
+              {"low", given(low)},
+              {"a", &a},
+              {"b", &b},
+              {"dx", given(dx)},
+              {"da", given(da)},
+              {"db", given(db)}});
   const ConstMatrix grad = const_matrix(op, "dy", dy);
   const LowRank adapter{input<float>(op, "a", a), input<float>(op, "b", b), scaling};
   ConstMatrix in;

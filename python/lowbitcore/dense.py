@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lowbitcore.ops.arguments import in_memory
+from lowbitcore.ops.arguments import in_memory, is_transformed
 
 # Elements of a weight that are float32 at a time: 4 MB, which a cache can hold.
 _PANEL_ELEMENTS = 1 << 20
@@ -41,13 +41,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def is_slow(x: Tensor) -> bool:
     """Whether torch multiplies these element by element."""
-    return (
-        not torch.compiler.is_compiling()  # first: it cannot look into the others
-        and x.is_cpu
-        and not torch._C._get_tracing_state()
-        and not torch._C._are_functorch_transforms_active()
-        and not multiplies(x.dtype)
-    )
+    return not is_transformed() and x.is_cpu and not multiplies(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

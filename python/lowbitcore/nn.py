@@ -470,7 +470,7 @@ class LowRank(nn.Module):
     """One adapter of one linear: ``scaling * B A dropout(x)``.
 
     `a` [r, K] and `b` [N, r] are float32 masters; products are in the type of the activations, but
-    for a token's that a model generates (decode), which are float32.
+    float32 where the core has them: of tokens that a model generates, and where torch's are slow.
     `a` starts as PEFT's does, `b` as zeros: an adapter starts out as nothing. `with_scales` says
     that it was trained together with its base's scales and means nothing without them; `file` and
     `start` are digests of the adapters that it was read from and that its training started from;
@@ -504,12 +504,14 @@ class LowRank(nn.Module):
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y [..., N] plus what the adapter makes of x [..., K]."""
         x = self.dropout(x)
-        if dense.is_slow(x) and ops.serves(x, y):
-            return ops.add_low_rank(y, x, self.a, self.b, scaling=self.scaling)
-        low = dense.linear(x, self.a.to(x.dtype))
+        slow = dense.is_slow(x)
+        if slow and ops.serves(x, y):
+            return ops.add_low_rank(y, x, self.a.float(), self.b.float(), scaling=self.scaling)
+        low, b = dense.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)
+        if slow:
+            return torch.add(y, dense.linear(low, b), alpha=self.scaling)
         rows = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
-        total = torch.addmm(*rows, self.b.to(x.dtype).mT, alpha=self.scaling)
-        return total.view(y.shape)
+        return torch.addmm(*rows, b.mT, alpha=self.scaling).view(y.shape)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"

@@ -394,10 +394,10 @@ void attention(std::int64_t rows) {
     const std::uint16_t behind[] = {out.data.back(), dq.data.back(), dk.data.back(),
                                     dv.data.back()};
     with_workspace(
-        lbc::attention_workspace_size(rows, 64, {threads}), threads,
+        lbc::attention_workspace_size(lbc::DType::bf16, rows, 64, {threads}), threads,
         [&](const auto& exec) { lbc::attention(in, out.view(), view(lse, 12, rows), exec); });
-    with_workspace(lbc::attention_backward_workspace_size(rows, 64, {threads}), threads,
-                   [&](const auto& exec) {
+    with_workspace(lbc::attention_backward_workspace_size(lbc::DType::bf16, rows, 64, {threads}),
+                   threads, [&](const auto& exec) {
                      lbc::attention_backward(d_out.view(), in, out.view(),
                                              view(std::as_const(lse), 12, rows), dq.view(),
                                              dk.view(), dv.view(), exec);
@@ -419,7 +419,8 @@ void attention(std::int64_t rows) {
   narrow.cols = 48;
   expect_error([&] { lbc::attention({narrow, narrow, narrow}, narrow, view(lse, 4, rows)); },
                {"attention", "q", "multiple of 32", "48"});
-  expect_error([&] { lbc::attention_backward_workspace_size(-1, 64); }, {"rows", "-1"});
+  expect_error([&] { lbc::attention_backward_workspace_size(lbc::DType::bf16, -1, 64); },
+               {"rows", "-1"});
   lbc::Heads single = k.view();
   single.dtype = lbc::DType::f32;
   expect_error([&] { lbc::attention({k.view(), single, k.view()}, k.view(), view(lse, 4, rows)); },
@@ -492,6 +493,20 @@ void low_rank(std::int64_t rows) {
       close(low[size(m * rank + r)], 0.5 * dot(k, &x[size(m * k)], 1, &a[size(r * k)], 1),
             "an adapter's narrow product");
     }
+  }
+  for (std::int64_t i = 0; i < rank * k; ++i) {
+    double total = 0;
+    for (std::int64_t m = 0; m < rows; ++m) {
+      total += 0.5 * dot(n, &dy[size(m * n)], 1, &b[size(i / k)], rank) * x[size(m * k + i % k)];
+    }
+    close(da[size(i)], total, "the gradient of a");
+  }
+  for (std::int64_t i = 0; i < rows * k; ++i) {
+    double total = 0;
+    for (std::int64_t r = 0; r < rank; ++r) {
+      total += 0.5 * dot(n, &dy[size(i / k * n)], 1, &b[size(r)], rank) * a[size(r * k + i % k)];
+    }
+    close(dx[size(i)], total, "the gradient of an adapter's input");
   }
   for (std::int64_t i = 0; i < n * rank; ++i) {
     close(db[size(i)], dot(rows, &dy[size(i / rank)], n, &low[size(i % rank)], rank),

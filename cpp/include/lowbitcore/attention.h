@@ -26,14 +26,14 @@ struct AttentionInputs {
 // which the backward takes.
 void attention(const AttentionInputs& inputs, Heads out, View<float> lse,
                const Execution& exec = {});
-std::size_t attention_workspace_size(std::int64_t rows, std::int64_t cols,
+std::size_t attention_workspace_size(DType dtype, std::int64_t rows, std::int64_t cols,
                                      const Execution& exec = {});
 
 // dq, dk, dv, shaped as q, k, v. The heads of q that share one of k and v are summed in order.
 void attention_backward(ConstHeads d_out, const AttentionInputs& inputs, ConstHeads out,
                         View<const float> lse, Heads dq, Heads dk, Heads dv,
                         const Execution& exec = {});
-std::size_t attention_backward_workspace_size(std::int64_t rows, std::int64_t cols,
+std::size_t attention_backward_workspace_size(DType dtype, std::int64_t rows, std::int64_t cols,
                                               const Execution& exec = {});
 
 }  // namespace lowbitcore

@@ -24,11 +24,11 @@ std::size_t add_low_rank_workspace_size(std::int64_t rows, std::int64_t in_featu
                                         std::int64_t out_features, std::int64_t rank,
                                         const Execution& exec = {});
 
-// Without data dx is not computed, nor are da and db, for which alone x and low are read.
+// Those without data are not computed.
 struct LowRankGrads {
-  Matrix dx;       // [M,K], of the type of dy
-  View<float> da;  // [rank, K]
-  View<float> db;  // [N, rank]
+  Matrix dx;       // [M,K], of the type of dy; in memory of its own
+  View<float> da;  // [rank, K]; of x, which nothing else is
+  View<float> db;  // [N, rank]; of low, which nothing else is
 };
 
 // From dy [M,N], the gradient of sum.

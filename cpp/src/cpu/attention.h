@@ -22,6 +22,8 @@ constexpr int64_t kKeyPanels = 4;             // of the forward, between two loo
 constexpr int64_t kSpan = 2;                  // panels of queries, and of keys, in the backward
 
 constexpr float kUnseen = -__builtin_inff();
+// Less than any score; of two -inf the difference would be NaN.
+constexpr float kLeast = -3.40282347e38f;
 
 // ---- operands ----
 
@@ -111,13 +113,14 @@ inline void store_columns(const float* c, float factor, int64_t panel, const Mat
 
 // ---- forward ----
 
-// The softmax of 32 queries as far as it has come.
+// The softmax of 32 queries as far as it has come. The maximum is taken off before scores are
+// multiplied: its own exponential is then 1 however large it is.
 struct RunningSoftmax {
-  alignas(64) float maximum[kPanel], total[kPanel];  // of scores times `scale`, of exponentials
+  alignas(64) float maximum[kPanel], total[kPanel];  // of scores, of exponentials
   alignas(64) float shrink[kPanel];  // what earlier probabilities are to be multiplied by
 
   RunningSoftmax() {
-    for (int64_t q = 0; q < kPanel; ++q) maximum[q] = kUnseen, total[q] = 0.0f;
+    for (int64_t q = 0; q < kPanel; ++q) maximum[q] = kLeast, total[q] = 0.0f;
   }
 
   // Scores [keys][32] become probabilities under the new maximum.
@@ -129,12 +132,12 @@ struct RunningSoftmax {
         even = max(even, Vec::load(s + key * kPanel + q));
         odd = max(odd, Vec::load(s + (key + 1) * kPanel + q));
       }
-      const Vec before = Vec::load(maximum + q), now = max(before, max(even, odd) * unit);
-      const Vec less = exp_or_zero(before - now);
+      const Vec before = Vec::load(maximum + q), now = max(before, max(even, odd));
+      const Vec less = exp_or_zero((before - now) * unit);
       Vec sum = Vec::load(total + q) * less;
       for (int64_t key = 0; key < keys; ++key) {
         float* at = s + key * kPanel + q;
-        const Vec e = exp_or_zero(madd(Vec::load(at), unit, Vec::broadcast(0.0f) - now));
+        const Vec e = exp_or_zero((Vec::load(at) - now) * unit);
         e.store(at);
         sum = sum + e;
       }
@@ -158,7 +161,8 @@ struct VectorsForward {
   int64_t rows = in.q.rows, cols = in.q.cols;
   int64_t panels = divide_up(rows, kPanel), size = kPanel * cols;
 
-  // A head of q.
+  // A head of q, so that there are as many tasks as can be: those that share keys and values each
+  // put them in place anew.
   void operator()(int64_t b, int64_t h, void* memory) const {
     auto* keys = static_cast<float*>(memory);
     float* values = keys + panels * size;
@@ -195,7 +199,7 @@ struct VectorsForward {
     for (int64_t q = 0; q < kPanel; ++q) inverse[q] = 1.0f / softmax.total[q];
     store_columns(sums, inverse, i, to);
     for (int64_t q = 0; q < smaller(kPanel, rows - i * kPanel); ++q) {
-      logs[i * kPanel + q] = softmax.maximum[q] + __builtin_logf(softmax.total[q]);
+      logs[i * kPanel + q] = in.scale * softmax.maximum[q] + __builtin_logf(softmax.total[q]);
     }
   }
 };
@@ -331,10 +335,12 @@ struct VectorsBackward {
     alignas(64) float halves[2][kPanel * kBlockN];
     for (int64_t q = 0; q < kPanel; ++q) {
       const Vec unit = Vec::broadcast(in.scale), log = Vec::broadcast(logs[q]);
-      const Vec delta = Vec::broadcast(deltas[q]);
+      const Vec delta = Vec::broadcast(deltas[q]), zero = Vec::broadcast(0.0f);
       for (int64_t key = 0; key < kPanel; key += kWidth) {
         const int64_t at = q * kPanel + key;
-        const Vec e = exp_or_zero(madd(Vec::load(p + at), unit, Vec::broadcast(0.0f) - log));
+        // Above 0 by rounding alone, which is much where scores are huge. Keeps NaN.
+        const Vec x = min(zero, madd(Vec::load(p + at), unit, zero - log));
+        const Vec e = exp_or_zero(x);
         const Vec d = e * (Vec::load(ds + at) - delta);
         e.store(p + at);
         d.store(ds + at);

@@ -106,7 +106,7 @@ struct TileScope {
 #endif
 
 // c [rows][32] (+)= a^T b, where a is [depth][a_step], of which `rows` columns, and b [depth][32]:
-// in strips of much the same height, of which none is so low that its sums wait for one another.
+// in strips of much the same height, as sums of a low one wait for one another.
 template <typename Element>
 inline void multiply_panels(int64_t rows, int64_t depth, const Element* a, int64_t a_step,
                             const Element* b, float* c, bool accumulate) {

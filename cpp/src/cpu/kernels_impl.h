@@ -126,12 +126,11 @@ void attention(const AttentionInputs& in, Heads out, View<float> lse, const Reso
   vectors_attention(in, out, lse, use);
 }
 
-size_t attention_workspace(int64_t rows, int64_t cols, int threads) {
-  size_t most = vectors_attention_workspace(rows, cols, threads);
+size_t attention_workspace([[maybe_unused]] DType dtype, int64_t rows, int64_t cols, int threads) {
 #ifdef LOWBITCORE_TILES
-  most = larger(most, tiles_attention_workspace(rows, cols, threads));
+  if (dtype == DType::bf16) return tiles_attention_workspace(rows, cols, threads);
 #endif
-  return most;
+  return vectors_attention_workspace(rows, cols, threads);
 }
 
 void attention_backward(ConstHeads d_out, const AttentionInputs& in, ConstHeads out,
@@ -144,12 +143,12 @@ void attention_backward(ConstHeads d_out, const AttentionInputs& in, ConstHeads 
   vectors_attention_backward(d_out, in, out, lse, dq, dk, dv, use);
 }
 
-size_t attention_backward_workspace(int64_t rows, int64_t cols, int threads) {
-  size_t most = vectors_attention_backward_workspace(rows, cols, threads);
+size_t attention_backward_workspace([[maybe_unused]] DType dtype, int64_t rows, int64_t cols,
+                                    int threads) {
 #ifdef LOWBITCORE_TILES
-  most = larger(most, tiles_attention_backward_workspace(rows, cols, threads));
+  if (dtype == DType::bf16) return tiles_attention_backward_workspace(rows, cols, threads);
 #endif
-  return most;
+  return vectors_attention_backward_workspace(rows, cols, threads);
 }
 
 constexpr Backend make_backend(const char* name) {

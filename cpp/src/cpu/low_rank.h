@@ -1,8 +1,8 @@
 // Adapters: products of activations with factors W [rank, C], as A is, and B^T.
 //
-//   narrow   X [M,C] W^T   the reduction lies along rows of both
+//   narrow   X [M,C] W^T   summed along the rows of both
 //   widen    L [M,rank] W
-//   outer    L^T X         both summed over rows
+//   outer    L^T X         summed over the rows of both
 #pragma once
 
 #include "elementwise.h"
@@ -11,11 +11,11 @@
 namespace lowbitcore {
 namespace {
 
-constexpr int64_t kUnpackedRows = 4;            // at most, for which factors are read as they lie
+constexpr int64_t kUnpackedRows = 4;            // at most, for which B is read as it lies
 constexpr int64_t kNarrowRows = 16;             // that share a piece of W
 constexpr int64_t kNarrowCols = 512;            // of that piece
 constexpr int64_t kWidenRows = 48;              // of a task
-constexpr int64_t kWidenCols = 256;             // that a task has
+constexpr int64_t kWidenCols = 256;             // of a task
 constexpr int64_t kOuterRows = 32;              // of X that are floats at a time
 constexpr int64_t kOuterPanels = 4;             // of X, at most, of a task
 constexpr int64_t kDotRows = 2, kDotRanks = 4;  // whose sums live in registers
@@ -70,11 +70,12 @@ inline View<const float> read_only(const View<float>& v) {
 
 // ---- factors ----
 
-// B^T, [rank][N].
-inline void transpose_factor(const View<const float>& b, float* out, int threads) {
-  parallel_for(divide_up(b.rows, kPanel), threads, [&](int64_t panel, int) {
-    for (int64_t n = panel * kPanel; n < smaller(b.rows, (panel + 1) * kPanel); ++n) {
-      for (int64_t r = 0; r < b.cols; ++r) out[r * b.rows + n] = b.data[n * b.stride + r];
+// B^T in panels of `width` columns, a divisor of N: [N/width][rank][width].
+inline void transpose_factor(const View<const float>& b, int64_t width, float* out, int threads) {
+  parallel_for(b.rows / kPanel, threads, [&](int64_t part, int) {
+    for (int64_t n = part * kPanel; n < (part + 1) * kPanel; ++n) {
+      float* to = out + n / width * width * b.cols + n % width;
+      for (int64_t r = 0; r < b.cols; ++r) to[r * width] = b.data[n * b.stride + r];
     }
   });
 }
@@ -91,21 +92,11 @@ inline void pack_factor(const View<const float>& w, float* out, int threads) {
   });
 }
 
-// The same of B^T.
-inline void pack_transposed_factor(const View<const float>& b, float* out, int threads) {
-  parallel_for(b.rows / kPanel, threads, [&](int64_t panel, int) {
-    for (int64_t n = 0; n < kPanel; ++n) {
-      const float* row = b.data + (panel * kPanel + n) * b.stride;
-      for (int64_t r = 0; r < b.cols; ++r) out[(panel * b.cols + r) * kPanel + n] = row[r];
-    }
-  });
-}
-
 // ---- products ----
 
 // low [M, rank] = factor X W^T. A vector of sums for each row and rank goes along the columns; its
 // lanes are added up at the end.
-struct Narrow {
+struct NarrowStrip {
   const ConstMatrix& x;
   const View<const float>& w;
   float factor;
@@ -175,9 +166,9 @@ struct Narrow {
 
 void narrow(const ConstMatrix& x, const View<const float>& w, float factor, const View<float>& low,
             float* scratch, int threads) {
-  const Narrow rows{x, w, factor, low};
-  parallel_for(divide_up(x.rows, kNarrowRows), threads, [&](int64_t part, int thread) {
-    rows(part * kNarrowRows, scratch + thread * Narrow::scratch(w.rows));
+  const NarrowStrip multiply{x, w, factor, low};
+  parallel_for(divide_up(x.rows, kNarrowRows), threads, [&](int64_t strip, int thread) {
+    multiply(strip * kNarrowRows, scratch + thread * NarrowStrip::scratch(w.rows));
   });
 }
 
@@ -257,7 +248,8 @@ void outer(const View<const float>& low, const ConstMatrix& x, float* scratch, i
 
 // Floats of all threads, which products take in turn.
 inline int64_t low_rank_scratch(int64_t rank, int threads) {
-  return threads * larger(Narrow::scratch(rank), larger(rank * kWidenRows, outer_scratch(rank)));
+  return threads *
+         larger(NarrowStrip::scratch(rank), larger(rank * kWidenRows, outer_scratch(rank)));
 }
 
 size_t add_low_rank_workspace(const LowRankShape& s, int threads) {
@@ -270,26 +262,29 @@ void add_low_rank(ConstMatrix y, ConstMatrix x, const LowRank& adapter, View<flo
   if (x.rows <= kUnpackedRows) return add_low_rank_to_few(y, x, adapter, low, sum, use);
   float* panels = static_cast<float*>(use.workspace);
   float* scratch = panels + adapter.b.rows * adapter.b.cols;
-  pack_transposed_factor(adapter.b, panels, use.threads);
+  transpose_factor(adapter.b, kPanel, panels, use.threads);
   narrow(x, adapter.a, adapter.scaling, low, scratch, use.threads);
   widen(read_only(low), panels, y, sum, scratch, use.threads);
 }
 
 size_t add_low_rank_backward_workspace(const LowRankShape& s, int threads) {
   const int64_t factors = s.rank * (s.in_features + s.out_features);
-  return static_cast<size_t>(factors + s.rows * s.rank + low_rank_scratch(s.rank, threads)) * 4;
+  return static_cast<size_t>(factors + low_rank_scratch(s.rank, threads) + s.rows * s.rank) * 4;
 }
 
 void add_low_rank_backward(ConstMatrix dy, ConstMatrix x, View<const float> low,
                            const LowRank& adapter, const LowRankGrads& grads,
                            const Resources& use) {
-  const int64_t rank = adapter.a.rows;
+  const int64_t rank = adapter.a.rows, inputs = adapter.a.cols, outputs = dy.cols;
   float* b_transposed = static_cast<float*>(use.workspace);
-  float* panels = b_transposed + rank * dy.cols;
-  const View<float> d_low{panels + rank * adapter.a.cols, dy.rows, rank, rank};
-  float* scratch = d_low.data + dy.rows * rank;
-  transpose_factor(adapter.b, b_transposed, use.threads);
-  narrow(dy, {b_transposed, rank, dy.cols, dy.cols}, adapter.scaling, d_low, scratch, use.threads);
+  float* panels = b_transposed + rank * outputs;
+  float* scratch = panels + rank * inputs;
+  const View<float> d_low{scratch + low_rank_scratch(rank, use.threads), dy.rows, rank, rank};
+  if (grads.dx.data != nullptr || grads.da.data != nullptr) {
+    transpose_factor(adapter.b, outputs, b_transposed, use.threads);
+    narrow(dy, {b_transposed, rank, outputs, outputs}, adapter.scaling, d_low, scratch,
+           use.threads);
+  }
   if (grads.dx.data != nullptr) {
     pack_factor(adapter.a, panels, use.threads);
     widen(read_only(d_low), panels, {}, grads.dx, scratch, use.threads);
@@ -300,6 +295,8 @@ void add_low_rank_backward(ConstMatrix dy, ConstMatrix x, View<const float> low,
         std::memcpy(grads.da.data + r * grads.da.stride + col, sums + r * kPanel, kPanel * 4);
       }
     });
+  }
+  if (grads.db.data != nullptr) {
     outer(low, dy, scratch, use.threads, [&](int64_t col, const float* sums) {
       for (int64_t n = 0; n < kPanel; ++n) {
         float* row = grads.db.data + (col + n) * grads.db.stride;

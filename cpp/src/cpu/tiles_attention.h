@@ -24,7 +24,7 @@ constexpr int64_t kKeyStrips = 4;          // of the forward, between two looks 
 constexpr int64_t kBlock = 2;              // strips of keys and of queries in the backward
 constexpr int64_t kChunk = 16;  // strips of queries whose operands the second level is to hold
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLog2E = 1.44269504f;
 
 // ---- operands ----
 
@@ -210,12 +210,12 @@ inline void store_rows(const float* c, float factor, const Heads& out, uint16_t*
 
 // ---- forward ----
 
-// The softmax of 32 queries as far as it has come.
+// The softmax of 32 queries as far as it has come (see RunningSoftmax).
 struct TileSoftmax {
-  __m512 maximum[2], total[2];  // of scores times `scale`, of 2^ what they lie under it
+  __m512 maximum[2], total[2];  // of scores, of 2^ what they lie under it times `scale`
 
   TileSoftmax()
-      : maximum{_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)},
+      : maximum{_mm512_set1_ps(kLeast), _mm512_set1_ps(kLeast)},
         total{_mm512_setzero_ps(), _mm512_setzero_ps()} {}
 
   // Scores of `strips` of keys become probabilities under the new maximum, as right operands;
@@ -234,15 +234,15 @@ struct TileSoftmax {
       }
       const __m512 seen =
           _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
-      const __m512 now = _mm512_max_ps(maximum[half], _mm512_mul_ps(seen, unit));
-      shrink[half] = exp2(_mm512_sub_ps(maximum[half], now));
+      const __m512 now = _mm512_max_ps(maximum[half], seen);
+      shrink[half] = exp2(_mm512_mul_ps(_mm512_sub_ps(maximum[half], now), unit));
       maximum[half] = now;
       __m512 sum[2] = {_mm512_mul_ps(total[half], shrink[half]), _mm512_setzero_ps()};
       for (int64_t pair = 0; pair < 16 * strips; ++pair) {
         Vec e[2];
         for (int i = 0; i < 2; ++i) {
           const float* row = scores + pair / 8 * 2 * kTileWords + (pair % 8 * 2 + i) * 16;
-          e[i].v = exp2(_mm512_fmsub_ps(_mm512_load_ps(row), unit, now));
+          e[i].v = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(row), now), unit));
           sum[i] = _mm512_add_ps(sum[i], e[i].v);
         }
         bf16_pairs(e[0], e[1])
@@ -320,7 +320,7 @@ struct TilesAttentionForward {
     store_columns(o, panels, inverse, here, words_of(out, b, h) + row * out.row_stride,
                   out.row_stride);
     float* logs = lse.data + (b * in.q.heads + h) * lse.stride + row;
-    for (int64_t r = 0; r < here; ++r) logs[r] = maximum[r] * kLn2 + ::logf(total[r]);
+    for (int64_t r = 0; r < here; ++r) logs[r] = maximum[r] * in.scale + ::logf(total[r]);
   }
 };
 
@@ -356,7 +356,8 @@ void grad_scores(const float* s, const float* dp, float scale, const float* lse,
       __m512 e[2], g[2];
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t here = at + half * kTileWords;
-        e[half] = exp2(_mm512_fmsub_ps(_mm512_load_ps(s + here), unit, log[half]));
+        const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(s + here), unit, log[half]);
+        e[half] = exp2(_mm512_min_ps(_mm512_setzero_ps(), x));  // see grad_scores on vectors
         if constexpr (Diagonal) {
           const auto seen = static_cast<__mmask16>(lanes_from(key + i) >> (half * 16));
           e[half] = _mm512_maskz_mov_ps(seen, e[half]);

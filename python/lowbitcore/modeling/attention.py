@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowbitcore import ops
+from lowbitcore import ops, runtime
 from lowbitcore.dense import is_slow
 
 __all__ = ["use_own_attention"]
@@ -120,15 +120,14 @@ class _BackwardInFloat32(torch.autograd.Function):
 
 
 def _is_ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the core has attention for these."""
+    """Whether the core has attention for these that is worth it, as without vectors it is not."""
     return (
-        not torch.compiler.is_compiling()
-        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(x.is_cpu and x.dtype == query.dtype for x in (query, key, value))
+        ops.serves(query, key, value)
+        and runtime.isa() != "scalar"
+        and query.dtype == key.dtype == value.dtype
         and query.shape[0] == key.shape[0]
         and query.shape[2:] == key.shape[2:]
         and key.shape == value.shape
-        and query.shape[-1] % 32 == 0
         and query.shape[-1] <= 256
     )
 

@@ -49,10 +49,19 @@ def check_activations(op: str, name: str, tensor: Tensor) -> None:
         fail(op, name, "float32, bfloat16 or float16", tensor.dtype)
 
 
+def is_transformed() -> bool:
+    """Whether torch compiles, traces or transforms (``torch.func``) what is computed."""
+    return bool(
+        torch.compiler.is_compiling()  # first: it cannot look into the others
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    )
+
+
 def serves(*tensors: Tensor) -> bool:
     """Whether what lies between products, and losses, can be left to the core: on the CPU, of a
-    type and a width [..., D] that it takes, and not under ``torch.compile``."""
-    return not torch.compiler.is_compiling() and all(
+    type and a width [..., D] that it takes, and not transformed by torch."""
+    return not is_transformed() and all(
         x.is_cpu and x.dtype in ACTIVATIONS and x.shape[-1] % 32 == 0 for x in tensors
     )
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from lowbitcore import _C
-from lowbitcore.ops.arguments import as_rows, check_dims, contiguous, empty, empty_like, result_rows
+from lowbitcore.ops.arguments import (
+    as_rows,
+    check_dims,
+    contiguous,
+    empty,
+    empty_like,
+    fail,
+    result_rows,
+)
 from lowbitcore.ops.operators import define, differentiate_once, fake, kernel_or_operator
 
 
@@ -27,6 +35,8 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, *, scaling: float) 
     kernel = kernel_or_operator("add_low_rank", _add_low_rank, y=y, x=x, a=a, b=b)
     check_dims("add_low_rank", "a", a, 2)
     check_dims("add_low_rank", "b", b, 2)
+    if x.dim() == 0 or x.shape[:-1] != y.shape[:-1]:
+        fail("add_low_rank", "x", f"shape {[*y.shape[:-1], a.shape[1]]}", list(x.shape))
     total: Tensor = kernel(y, x, a, b, scaling)[0]
     return total
 
@@ -72,7 +82,7 @@ def _(
         scaling,
         result_rows(dx) if for_x else None,
         None if x is None else da,
-        None if x is None else db,
+        None if low is None else db,
     )
     return dx, da, db
 
@@ -87,20 +97,21 @@ def _backward_fake(
     scaling: float,
     for_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, a and b. The first is empty unless it is asked for, those of a and b
-    unless x and low are there, of which they are made."""
-    dx = empty(dy, *dy.shape[:-1], a.shape[1]) if for_x else dy.new_empty(0)
-    if x is None:
-        return dx, a.new_empty(0), b.new_empty(0)
-    return dx, torch.empty_like(a), torch.empty_like(b)
+    """The gradients of x, a and b. Empty is the first unless it is asked for, that of a without x,
+    and that of b without low, which they are made of."""
+    return (
+        empty(dy, *dy.shape[:-1], a.shape[1]) if for_x else dy.new_empty(0),
+        a.new_empty(0 if x is None else a.shape),
+        b.new_empty(0 if low is None else b.shape),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, x, a, b, ctx.scaling = inputs
     low = output[1]
     ctx.mark_non_differentiable(low)
-    trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    ctx.save_for_backward(*((x, low) if trains else (None, None)), a, b)
+    for_a, for_b = ctx.needs_input_grad[2:4]
+    ctx.save_for_backward(x if for_a else None, low if for_b else None, a, b)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:

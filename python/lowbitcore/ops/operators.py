@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbitcore._C import Error
-from lowbitcore.ops.arguments import check, in_memory
+from lowbitcore.ops.arguments import check, in_memory, is_transformed
 
 _library = torch.library.Library("lowbitcore", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -101,13 +101,11 @@ def is_plain(*tensors: Tensor) -> bool:
     differentiate, trace, transform or record what is done with them. Its dispatcher, which takes
     longer than a small product, then has nothing to add."""
     return not (
-        torch.compiler.is_compiling()  # first: it cannot look into the others
+        is_transformed()
         or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
-        or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
     ) and all(map(in_memory, tensors))
 
