@@ -92,6 +92,30 @@ def test_cross_entropy(name: str, checkpointing: Any, small_chunks: None) -> Non
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["behind", "before", "scored"])
+def test_masks_that_models_need(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding behind the tokens, unless it is scored, does without."""
+    model = TrainedModel(quantized("llama"))
+    batch = batch_of([48, 20])
+    if where == "before":
+        batch = {name: item.flip(1) for name, item in batch.items()}
+    if where == "scored":
+        batch["labels"][1, 30] = 5
+    expected = functional.cross_entropy(
+        whole_logits(model.model, batch).transpose(1, 2), batch["labels"][:, 1:]
+    )
+    seen = []
+    original = training.run_body
+    monkeypatch.setattr(
+        training,
+        "run_body",
+        lambda model, **inputs: seen.append(inputs) or original(model, **inputs),
+    )
+    torch.testing.assert_close(model(**batch)["loss"], expected, rtol=1e-5, atol=0)
+    mask = seen[0]["attention_mask"]
+    assert (mask is None) == (where == "behind")
+
+
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 @pytest.mark.parametrize(("lambda_kl", "lambda_ce"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
 def test_distillation(kl: Any, lambda_kl: float, lambda_ce: float, small_chunks: None) -> None:

@@ -130,9 +130,11 @@ class TrainedModel(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         **extra: Tensor,
     ) -> dict[str, Tensor]:
-        output = run_body(self.model, input_ids=input_ids, attention_mask=attention_mask)
         targets = labels[:, 1:]
         scored = targets != IGNORED
+        if attention_mask is not None and _comes_after(attention_mask, scored):
+            attention_mask = None
+        output = run_body(self.model, input_ids=input_ids, attention_mask=attention_mask)
         hidden = output.last_hidden_state[:, :-1][scored]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, **extra}
         loss = self.loss(batch, scored, output)
@@ -147,6 +149,15 @@ class TrainedModel(nn.Module):
             )
         count = len(hidden) if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+
+def _comes_after(mask: Tensor, scored: Tensor) -> bool:
+    """Whether padding lies behind all tokens of its row, none of it scored: no causal model then
+    sees it from where it counts, and without a mask attention is several times as fast."""
+    if mask.dim() != 2:
+        return False
+    here, next_one = mask[:, :-1].bool(), mask[:, 1:].bool()
+    return bool(((here | ~next_one) & (here | ~scored)).all())
 
 
 # --- Activations -----------------------------------------------------------------------------
