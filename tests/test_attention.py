@@ -252,7 +252,8 @@ def test_huge_scores(isa: str, dtype: torch.dtype, cols: int) -> None:
     values = torch.randn(1, 1, 3, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
     means = values.float().cumsum(2) / torch.tensor([1.0, 2.0, 3.0])[:, None]
     found = ops.attention(alike, alike, values).float()
-    torch.testing.assert_close(found, means, rtol=0.01, atol=0.01)
+    off = {torch.float32: 1e-6, torch.bfloat16: 0.01, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(found, means, rtol=off, atol=off)
     case = make_case(rows=200, cols=cols, dtype=dtype, layout="heads first")
     leaves = [(x * size).requires_grad_() for x in (case.q.clamp(-3, 3), case.k.clamp(-3, 3))]
     leaves.append(case.v.detach().requires_grad_())
@@ -272,7 +273,8 @@ def test_scores_that_overflow(isa: str, dtype: torch.dtype) -> None:
     k[:, :, :140] = -1e38
     out = ops.attention(q, k, case.v)
     alone = ops.attention(*(x[:, :, 140:] for x in (q, k, case.v)))
-    torch.testing.assert_close(out[:, :, 140:], alone, rtol=0.02, atol=0.02)
+    off = {torch.float32: 1e-5, torch.bfloat16: 0.01}[dtype]
+    torch.testing.assert_close(out[:, :, 140:], alone, rtol=off, atol=off)
     assert out[:, :, :140].isnan().all()
 
 

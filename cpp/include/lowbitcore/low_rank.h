@@ -27,8 +27,8 @@ std::size_t add_low_rank_workspace_size(std::int64_t rows, std::int64_t in_featu
 // Those without data are not computed.
 struct LowRankGrads {
   Matrix dx;       // [M,K], of the type of dy; in memory of its own
-  View<float> da;  // [rank, K]; of x, which nothing else is
-  View<float> db;  // [N, rank]; of low, which nothing else is
+  View<float> da;  // [rank, K]; for this alone x is read
+  View<float> db;  // [N, rank]; for this alone low is read
 };
 
 // From dy [M,N], the gradient of sum.

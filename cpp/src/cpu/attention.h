@@ -347,8 +347,9 @@ struct VectorsBackward {
         d.store(halves[key / kBlockN] + q * kBlockN + key % kBlockN);
       }
     }
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) {
       transpose_tile(halves[half], transposed + half * kScores / 2);
+    }
   }
 };
 
