@@ -4,6 +4,7 @@
 
 #include <lowbitcore/attention.h>
 #include <lowbitcore/decode.h>
+#include <lowbitcore/dense.h>
 #include <lowbitcore/elementwise.h>
 #include <lowbitcore/gptq.h>
 #include <lowbitcore/losses.h>
@@ -102,6 +103,10 @@ struct Backend {
   void (*add_low_rank_backward)(ConstMatrix dy, ConstMatrix x, View<const float> low,
                                 const LowRank&, const LowRankGrads&, const Resources&);
   std::size_t (*add_low_rank_backward_workspace)(const LowRankShape&, int threads);
+  void (*gemm_nt)(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y, const Resources&);
+  std::size_t (*gemm_nt_workspace)(std::int64_t m, std::int64_t in_features, int threads);
+  void (*gemm_nn)(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y, const Resources&);
+  std::size_t (*gemm_nn_workspace)(std::int64_t m, std::int64_t in_features, int threads);
   void (*add)(ConstMatrix a, ConstMatrix b, Matrix sum, const Resources&);
 };
 

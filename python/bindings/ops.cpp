@@ -180,6 +180,26 @@ void py_permute_columns(const Array& x, const Array& order, const Array& y) {
   permute_columns(in, columns, out);
 }
 
+void py_gemm_nt(const Array& x, const Array& weight, const OptionalArray& bias, const Array& y) {
+  const char* op = "gemm_nt";
+  on_cpu(op, {{"x", &x}, {"weight", &weight}, {"bias", present(bias)}, {"y", &y}});
+  const ConstMatrix in = const_matrix(op, "x", x), w = const_matrix(op, "weight", weight);
+  const float* b = bias ? vector<float>(op, "bias", *bias, w.rows) : nullptr;
+  const Matrix out = matrix(op, "y", y);
+  nb::gil_scoped_release release;
+  gemm_nt(in, w, b, out);
+}
+
+void py_gemm_nn(const Array& x, const Array& weight, const OptionalArray& bias, const Array& y) {
+  const char* op = "gemm_nn";
+  on_cpu(op, {{"x", &x}, {"weight", &weight}, {"bias", present(bias)}, {"y", &y}});
+  const ConstMatrix in = const_matrix(op, "x", x), w = const_matrix(op, "weight", weight);
+  const float* b = bias ? vector<float>(op, "bias", *bias, w.cols) : nullptr;
+  const Matrix out = matrix(op, "y", y);
+  nb::gil_scoped_release release;
+  gemm_nn(in, w, b, out);
+}
+
 void py_add_low_rank(const Array& y, const Array& x, const Array& a, const Array& b, float scaling,
                      const Array& low, const Array& sum) {
   const char* op = "add_low_rank";
@@ -455,6 +475,8 @@ void init_ops(nb::module_& m) {
   m.def("qgemm_nn", &py_qgemm_nn);
   m.def("qgemm_grad_scales", &py_qgemm_grad_scales);
   m.def("permute_columns", &py_permute_columns);
+  m.def("gemm_nt", &py_gemm_nt);
+  m.def("gemm_nn", &py_gemm_nn);
   m.def("add_low_rank", &py_add_low_rank);
   m.def("add_low_rank_backward", &py_add_low_rank_backward);
   m.def("attention", &py_attention);

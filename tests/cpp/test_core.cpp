@@ -528,6 +528,50 @@ void low_rank(std::int64_t rows) {
   expect_error([&] { lbc::add_low_rank_workspace_size(1, 64, 64, -1); }, {"rank", "-1"});
 }
 
+void dense(std::int64_t rows) {
+  const std::int64_t k = 64, n = 600;  // more than a slice of a reduction, and no panels
+  const auto size = [](std::int64_t count) { return static_cast<std::size_t>(count); };
+  const auto x = normal(size(rows * k), 1), w = normal(size(n * k), 2),
+             dy = normal(size(rows * n), 3);
+  const auto bias = normal(size(n), 4);
+  std::vector<float> y(dy.size()), dx(x.size());
+  const auto matrix = [](auto& data, std::int64_t height, std::int64_t cols) {
+    return lbc::Matrix{const_cast<float*>(data.data()), lbc::DType::f32, height, cols, cols};
+  };
+  std::vector<std::vector<float>> first;
+  for (int threads : {1, 3}) {
+    with_workspace(lbc::gemm_nt_workspace_size(rows, k, {threads}), threads, [&](const auto& exec) {
+      lbc::gemm_nt(matrix(x, rows, k), matrix(w, n, k), bias.data(), matrix(y, rows, n), exec);
+    });
+    with_workspace(lbc::gemm_nn_workspace_size(rows, k, {threads}), threads, [&](const auto& exec) {
+      lbc::gemm_nn(matrix(dy, rows, n), matrix(w, n, k), bias.data(), matrix(dx, rows, k), exec);
+    });
+    const std::vector<std::vector<float>> results{y, dx};
+    if (threads == 1) first = results;
+    expect(results == first, "dense products do not depend on threads");
+  }
+  const auto close = [](float got, double want, const char* what) {
+    expect(std::abs(got - want) <= 1e-4 * (1 + std::abs(want)), what);
+  };
+  for (std::int64_t m = 0; m < rows; ++m) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      double total = bias[size(j)];
+      for (std::int64_t i = 0; i < k; ++i) total += double{x[size(m * k + i)]} * w[size(j * k + i)];
+      close(y[size(m * n + j)], total, "a dense product");
+    }
+    for (std::int64_t i = 0; i < k; ++i) {
+      double total = bias[size(i)];
+      for (std::int64_t j = 0; j < n; ++j)
+        total += double{dy[size(m * n + j)]} * w[size(j * k + i)];
+      close(dx[size(m * k + i)], total, "a transposed dense product");
+    }
+  }
+  expect_error(
+      [&] { lbc::gemm_nt(matrix(x, rows, k), matrix(w, n, 32), nullptr, matrix(y, rows, n)); },
+      {"gemm_nt", "weight", "64", "32"});
+  expect_error([&] { lbc::gemm_nn_workspace_size(1, 48); }, {"in_features", "48"});
+}
+
 // The gradient in the place of the logits, and in that of the teacher's.
 void losses_in_place() {
   const std::int64_t tokens = 3, words = 96;
@@ -631,6 +675,7 @@ int main(int argc, char** argv) {
   gptq(false);
   for (std::int64_t rows : {1, 31, 100, 600}) attention(rows);
   for (std::int64_t rows : {1, 4, 5, 70}) low_rank(rows);
+  for (std::int64_t rows : {1, 3, 40}) dense(rows);
   losses_in_place();
   threads_set_during_calls();
   threads_are_few();

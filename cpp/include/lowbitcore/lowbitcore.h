@@ -4,6 +4,7 @@
 #include <lowbitcore/attention.h>
 #include <lowbitcore/columns.h>
 #include <lowbitcore/decode.h>
+#include <lowbitcore/dense.h>
 #include <lowbitcore/elementwise.h>
 #include <lowbitcore/format.h>
 #include <lowbitcore/gptq.h>

@@ -78,17 +78,34 @@ inline void store_as(const Vec& v, char* row, DType dtype, int64_t col) {
   }
 }
 
+inline float load_scalar(const char* row, DType dtype, int64_t col) {
+  if (dtype == DType::f32) return reinterpret_cast<const float*>(row)[col];
+  const uint16_t half = reinterpret_cast<const uint16_t*>(row)[col];
+  return dtype == DType::bf16 ? bf16_to_float(half) : f16_to_float(half);
+}
+
+inline void store_scalar(float value, char* row, DType dtype, int64_t col) {
+  if (dtype == DType::f32) {
+    reinterpret_cast<float*>(row)[col] = value;
+  } else {
+    reinterpret_cast<uint16_t*>(row)[col] =
+        dtype == DType::bf16 ? float_to_bf16(value) : float_to_f16(value);
+  }
+}
+
 // Rows of x as fp32 columns: out[k * step + r]. Missing rows, up to `step`, are 0.
 inline void load_columns(const ConstMatrix& x, int64_t first, int64_t rows, int64_t step,
                          float* out) {
   if (rows < step) std::memset(out, 0, static_cast<size_t>(x.cols * step) * sizeof(float));
   for (int64_t r = 0; r < rows; ++r) {
     const char* row = row_pointer(x, first + r);
-    for (int64_t k = 0; k < x.cols; k += kWidth) {
+    int64_t k = 0;
+    for (; k + kWidth <= x.cols; k += kWidth) {
       alignas(64) float lane[kWidth];
       load_as_float(row, x.dtype, k).store(lane);
       for (int i = 0; i < kWidth; ++i) out[(k + i) * step + r] = lane[i];
     }
+    for (; k < x.cols; ++k) out[k * step + r] = load_scalar(row, x.dtype, k);
   }
 }
 

@@ -42,6 +42,7 @@
 
 #include "attention.h"
 #include "decode.h"
+#include "dense.h"
 #include "direct.h"
 #include "doubles.h"
 #include "elementwise.h"
@@ -184,6 +185,10 @@ constexpr Backend make_backend(const char* name) {
   backend.add_low_rank_workspace = add_low_rank_workspace;
   backend.add_low_rank_backward = add_low_rank_backward;
   backend.add_low_rank_backward_workspace = add_low_rank_backward_workspace;
+  backend.gemm_nt = gemm_nt;
+  backend.gemm_nt_workspace = gemm_nt_workspace;
+  backend.gemm_nn = gemm_nn;
+  backend.gemm_nn_workspace = gemm_nn_workspace;
   backend.add = add;
   backend.attention = attention;
   backend.attention_workspace = attention_workspace;

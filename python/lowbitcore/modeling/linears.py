@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from lowbitcore.dense import linear
+from lowbitcore.dense import is_slow, linear, linear_across
 from lowbitcore.ops.operators import is_plain
 
 
@@ -17,10 +18,19 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class _Conv1D(Conv1D):  # type: ignore[misc]
+    """GPT-2's linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_across(x, self.weight, self.bias)
+
+
 def use_own_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
+        elif type(module) is Conv1D:
+            module.__class__ = _Conv1D
 
 
 class _Head(Linear):
@@ -34,6 +44,7 @@ class _Head(Linear):
             is_plain(x, weight)
             and x.numel() == self.in_features == x.shape[-1]
             and x.dtype == weight.dtype != torch.float16  # which takes longer that way
+            and not is_slow(x)
             and self.bias is None
             and not torch.is_autocast_enabled("cpu")
         ):

@@ -27,6 +27,7 @@ from lowbitcore.ops.decoding import (
     finish_token,
     project_token,
 )
+from lowbitcore.ops.dense import gemm_nn, gemm_nt
 from lowbitcore.ops.elementwise import dropout, rms_norm, rotate, swiglu
 from lowbitcore.ops.fake_quantization import add_fake_quantized_, fake_quantized_grads
 from lowbitcore.ops.format import check_format, group_count, packed_size, trivial_g_idx
@@ -72,6 +73,8 @@ __all__ = [
     "dropout",
     "fake_quantized_grads",
     "finish_token",
+    "gemm_nn",
+    "gemm_nt",
     "gptq_factorize",
     "gptq_quantize",
     "group_count",
