@@ -35,6 +35,9 @@ Method = Literal["peqa", "emef", "lrec"]
 _HELD_BYTES = 32 << 20
 _HELD_SHARE = 0.1
 
+# What a tokenizer has in memory for each token it knows (measured: 31 MB for 49,152).
+_TOKEN_BYTES = 640
+
 # A gradient and AdamW's two moments, float32, beside each trained float32 parameter.
 _OPTIMIZER_BYTES = 12
 
@@ -46,7 +49,7 @@ class Plan(NamedTuple):
     filling it. `teacher_bytes` are what of the 16-bit model is in memory beside the packed one:
     while the cache fills, its embeddings, its largest block and the states of the examples that go
     through that together; without a cache all of it, all along. `runtime_bytes` is this very
-    process: Python and the libraries that training imports; `held_bytes` is what the C library's
+    process, Python and the libraries that training imports, and a tokenizer; `held_bytes` is what the C library's
     heap keeps of freed tensors; `cache_bytes` is LREC's teacher cache for `tokens`, on disk.
     """
 
@@ -123,7 +126,7 @@ def plan(
     # Logits, their gradient, and for LREC the teacher's; what is float32 is of a few rows.
     copies = 3 if method == "lrec" else 2
     loss = chunk_tokens(model) * model.config.get_text_config().vocab_size * copies * dtype.itemsize
-    runtime = _resident()
+    runtime = _resident() + _TOKEN_BYTES * config.get_text_config().vocab_size
     if method == "lrec" and cache:  # the teacher's states of a batch, and of its scored tokens
         states = 2 * length * model.config.get_text_config().hidden_size * dtype.itemsize
         one, two = one + states, two + 2 * states

@@ -322,7 +322,7 @@ def plan(
         (f"activations, {micro_batch} x {length} tokens", result.activation_bytes),
         ("loss", result.loss_bytes),
         ("kept by the C library's heap", result.held_bytes),
-        ("Python and its libraries", result.runtime_bytes),
+        ("Python, libraries, tokenizer", result.runtime_bytes),
         ("peak", result.peak_bytes),
     ]
     lines = [f"{name:<34}{size / 1e9:>9.3f} GB" for name, size in rows]
