@@ -49,8 +49,9 @@ class Plan(NamedTuple):
     filling it. `teacher_bytes` are what of the 16-bit model is in memory beside the packed one:
     while the cache fills, its embeddings, its largest block and the states of the examples that go
     through that together; without a cache all of it, all along. `runtime_bytes` is this very
-    process, Python and the libraries that training imports, and a tokenizer; `held_bytes` is what the C library's
-    heap keeps of freed tensors; `cache_bytes` is LREC's teacher cache for `tokens`, on disk.
+    process, Python and the libraries that training imports, and a tokenizer; `held_bytes` is what
+    the C library's heap keeps of freed tensors; `cache_bytes` is LREC's teacher cache for `tokens`,
+    on disk.
     """
 
     trainable_parameters: int
