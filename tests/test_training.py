@@ -30,7 +30,8 @@ from lowbitcore.blocks import quantized_linears
 from lowbitcore.data import IGNORED, Example, TrainingSet, calibration_windows, read_examples
 from lowbitcore.formats import peft
 from lowbitcore.lora import newest_adapters
-from lowbitcore.training import TrainedModel, collate, newest_checkpoint
+from lowbitcore.run_directory import newest_checkpoint
+from lowbitcore.training import TrainedModel, collate
 from test_adapters import excite
 from test_cli import fail, run, start, succeed
 from test_data import make_tokenizer, text_of

@@ -10,38 +10,35 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
 
-from lowbitcore import adapters, data, files
+from lowbitcore import adapters, data, run_directory
 from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.checks import check_length, check_tokens
 from lowbitcore.data import TrainingSet
 from lowbitcore.evaluate import check_text, perplexity
-from lowbitcore.files import atomic_path
 from lowbitcore.formats import peft, scales
 from lowbitcore.heap import keep_heap_small
 from lowbitcore.lora import prepare_lora
 from lowbitcore.lrec import LrecTrainer, TeacherCache
 from lowbitcore.model import load
 from lowbitcore.peqa import prepare_peqa, thaw_scales
+from lowbitcore.progress import Bar, draw
 from lowbitcore.provenance import config_digest, identity
+from lowbitcore.run_directory import is_main
 from lowbitcore.runtime import resolve_device, synchronize
 from lowbitcore.source import Source, load_tokenizer, open_source
 from lowbitcore.training import (
@@ -51,10 +48,8 @@ from lowbitcore.training import (
     PackedTrainer,
     PeqaTrainer,
     collate,
-    newest_checkpoint,
 )
 
-_RECORD, _LOCK = "training.json", ".lock"
 _STATE = "trainer_state.json"
 _PATHS = ("model", "adapters", "data", "eval_text", "start", "cache")
 # Evaluations during a training look at the start of the text; the last one at all of it.
@@ -163,11 +158,13 @@ def train(
     if schedule.checkpointing == "full":
         keep_heap_small()  # whoever asks for it is short of memory
     start = time.perf_counter()
-    planned = _open(recipe, out, resume)
-    if "result" in planned and _is_finished(out):
+    _check_cache(recipe, out)
+    settings = _settings(recipe)
+    planned = run_directory.open_run(out, settings, resume=resume)
+    if "result" in planned and run_directory.is_finished(out):
         say(f"{out}: finished already")
-        return _cleaned_up(recipe, out, planned["result"]) if _is_main() else None
-    if resume and not planned and _is_main():
+        return _finish(recipe, out, planned["result"]) if is_main() else None
+    if resume and not planned and is_main():
         say(f"{out}: nothing to resume: training from the start")
     model = _load_student(recipe, device, say)
     tokenizer = load_tokenizer(recipe.model)
@@ -192,8 +189,8 @@ def train(
         steps = max(1, int(seconds / _seconds_a_step(trainer(1), schedule, examples)))
     run = trainer(steps)
     run.remove_callback(PrinterCallback)
-    run.add_callback(_Bar())
-    lock = _record(recipe, out, steps, found) if _is_main() else None
+    run.add_callback(Bar())
+    lock = run_directory.begin(out, settings, steps=steps, identity=found) if is_main() else None
     if schedule.minutes is not None:
         run.add_callback(Deadline(schedule.minutes))
     say(
@@ -201,7 +198,7 @@ def train(
         f"for {steps} steps of {schedule.batch} sequences, {len(examples)} of them at hand"
     )
     before = time.perf_counter()
-    begun = newest_checkpoint(out) if resume else None
+    begun = run_directory.newest_checkpoint(out) if resume else None
     if begun is not None:
         say(f"going on from {begun}")
     run.train(resume_from_checkpoint=begun)
@@ -216,7 +213,7 @@ def train(
     if adapters.trains_scales(model):
         adapters.round_scales(model)
     ppl = None if measure is None else measure(model, None)
-    draw(run.state.log_history, out / "training.png", final=ppl)
+    draw(run.state.log_history, out / "training.png", windows=_EVALUATION_WINDOWS, final=ppl)
     run.state.save_to_json(str(out / _STATE))
     losses = [item["loss"] for item in run.state.log_history if "loss" in item]
     result = {
@@ -228,22 +225,20 @@ def train(
         "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "ppl": ppl,
     }
-    files.write_json(out / _RECORD, {**files.read_json(out / _RECORD), "result": result})
+    run_directory.write_result(out, result)
     adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
     lock.close()
-    return _cleaned_up(recipe, out, result)
+    return _finish(recipe, out, result)
 
 
-def _cleaned_up(recipe: Recipe, out: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """What a training reports, whose end needs its checkpoints no more."""
-    for old in out.glob("checkpoint-*"):
-        shutil.rmtree(old)
-    (out / _LOCK).unlink(missing_ok=True)  # last: until then a resumed run comes here again
+def _finish(recipe: Recipe, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """What a training reports, whose directory needs nothing but its product any more."""
+    run_directory.clean_up(out)
     product = peft.WEIGHTS_FILE if recipe.lora is not None else scales.FILE
     return {**result, "adapter_bytes": (out / product).stat().st_size}
 
 
-# --- The directory of a run --------------------------------------------------------------------
+# --- The parts of a run ------------------------------------------------------------------------
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -261,66 +256,6 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         return os.path.abspath(value) if name == "cache" or os.path.exists(value) else value
 
     return cast(dict[str, Any], portable("", asdict(recipe)))
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
-
-
-def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any]:
-    """Prepares `out`; what an unfinished run in it had planned."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: expected a directory, got a file")
-    record = out / _RECORD
-    if not _is_main():  # the first process may have begun already
-        return files.read_json(record) if resume and record.exists() else {}
-    if _is_finished(out) and not (resume and (out / _LOCK).exists()):
-        raise ValueError(f"{out}: holds a finished training already")
-    cache = None if recipe.teacher is None else recipe.teacher.cache
-    if cache is not None and out.resolve() in Path(cache).resolve().parents:
-        raise ValueError(f"--cache: expected a directory outside of {out}, got {cache}")
-    if record.exists():
-        files.lock(out / _LOCK).close()  # said first: a living run must not be deleted
-        if not resume:
-            if newest_checkpoint(out) is None:  # nothing is lost
-                return {}
-            raise ValueError(f"{out}: holds an unfinished training: give --resume, or delete it")
-        found = files.read_json(record)
-        settings = _settings(recipe)
-        before, now = _flat(found.get("recipe", {})), _flat(settings)
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise ValueError(
-                    f"{out}: cannot resume: {name}: expected {before.get(name)!r}, as in the "
-                    f"unfinished run, got {now.get(name)!r}"
-                )
-        return found
-    strangers = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if strangers:
-        raise ValueError(f"{out}: expected an empty or new directory, got {strangers[0]!r} in it")
-    return {}
-
-
-def _is_finished(out: Path) -> bool:
-    """Whether what is written last is there: of an adapter with its scales, these come first."""
-    if (out / peft.CONFIG_FILE).exists():
-        return True
-    if not (out / scales.FILE).exists():
-        return False
-    record = out / _RECORD
-    recipe = files.read_json(record).get("recipe", {}) if record.exists() else {}
-    return recipe.get("lora") is None
-
-
-def _is_main() -> bool:
-    """Whether this is the only process, or the first of those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _processes() -> int:
@@ -342,18 +277,6 @@ def training_device(name: str) -> torch.device:
     return device
 
 
-def _record(recipe: Recipe, out: Path, steps: int, identity: dict[str, Any]) -> IO[str]:
-    """Begins, or goes on with, a run in `out`; the lock that keeps others out of it."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = files.lock(out / _LOCK)
-    record = {"recipe": _settings(recipe), "steps": steps, "identity": identity}
-    files.write_json(out / _RECORD, record)
-    return lock
-
-
-# --- The parts of a run ------------------------------------------------------------------------
-
-
 # The perplexity of a model on the first so many windows of the evaluation text, or on all.
 _Measure = Callable[[PreTrainedModel, int | None], float]
 
@@ -365,6 +288,12 @@ def _check_minutes(recipe: Recipe) -> None:
         raise ValueError("--minutes: expected --steps or --tokens where several processes train")
     if recipe.teacher is not None and recipe.teacher.cache:
         raise ValueError("--cache: expected --steps or --tokens, which tell how much to keep")
+
+
+def _check_cache(recipe: Recipe, out: Path) -> None:
+    cache = None if recipe.teacher is None else recipe.teacher.cache
+    if cache is not None and out.resolve() in Path(cache).resolve().parents:
+        raise ValueError(f"--cache: expected a directory outside of {out}, got {cache}")
 
 
 def _load_student(
@@ -544,31 +473,6 @@ def _leave_the_others() -> None:
     PartialState().destroy_process_group()
 
 
-class _Bar(TrainerCallback):  # type: ignore[misc]
-    """Progress on stderr, with what was logged last."""
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            disable=not state.is_world_process_zero,
-        )
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
-        shown = {"loss": "loss", "eval_ppl": "perplexity"}
-        self._bar.set_postfix({shown[k]: f"{v:.3f}" for k, v in logs.items() if k in shown})
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._bar.close()
-
-
 def _seconds_a_step(trainer: PackedTrainer, schedule: Schedule, examples: TrainingSet) -> float:
     """What a step takes, from two micro-batches of which the first one warms up."""
     model = trainer.model
@@ -584,38 +488,3 @@ def _seconds_a_step(trainer: PackedTrainer, schedule: Schedule, examples: Traini
         seconds = time.perf_counter() - start
     model.zero_grad()
     return seconds * schedule.batch / micro
-
-
-def draw(history: list[dict[str, Any]], path: Path, *, final: float | None) -> None:
-    """Loss and perplexity against tokens, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    losses = [(item["num_input_tokens_seen"], item["loss"]) for item in history if "loss" in item]
-    points = [
-        (i.get("num_input_tokens_seen", 0), i["eval_ppl"]) for i in history if "eval_ppl" in i
-    ]
-    axes.plot(*zip(*losses, strict=True), color="tab:blue", label="training loss")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats a token)")
-    handles = axes.get_lines()
-    if points:
-        right = axes.twinx()
-        right.set_yscale("log")
-        right.yaxis.set_major_formatter(ScalarFormatter())
-        right.yaxis.set_minor_formatter(ScalarFormatter())
-        right.set_ylabel("perplexity on the evaluation text (log scale)")
-        label = f"perplexity (first {_EVALUATION_WINDOWS} windows)"
-        handles = handles + right.plot(
-            *zip(*points, strict=True), color="tab:orange", marker="o", label=label
-        )
-    if final is not None:
-        axes.set_title(f"perplexity at the end, on all of the text: {final:,.2f}")
-    axes.legend(handles=handles)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    pyplot.close(figure)

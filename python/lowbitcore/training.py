@@ -7,11 +7,8 @@ never the base. Neither the logits of a batch nor the dense gradient of a weight
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,14 +26,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lowbitcore import adapters
 from lowbitcore.blocks import evaluating
 from lowbitcore.checks import check_kind
 from lowbitcore.data import IGNORED
 from lowbitcore.formats import peft, scales
-from lowbitcore.formats.checkpoint import read_header
 from lowbitcore.head import chunk_tokens, open_head, run_body
 from lowbitcore.lora import newest_adapters
 from lowbitcore.losses import cross_entropy
@@ -404,33 +399,6 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if time.monotonic() >= self._end:
             control.should_training_stop = True
-
-
-def newest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The last checkpoint that is whole: a kill may have cut off the newest, or a power loss."""
-    found = []
-    for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:  # the Trainer writes its state last
-            state = json.loads((path / "trainer_state.json").read_text())
-            found.append((int(state["global_step"]), path))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return next((path for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
-
-
-def _is_whole(directory: Path) -> bool:
-    """Whether torch's archives in it are as their checksums say, and no tensor is cut off."""
-    try:
-        for path in directory.iterdir():
-            if path.suffix in (".pt", ".pth", ".bin"):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip() is not None:
-                        return False
-            elif path.suffix == ".safetensors":
-                read_header(path)
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return False
-    return True
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
