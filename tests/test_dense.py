@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import reference as ref
@@ -36,7 +39,7 @@ def check(found: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
     assert ((found.double() - exact).abs() <= bound + tiny).all()
 
 
-# Outputs: not a panel, not a slice of a reduction, of no level.
+# Outputs: panels and slices of a reduction, whole ones and not.
 outputs = st.sampled_from([1, 3, 31, 32, 33, 64, 95, 500, 512, 513, 1100])
 inputs = st.sampled_from([32, 64, 96, 160, 320])
 batches = st.sampled_from([(0,), (1,), (2,), (3,), (8,), (9,), (3, 9), (1, 2, 17), (40,), (481,)])
@@ -45,6 +48,11 @@ batches = st.sampled_from([(0,), (1,), (2,), (3,), (8,), (9,), (3, 9), (1, 2, 17
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("dtype", ref.DTYPES, ids=str)
 @given(seed=ref.seeds, batch=batches, n=outputs, k=inputs, biased=st.booleans())
+@example(
+    seed=1, batch=(481,), n=1100, k=160, biased=True
+)  # blocks of rows, slices, and rests of both
+@example(seed=2, batch=(9,), n=513, k=32, biased=False)
+@example(seed=3, batch=(8,), n=33, k=64, biased=True)
 def test_products_and_gradients(
     isa: str,
     dtype: torch.dtype,
@@ -62,9 +70,9 @@ def test_products_and_gradients(
 
     x, weight, dy, ddx = random(*batch, k), random(n, k), random(*batch, n), random(*batch, k)
     bias = random(n) if biased else None
-    given = [x, weight, *([] if bias is None else [bias])]
+    wanted = [x, weight, *([] if bias is None else [bias])]
     y = ops.gemm_nt(x, weight, bias)
-    dx, *others = torch.autograd.grad(y, given, dy, create_graph=True)
+    dx, *others = torch.autograd.grad(y, wanted, dy, create_graph=True)
     added = random(k)
     ddy, dw_again = torch.autograd.grad(dx, (dy, weight), ddx)
 
@@ -140,10 +148,11 @@ def test_caller_errors(isa: str) -> None:
     x, weight, dy = torch.ones(6, 64), torch.ones(33, 64), torch.ones(6, 33)
     wrong = {
         "x: expected a positive multiple of 32 columns, .* got 48": (x[:, :48], weight[:, :48]),
-        r"weight: expected shape \[33, 32\], got \[33, 64\]": (x[:, :32], weight),
+        r"x: expected shape \[..., 64\], got \[6, 32\]": (x[:, :32], weight),
         r"weight: expected the type of x \(float32\), got bfloat16": (x, weight.bfloat16()),
         r"weight: expected 2 dimensions, got \(64,\)": (x, weight[0]),
         r"bias: expected shape \[33\], got \[32\]": (x, weight, torch.ones(32)),
+        "weight: expected at least 1 row, got 0": (x, weight[:0]),
         r"x: expected at least 1 dimension, got \(\)": (x[0, 0], weight),
         "x: expected float32, bfloat16 or float16": (x.double(), weight.double()),
         "weight: expected a tensor on cpu, as the other": (x, weight.to("meta")),
@@ -151,7 +160,7 @@ def test_caller_errors(isa: str) -> None:
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=f"gemm_nt: {message}"):
             ops.gemm_nt(*arguments)
-    with pytest.raises(ValueError, match=r"gemm_nn: x: expected shape \[6, 33\], got \[6, 32\]"):
+    with pytest.raises(ValueError, match=r"gemm_nn: x: expected shape \[..., 33\], got \[6, 32\]"):
         ops.gemm_nn(dy[:, :32], weight)
     with pytest.raises(ValueError, match=r"gemm_nn: bias: expected shape \[64\], got \[33\]"):
         ops.gemm_nn(dy, weight, torch.ones(33))
@@ -175,15 +184,69 @@ def test_same_values_either_way(
         torch.randn(*shape, generator=generator).to(dtype)
         for shape in ((rows, width), (48, k), (48 + k - width,), (rows, 48 + k - width))
     )
-    product = dense.linear_across if across else dense.linear
+    layer = linears._Conv1D(48 + k - width, width) if across else linears.Linear(width, 48)
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     found = []
     for slow in (False, True):
         pretend(monkeypatch, slow=slow)
-        y = product(x.requires_grad_(), weight.requires_grad_(), bias)
-        found.append([y, *torch.autograd.grad(y, (x, weight), dy, retain_graph=True)])
+        y = layer(x.requires_grad_())
+        found.append([y, *torch.autograd.grad(y, (x, layer.weight), dy, retain_graph=True)])
     assert is_ours(found[1][0]) == (k == 64 and dtype in HALVES)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(found[0], found[1], rtol=8 * eps, atol=32 * eps)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("shape", [(0, 5), (64, 0), (64, 5)], ids=str)
+def test_what_is_empty(shape: tuple[int, int]) -> None:
+    layer = linears.Linear(*shape).bfloat16()
+    for rows in (0, 3):
+        x = torch.ones(rows, shape[0]).bfloat16().requires_grad_()
+        y = layer(x)
+        y.sum().backward()
+        assert y.shape == (rows, shape[1])
+        assert x.grad is not None
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.shape == layer.weight.shape
+
+
+class _Noted(Tensor):
+    """A subclass with a linear of its own, as other quantizers have it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return "its own"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.usefixtures("slow")
+def test_other_tensors_are_torchs() -> None:
+    x, weight = torch.ones(20, 64).bfloat16(), torch.ones(32, 64).bfloat16()
+    assert dense.linear(x, weight.as_subclass(_Noted)) == "its own"
+    sparse = dense.linear(x, weight.to_sparse())
+    assert torch.equal(sparse, dense.linear(x, weight))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(dense.linear(forward_ad.make_dual(x, x), weight)).tangent
+        assert tangent is not None
+        assert torch.equal(tangent, dense.linear(x, weight))
+        with pytest.raises(ValueError, match="gemm_nt: x: expected no tangent"):
+            ops.gemm_nt(forward_ad.make_dual(x, x), weight)
+
+
+@pytest.mark.usefixtures("slow")
+def test_linears_of_a_model_are_ours() -> None:
+    for family in ("llama", "gpt2"):
+        model = make_model(family, dtype=torch.bfloat16)
+        linears.use_own_linears(model)
+        linears.use_own_head(model)
+        blocks = model.get_decoder()
+        found = [m for m in blocks.modules() if type(m) in (linears.Linear, linears._Conv1D)]
+        assert len(found) == {"llama": 14, "gpt2": 8}[family]
+        for module in [*found, model.get_output_embeddings()]:
+            columns = module.weight.shape[isinstance(module, linears.Linear)]
+            for rows in (1, 20):
+                assert is_ours(module(torch.ones(rows, columns).bfloat16()))
 
 
 @pytest.mark.usefixtures("slow")
@@ -293,6 +356,8 @@ def test_torch_has_it_where_it_is_watched() -> None:
     assert is_ours(layer(input=x))
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_ours(layer(x))
+    graph = torch.fx.symbolic_trace(layer)
+    torch.testing.assert_close(graph(x), layer(x), rtol=0.02, atol=0.02)
     assert torch.func.vmap(layer)(x[None]).shape == (1, 20, 48)
     assert torch.func.jacrev(layer)(x[:16]).shape == (16, 48, 16, 32)
     assert dense.linear(x, torch.empty(0, 32).bfloat16()).shape == (20, 0)

@@ -94,6 +94,16 @@ def test_a_teacher_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(config, **{**less, "memory": cached.peak_bytes}).fits  # type: ignore[arg-type]
 
 
+def test_a_tokenizer_grows_with_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["lowbitcore.plan"], "_resident", lambda: 10**9)
+    settings = {"method": "emef", "bits": 4, "group_size": 32, "length": 64, "memory": 10**9}
+    for words in (4096, 50_000):
+        config = LlamaConfig(**{**LLAMA_LIKE, "vocab_size": words})
+        planned = plan(config, **settings)  # type: ignore[arg-type]
+        assert planned.runtime_bytes == 10**9 + 640 * words
+        assert planned.peak_bytes > planned.runtime_bytes + planned.weights_bytes
+
+
 def test_weights_are_of_the_configs_type() -> None:
     config = LlamaConfig(**{**LLAMA_LIKE, "vocab_size": 4096})
     settings = {"method": "emef", "bits": 4, "group_size": 32, "length": 64, "memory": 10**9}

@@ -104,9 +104,9 @@ struct Backend {
                                 const LowRank&, const LowRankGrads&, const Resources&);
   std::size_t (*add_low_rank_backward_workspace)(const LowRankShape&, int threads);
   void (*gemm_nt)(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y, const Resources&);
-  std::size_t (*gemm_nt_workspace)(std::int64_t m, std::int64_t in_features, int threads);
+  std::size_t (*gemm_nt_workspace)(std::int64_t m, std::int64_t cols, int threads);
   void (*gemm_nn)(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y, const Resources&);
-  std::size_t (*gemm_nn_workspace)(std::int64_t m, std::int64_t in_features, int threads);
+  std::size_t (*gemm_nn_workspace)(std::int64_t m, std::int64_t cols, int threads);
   void (*add)(ConstMatrix a, ConstMatrix b, Matrix sum, const Resources&);
 };
 

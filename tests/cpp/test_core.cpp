@@ -569,7 +569,7 @@ void dense(std::int64_t rows) {
   expect_error(
       [&] { lbc::gemm_nt(matrix(x, rows, k), matrix(w, n, 32), nullptr, matrix(y, rows, n)); },
       {"gemm_nt", "weight", "64", "32"});
-  expect_error([&] { lbc::gemm_nn_workspace_size(1, 48); }, {"in_features", "48"});
+  expect_error([&] { lbc::gemm_nn_workspace_size(1, 48); }, {"cols", "48"});
 }
 
 // The gradient in the place of the logits, and in that of the teacher's.

@@ -10,7 +10,8 @@
 
 namespace lowbitcore {
 
-// Activations and weight [N,K] are of one type, K a multiple of 32, N any number; bias may be null.
+// Activations and weight [N,K] are of one type, K a multiple of 32, N any number
+// above 0; bias may be null.
 //
 // y [M,N] = x [M,K] W^T + bias [N]
 void gemm_nt(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y,
@@ -20,9 +21,10 @@ void gemm_nt(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y,
 void gemm_nn(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y,
              const Execution& exec = {});
 
-std::size_t gemm_nt_workspace_size(std::int64_t rows, std::int64_t in_features,
+// Of calls with so many rows, and K columns of the weight.
+std::size_t gemm_nt_workspace_size(std::int64_t rows, std::int64_t cols,
                                    const Execution& exec = {});
-std::size_t gemm_nn_workspace_size(std::int64_t rows, std::int64_t in_features,
+std::size_t gemm_nn_workspace_size(std::int64_t rows, std::int64_t cols,
                                    const Execution& exec = {});
 
 }  // namespace lowbitcore

@@ -28,7 +28,7 @@ constexpr float kLeast = -3.40282347e38f;
 // ---- operands ----
 
 inline ConstMatrix head_of(const ConstHeads& x, int64_t b, int64_t h) {
-  const int64_t bytes = x.dtype == DType::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(x.dtype);
   const char* data = static_cast<const char*>(x.data);
   return {data + (b * x.batch_stride + h * x.head_stride) * bytes, x.dtype, x.rows, x.cols,
           x.row_stride};

@@ -46,8 +46,10 @@ inline int64_t group_columns(const QuantFormat& f) {
 
 // ---- activations ----
 
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 inline const char* row_pointer(const ConstMatrix& m, int64_t row) {
-  return static_cast<const char*>(m.data) + row * m.stride * (m.dtype == DType::f32 ? 4 : 2);
+  return static_cast<const char*>(m.data) + row * m.stride * bytes_of(m.dtype);
 }
 
 inline char* row_pointer(const Matrix& m, int64_t row) {

@@ -12,9 +12,6 @@ namespace {
 constexpr int64_t kKeys = 64;    // whose scores are held at a time
 constexpr int kColsAtOnce = 32;  // of values
 
-template <DType Type>
-constexpr int64_t kBytes = Type == DType::f32 ? 4 : 2;
-
 // out [cols] of one query: its maximum so far, the sum of exponentials and that of values move on
 // with each `kKeys` keys (Milakov and Gimelshein, arXiv 1805.02867).
 template <DType Type>
@@ -86,7 +83,7 @@ void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, flo
   const int64_t cols = keys.cols, heads = q.cols / cols, group = heads / keys.heads;
   with_dtype(q.dtype, [&](auto type) {
     constexpr DType dtype = decltype(type)::value;
-    constexpr int64_t bytes = kBytes<dtype>;
+    constexpr int64_t bytes = bytes_of(dtype);
     const auto head_of = [&](const ConstHeads& x, int64_t batch, int64_t head) {
       return static_cast<const char*>(x.data) +
              (batch * x.batch_stride + head / group * x.head_stride) * bytes;

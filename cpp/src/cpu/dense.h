@@ -7,11 +7,12 @@
 namespace lowbitcore {
 namespace {
 
+constexpr int64_t kFewDenseRows = 8;  // up to so many, X W^T reads weights as they lie
 constexpr int64_t kDotInputs = 2, kDotOutputs = 4;  // whose sums live in registers
 constexpr int64_t kSlice = 512;  // of X's columns, in X W, that are packed at a time, for the cache
-// What of a weight is asked for early; harmless past its end.
-constexpr int64_t kBytesAhead = 5120;  // where it is read as it lies
-constexpr int64_t kRowsAhead = 16;     // where rows of a panel lie apart
+// How far ahead weights are prefetched; past their end that does nothing.
+constexpr int64_t kBytesAhead = 5120;  // where they are read as they lie
+constexpr int64_t kRowsAhead = 16;     // where a panel takes a little of each row
 static_assert(kSlice % kDepth == 0, "panels end where slices do");
 
 // ---- X W^T of few rows, or few outputs ----
@@ -20,7 +21,6 @@ static_assert(kSlice % kDepth == 0, "panels end where slices do");
 template <DType Type, int R>
 void dots(const char* const (&x)[kDotInputs], const char* const (&w)[kDotOutputs], int64_t cols,
           float (&sums)[kDotInputs][kDotOutputs]) {
-  constexpr int64_t kBytes = Type == DType::f32 ? 4 : 2;
   Vec acc[R][kDotOutputs];
   for (int r = 0; r < R; ++r) {
     for (Vec& sum : acc[r]) sum = Vec::broadcast(0.0f);
@@ -29,7 +29,7 @@ void dots(const char* const (&x)[kDotInputs], const char* const (&w)[kDotOutputs
     Vec values[R];
     for (int r = 0; r < R; ++r) values[r] = load_as_float(x[r], Type, k);
     for (int j = 0; j < kDotOutputs; ++j) {
-      __builtin_prefetch(w[j] + kBytesAhead + k * kBytes);
+      __builtin_prefetch(w[j] + kBytesAhead + k * bytes_of(Type));
       const Vec weight = load_as_float(w[j], Type, k);
       for (int r = 0; r < R; ++r) acc[r][j] = madd(values[r], weight, acc[r][j]);
     }
@@ -74,25 +74,24 @@ void dense_dots(const ConstMatrix& x, const ConstMatrix& weight, const float* bi
 
 // ---- products ----
 
-size_t gemm_nt_workspace(int64_t m, int64_t in_features, int threads) {
-  return gemm_workspace(m, in_features, threads);
+size_t gemm_nt_workspace(int64_t m, int64_t cols, int threads) {
+  return gemm_workspace(m, cols, threads);
 }
 
 void gemm_nt(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y, const Resources& use) {
-  const int64_t panels = x.rows <= kDirectRows ? 0 : y.cols / kPanel;
+  const int64_t panels = x.rows <= kFewDenseRows ? 0 : y.cols / kPanel;
   if (panels > 0) {
     const Matrix whole{y.data, y.dtype, y.rows, panels * kPanel, y.stride};
     panel_gemm<float>(x, bias, whole, use.threads, use.workspace,
                       [&](int64_t panel, int64_t first, int64_t count, float* p) {
-                        constexpr int64_t kCols = 16;  // of a tile to transpose
                         with_dtype(weight.dtype, [&](auto type) {
-                          for (int64_t k = 0; k < count; k += kCols) {
-                            alignas(64) float rows[kPanel * kCols];
+                          for (int64_t k = 0; k < count; k += kBlockN) {
+                            alignas(64) float rows[kPanel * kBlockN];
                             for (int64_t n = 0; n < kPanel; ++n) {
                               const char* row = row_pointer(weight, panel * kPanel + n);
-                              for (int64_t c = 0; c < kCols; c += kWidth) {
+                              for (int64_t c = 0; c < kBlockN; c += kWidth) {
                                 load_as_float(row, decltype(type)::value, first + k + c)
-                                    .store(rows + n * kCols + c);
+                                    .store(rows + n * kBlockN + c);
                               }
                             }
                             transpose_tile(rows, p + k * kPanel);
@@ -104,13 +103,12 @@ void gemm_nt(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y, con
 }
 
 // Sums of a block of rows [K/32][rows][32], a slice of x in strips, and a thread's panel.
-size_t gemm_nn_workspace(int64_t m, int64_t in_features, int threads) {
+size_t gemm_nn_workspace(int64_t m, int64_t cols, int threads) {
   const int64_t rows = round_up(smaller(m, kRowBlock), kStripRows);
-  return static_cast<size_t>(rows * (in_features + kSlice) + threads * kPanelElements) * 4;
+  return static_cast<size_t>(rows * (cols + kSlice) + threads * kPanelElements) * 4;
 }
 
 void gemm_nn(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y, const Resources& use) {
-  using L = Left<float>;
   const int64_t block = round_up(smaller(x.rows, kRowBlock), kStripRows);
   float* sums = static_cast<float*>(use.workspace);
   float* packed = sums + block * y.cols;
@@ -119,29 +117,26 @@ void gemm_nn(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y, con
     const int64_t rows = smaller(kRowBlock, x.rows - row0);
     for (int64_t n0 = 0; n0 < x.cols; n0 += kSlice) {
       const int64_t depth = smaller(kSlice, x.cols - n0);
-      const int64_t bytes = x.dtype == DType::f32 ? 4 : 2;
-      pack_rows({static_cast<const char*>(x.data) + n0 * bytes, x.dtype, x.rows, depth, x.stride},
-                row0, rows, packed, use.threads);
+      const ConstMatrix slice{row_pointer(x, 0) + n0 * bytes_of(x.dtype), x.dtype, x.rows, depth,
+                              x.stride};
+      pack_rows(slice, row0, rows, packed, use.threads);
       parallel_for(y.cols / kPanel, use.threads, [&](int64_t panel, int thread) {
         float* p = scratch + thread * kPanelElements;
         float* c = sums + panel * rows * kPanel;
         for (int64_t d = 0; d < depth; d += kDepth) {
           const int64_t count = smaller(kDepth, depth - d);
           with_dtype(weight.dtype, [&](auto type) {
+            constexpr DType dtype = decltype(type)::value;
+            const int64_t ahead = kRowsAhead * weight.stride + panel * kPanel;
             for (int64_t n = 0; n < count; ++n) {
-              const int64_t row = n0 + d + n;
-              __builtin_prefetch(row_pointer(weight, row + kRowsAhead) + panel * kPanel * bytes);
+              const char* row = row_pointer(weight, n0 + d + n);
+              __builtin_prefetch(row + ahead * bytes_of(dtype));
               for (int64_t k = 0; k < kPanel; k += kWidth) {
-                load_as_float(row_pointer(weight, row), decltype(type)::value, panel * kPanel + k)
-                    .store(p + n * kPanel + k);
+                load_as_float(row, dtype, panel * kPanel + k).store(p + n * kPanel + k);
               }
             }
           });
-          for (int64_t r = 0; r < rows; r += L::kHeight) {
-            const int64_t height = smaller(L::kHeight, rows - r), step = L::stored(height);
-            L::tile(height, count, packed + r * depth + d * step, step, p, c + r * kPanel,
-                    n0 + d > 0);
-          }
+          multiply_strips(rows, depth, packed, d, count, p, c, n0 + d > 0);
         }
         if (n0 + depth == x.cols) {
           store_outputs(c, rows, kPanel, bias, y, row0, panel * kPanel);

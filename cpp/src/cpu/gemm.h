@@ -201,12 +201,23 @@ inline size_t gemm_workspace(int64_t m, int64_t depth, int threads) {
   return static_cast<size_t>(shared + threads * (kPanelElements + rows * kPanel)) * 4;
 }
 
+// c [rows][32] (+)= a p, of elements [first, first + count) of packed rows of `depth`; p
+// [count][32].
+template <typename Element>
+void multiply_strips(int64_t rows, int64_t depth, const Element* packed, int64_t first,
+                     int64_t count, const Element* p, float* c, bool accumulate) {
+  using L = Left<Element>;
+  for (int64_t r = 0; r < rows; r += L::kHeight) {
+    const int64_t height = smaller(L::kHeight, rows - r), step = L::stored(height);
+    L::tile(height, count, packed + r * depth + first * step, step, p, c + r * kPanel, accumulate);
+  }
+}
+
 // out [M,cols] = a [M,depth] P, where fill(panel, first, count, p) writes elements [first, first +
 // count) of columns [panel*32, +32) of P to p [count][32].
 template <typename Element, typename Fill>
 void panel_gemm(const ConstMatrix& a, const float* bias, const Matrix& out, int threads,
                 void* workspace, const Fill& fill) {
-  using L = Left<Element>;
   const int64_t depth = a.cols / Operand<Element>::kPer;
   const int64_t block_rows = round_up(smaller(a.rows, kRowBlock), kStripRows);
   Element* packed = static_cast<Element*>(workspace);
@@ -222,10 +233,7 @@ void panel_gemm(const ConstMatrix& a, const float* bias, const Matrix& out, int 
       for (int64_t d = 0; d < depth; d += kDepth) {
         const int64_t count = smaller(kDepth, depth - d);
         fill(panel, d, count, p);
-        for (int64_t r = 0; r < rows; r += L::kHeight) {
-          const int64_t height = smaller(L::kHeight, rows - r), step = L::stored(height);
-          L::tile(height, count, packed + r * depth + d * step, step, p, c + r * kPanel, d > 0);
-        }
+        multiply_strips(rows, depth, packed, d, count, p, c, d > 0);
       }
       store_outputs(c, rows, kPanel, bias, out, row0, panel * kPanel);
     });

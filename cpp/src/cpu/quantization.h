@@ -123,7 +123,7 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& f, const GridOptions& o
     for (int64_t g = 0; g < f.groups(); ++g) {
       const int64_t k0 = g * group, columns = smaller(group, f.in_features - k0);
       ConstMatrix part = weight;
-      part.data = row_pointer(weight, 0) + k0 * (weight.dtype == DType::f32 ? 4 : 2);
+      part.data = row_pointer(weight, 0) + k0 * bytes_of(weight.dtype);
       part.cols = columns;
       load_columns(part, first, count, kLanes, w);
       for (int64_t lane = 0; lane < kLanes; lane += kWidth) {

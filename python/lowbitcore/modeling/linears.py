@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowbitcore.dense import is_slow, linear, linear_across
+from lowbitcore.dense import is_slow, is_slow_with, linear, linear_across
 from lowbitcore.ops.operators import is_plain
 
 
@@ -22,7 +22,10 @@ class _Conv1D(Conv1D):  # type: ignore[misc]
     """GPT-2's linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_across(x, self.weight, self.bias)
+        if is_slow_with(x, self.weight):
+            return linear_across(x, self.weight, self.bias)
+        y: Tensor = super().forward(x)
+        return y
 
 
 def use_own_linears(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +30,8 @@ def check(op: str, bits: object = 4, group_size: object = -1, **tensors: Tensor 
             continue
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             fail(op, name, "a dense tensor", getattr(tensor, "layout", type(tensor).__name__))
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            fail(op, name, "no tangent: there is no forward-mode derivative", "one with a tangent")
         here = tensor.device
         if device is None:
             if here.type not in ("cpu", "cuda", "meta"):
@@ -50,17 +53,20 @@ def check_activations(op: str, name: str, tensor: Tensor) -> None:
 
 
 def is_transformed() -> bool:
-    """Whether torch compiles, traces or transforms (``torch.func``) what is computed."""
+    """Whether torch compiles, traces or transforms (``torch.func``) what is computed, or
+    differentiates it forward."""
     return bool(
         torch.compiler.is_compiling()  # first: it cannot look into the others
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
     )
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether what lies between products, and losses, can be left to the core: on the CPU, of a
-    type and a width [..., D] that it takes, and not transformed by torch."""
+    """Whether what is not packed can be left to the core (dense weights, what lies between
+    products, losses): on the CPU, of a type and a width [..., D] that it takes, and not
+    transformed by torch."""
     return not is_transformed() and all(
         x.is_cpu and x.dtype in ACTIVATIONS and x.shape[-1] % 32 == 0 for x in tensors
     )

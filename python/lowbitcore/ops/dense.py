@@ -27,36 +27,29 @@ def gemm_nt(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: float32, bfloat16 or float16 [..., K].
         weight: [N, K] of the type of ``x``, K a multiple of 32; of 16 bits, it becomes float32 a
-            piece at a time.
+            piece at a time. One whose columns are not contiguous is copied first.
         bias: [N], added in float32.
 
     Returns:
         [..., N] in the type of ``x``, to which float32 sums are rounded once. Differentiable in x,
         weight and bias, to any order; the gradient of ``weight`` is torch's, in float32.
     """
-    return _checked("gemm_nt", _gemm_nt, x, weight, bias, 0)
+    return _product("gemm_nt", _gemm_nt, x, weight, bias)
 
 
 def gemm_nn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W + bias``: x [..., N], weight [N, K], bias [K], result [..., K]; all else as in
     :func:`gemm_nt`."""
-    return _checked("gemm_nn", _gemm_nn, x, weight, bias, 1)
+    return _product("gemm_nn", _gemm_nn, x, weight, bias)
 
 
-def _checked(
-    op: str,
-    kernel: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    outputs: int,  # that dimension of the weight
+def _product(
+    op: str, kernel: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     check(op, x=x, weight=weight, bias=bias)
     check_dims(op, "weight", weight, 2)
     if x.dim() == 0:
         fail(op, "x", "at least 1 dimension", tuple(x.shape))
-    if bias is not None and bias.shape != (weight.shape[outputs],):
-        fail(op, "bias", f"shape [{weight.shape[outputs]}]", list(bias.shape))
     if not is_plain(x, weight):
         kernel = getattr(torch.ops.lowbitcore, op)
     return kernel(x, weight, bias)
@@ -71,7 +64,8 @@ def _gemm_nt(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @fake("gemm_nt")
 def _gemm_nt_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return empty(x, *x.shape[:-1], len(weight))
+    outputs, inputs = weight.shape
+    return _empty_result("gemm_nt", x, inputs, bias, outputs)
 
 
 @define("gemm_nn(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -83,7 +77,16 @@ def _gemm_nn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @fake("gemm_nn")
 def _gemm_nn_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return empty(x, *x.shape[:-1], weight.shape[1])
+    inputs, outputs = weight.shape
+    return _empty_result("gemm_nn", x, inputs, bias, outputs)
+
+
+def _empty_result(op: str, x: Tensor, inputs: int, bias: Tensor | None, outputs: int) -> Tensor:
+    if x.shape[-1] != inputs:
+        fail(op, "x", f"shape [..., {inputs}]", list(x.shape))
+    if bias is not None and bias.shape != (outputs,):
+        fail(op, "bias", f"shape [{outputs}]", list(bias.shape))
+    return empty(x, *x.shape[:-1], outputs)
 
 
 def _wide(bias: Tensor | None) -> Tensor | None:
@@ -118,10 +121,20 @@ def _nn_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+# Of a gradient that is float32 at a time.
+_PIECE_ELEMENTS = 1 << 20
+
+
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """left [..., N]^T right [..., K], the gradient of a weight."""
-    n, k = (item.reshape(-1, item.shape[-1]).float() for item in (left, right))
-    return (n.mT @ k).to(left.dtype)
+    n, k = left.shape[-1], right.shape[-1]
+    dy, x = left.reshape(-1, n), right.reshape(-1, k).float()
+    total = left.new_empty(n, k)
+    step = max(1, _PIECE_ELEMENTS // max(1, len(dy)))
+    for start in range(0, n, step):
+        some = slice(start, start + step)
+        total[some] = dy[:, some].float().mT @ x
+    return total
 
 
 def _bias_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
