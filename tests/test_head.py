@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from lowbitcore import dense
 from lowbitcore.modeling import use_own_operations
 from test_models import make_model
 
@@ -43,7 +44,19 @@ def test_logits(dtype: torch.dtype, shape: tuple[int, ...], products: list[torch
     assert logits.dtype == dtype
     torch.testing.assert_close(logits.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
     one_row = x.numel() == head.in_features and dtype != torch.float16
-    assert products == [head.weight.shape] * one_row
+    # Where it is slow, the core's product takes one row like any.
+    assert products == [head.weight.shape] * (one_row and dense.multiplies(dtype))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_one_row_of_bfloat16(
+    slow: bool, products: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "multiplies", lambda dtype: not slow)
+    head = head_of(torch.bfloat16)
+    with torch.no_grad():
+        head(torch.ones(1, 1, head.in_features, dtype=torch.bfloat16))
+    assert len(products) == (not slow)
 
 
 def test_torch_has_it_where_it_is_watched(products: list[torch.Size]) -> None:
