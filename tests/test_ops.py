@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
@@ -142,6 +143,20 @@ def test_second_derivatives_are_refused(name: str) -> None:
     (first,) = torch.autograd.grad(ONCE[name](given).square().sum(), given, create_graph=True)
     with pytest.raises(RuntimeError, match=f"lowbitcore::{name} can be differentiated once"):
         torch.autograd.grad(first.sum(), given)
+
+
+@pytest.mark.parametrize("name", [*ONCE, "qgemm_nt", "gemm_nt"])
+def test_forward_mode_is_refused(name: str) -> None:
+    """Not left out, as torch does with operators that have no such derivative."""
+    products = {
+        **ONCE,
+        "qgemm_nt": lambda t: ops.qgemm_nt(t, packed(), scales(), **LAYOUT),
+        "gemm_nt": lambda t: ops.gemm_nt(t, torch.ones(N, K)),
+    }
+    with forward_ad.dual_level():
+        products[name](x(6))  # nothing to differentiate
+        with pytest.raises(ValueError, match=f"{name}: .*: expected no tangent"):
+            products[name](forward_ad.make_dual(x(6), x(6)))
 
 
 # ------------------------------------------------------------- with and without torch's dispatcher

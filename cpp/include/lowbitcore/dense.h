@@ -10,8 +10,8 @@
 
 namespace lowbitcore {
 
-// Activations and weight [N,K] are of one type, K a multiple of 32, N any number
-// above 0; bias may be null.
+// Activations and weight [N,K] are of one type, K a multiple of 32, N any number above 0; bias may
+// be null.
 //
 // y [M,N] = x [M,K] W^T + bias [N]
 void gemm_nt(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y,

@@ -32,7 +32,8 @@ def gemm_nt(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         [..., N] in the type of ``x``, to which float32 sums are rounded once. Differentiable in x,
-        weight and bias, to any order; the gradient of ``weight`` is torch's, in float32.
+        weight and bias, backward and to any order; the gradient of ``weight`` is torch's, in
+        float32.
     """
     return _product("gemm_nt", _gemm_nt, x, weight, bias)
 
@@ -128,12 +129,12 @@ _PIECE_ELEMENTS = 1 << 20
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """left [..., N]^T right [..., K], the gradient of a weight."""
     n, k = left.shape[-1], right.shape[-1]
-    dy, x = left.reshape(-1, n), right.reshape(-1, k).float()
+    rows, wide = left.reshape(-1, n), right.reshape(-1, k).float()
     total = left.new_empty(n, k)
-    step = max(1, _PIECE_ELEMENTS // max(1, len(dy)))
+    step = max(1, _PIECE_ELEMENTS // max(1, len(rows)))
     for start in range(0, n, step):
         some = slice(start, start + step)
-        total[some] = dy[:, some].float().mT @ x
+        total[some] = rows[:, some].float().mT @ wide
     return total
 
 
