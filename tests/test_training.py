@@ -485,6 +485,16 @@ def test_nothing_to_train(tmp_path: Path) -> None:
         lbc.EmefTrainer(model, arguments(tmp_path), lesson())
 
 
+def test_what_would_not_be_saved_does_not_train(tmp_path: Path) -> None:
+    """A model as it is loaded, which nobody has prepared."""
+    model = quantized("llama")
+    with pytest.raises(ValueError, match=r"in which model\.embed_tokens\.weight trains"):
+        lbc.EmefTrainer(model, arguments(tmp_path), lesson())
+    lbc.prepare_peqa(model)
+    with pytest.raises(ValueError, match="eval_dataset: expected evaluation"):
+        lbc.PeqaTrainer(model, arguments(tmp_path), lesson(), eval_dataset=lesson())
+
+
 def test_newest_checkpoint_passes_over_what_a_kill_cut_off(tmp_path: Path) -> None:
     for step, text in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob')):
         (tmp_path / f"checkpoint-{step}").mkdir()

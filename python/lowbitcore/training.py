@@ -233,6 +233,18 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                 f"{type(self).__name__}: model: expected one prepared for training, got one with "
                 "nothing to train"
             )
+        own = {"a", "b", "scales"}  # of adapters and packed linears: all that is saved
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.rpartition(".")[2] not in own:
+                raise ValueError(
+                    f"{type(self).__name__}: model: expected one prepared for training, got one "
+                    f"in which {name} trains, which is not saved"
+                )
+        if "eval_dataset" in kwargs:
+            raise ValueError(
+                f"{type(self).__name__}: eval_dataset: expected evaluation, a function of the "
+                "model, in its place"
+            )
         for name, instead in _NOT_HERE.items():
             if getattr(args, name, None):
                 raise ValueError(
