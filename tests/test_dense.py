@@ -48,9 +48,8 @@ batches = st.sampled_from([(0,), (1,), (2,), (3,), (8,), (9,), (3, 9), (1, 2, 17
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("dtype", ref.DTYPES, ids=str)
 @given(seed=ref.seeds, batch=batches, n=outputs, k=inputs, biased=st.booleans())
-@example(
-    seed=1, batch=(481,), n=1100, k=160, biased=True
-)  # blocks of rows, slices, and rests of both
+# Blocks of rows, slices, and rests of both; a panel's rest; the most rows that take no panels.
+@example(seed=1, batch=(481,), n=1100, k=160, biased=True)
 @example(seed=2, batch=(9,), n=513, k=32, biased=False)
 @example(seed=3, batch=(8,), n=33, k=64, biased=True)
 def test_products_and_gradients(
