@@ -518,6 +518,53 @@ def test_scales_that_were_trained_upon_adapters_want_them(tmp_path: Path) -> Non
         load_adapters(quantized("llama"), stack[::-1])
 
 
+OTHER_SCALES = "expected the scales that the adapters on the model were put upon"
+
+
+def test_an_adapter_keeps_its_scales(tmp_path: Path) -> None:
+    """No others are put under it, and what is saved of it names its own, also after they were
+    trained further upon it."""
+    lbc.save_adapter(quantized("llama"), tmp_path / "own")
+    lbc.save_adapter(stretched(quantized("llama")), tmp_path / "others")
+    both = lbc.thaw_scales(lbc.prepare_lora(quantized("llama"), rank=4, targets=None))
+    lbc.save_adapter(stretched(stretched(excite(both, seed=3))), tmp_path / "both")
+    lbc.save_adapter(excite(lbc.prepare_lora(quantized("llama"), rank=4)), tmp_path / "lora")
+    prepared = excite(lbc.prepare_lora(quantized("llama"), rank=4))
+    loaded = lbc.load_adapter(quantized("llama"), tmp_path / "lora")
+    beside = lbc.load_adapter(quantized("llama"), tmp_path / "both")
+    for model in (prepared, loaded, both, beside):
+        before = logits(model)
+        for change, name in ((lbc.swap_scales, "others"), (lbc.load_adapter, "others")):
+            with pytest.raises(ValueError, match=OTHER_SCALES):
+                change(model, tmp_path / name)
+        assert torch.equal(logits(model), before)
+    for model in (prepared, loaded):
+        with pytest.raises(ValueError, match=OTHER_SCALES):
+            lbc.load_adapter(model, tmp_path / "both")
+        assert all(len(linear.adapters) == 1 for linear in adapted_linears(model).values())
+        lbc.swap_scales(model, tmp_path / "own")  # the same
+
+    stretched(lbc.prepare_peqa(loaded))
+    lbc.save_adapter(loaded, tmp_path / "upon")
+    lbc.prepare_lora(loaded, rank=2, targets=["up_proj"])
+    lbc.save_adapter(excite(loaded, seed=2), tmp_path / "top")
+    for name in ("own", "others"):  # of the one below, and of neither
+        with pytest.raises(ValueError, match=OTHER_SCALES):
+            lbc.swap_scales(loaded, tmp_path / name)
+    again = quantized("llama")
+    for name in ("lora", "upon", "top"):
+        lbc.load_adapter(again, tmp_path / name)
+    assert torch.equal(logits(again), logits(loaded))
+
+    again = lbc.load_adapter(quantized("llama"), tmp_path / "lora")
+    expected = logits(again)
+    lbc.load_adapter(again, tmp_path / "upon")
+    lbc.save_adapter(again.requires_grad_(False), tmp_path / "lora-again")
+    lbc.load_adapter(quantized("llama"), tmp_path / "lora-again")
+    lbc.swap_scales(again, tmp_path / "own")
+    assert torch.equal(logits(again), expected)
+
+
 def test_adapters_that_are_in_each_others_way(tmp_path: Path) -> None:
     lbc.save_adapter(excite(lbc.prepare_lora(quantized("llama"), rank=4)), tmp_path / "lora")
     model = lbc.thaw_scales(lbc.prepare_lora(quantized("llama"), rank=4, targets=None))

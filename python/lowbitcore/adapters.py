@@ -28,6 +28,7 @@ from lowbitcore.provenance import (
     adapters_digest,
     adapters_digests,
     check_base,
+    note_scales,
     packed_hash,
     scales_digest,
 )
@@ -126,7 +127,8 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
         _write_scales(model, out, "save_adapter", with_adapter=True)
         metadata[_SCALES] = checkpoint.digest(_own_scales(_packed(model, "save_adapter")))
     elif base is not None:
-        metadata[_SCALES_BELOW] = scales_digest(model)
+        upon = next(iter(adapters.values())).upon
+        metadata[_SCALES_BELOW] = scales_digest(model) if upon is None else upon
     peft.write(
         out,
         tensors,
@@ -173,7 +175,7 @@ def load_adapter(
     with both, trained together. With `trainable` it goes on learning and everything else is frozen.
     All is checked before anything changes. Raises ValueError for an adapter of another base, for
     one whose scales are gone or others, for one that was trained upon scales or adapters that are
-    not there, for one that is there already, and for one beside what training made of it.
+    not there, for scales other than those of an adapter that is there, for one that is there already, and for one beside what training made of it.
     """
     check_kind("load_adapter: model", model, PreTrainedModel)
     directory = Path(path)
@@ -278,6 +280,9 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             raise ValueError(
                 f"load_adapter: {directory}: its {scales.FILE} is not the one it was trained with"
             )
+        if _BELOW not in adapter.metadata:
+            _check_scales(f"load_adapter: {directory}", model, found)
+        note_scales(model)
         _swap(model, found, directory / scales.FILE)
     if trainable:
         model.requires_grad_(False)
@@ -303,11 +308,26 @@ def _check_below(where: str, stacks: Mapping[str, Sequence[LowRank]], below: str
         )
 
 
+def _check_scales(where: str, model: PreTrainedModel, found: scales.Scales) -> None:
+    """ValueError where an adapter that is there goes with other scales."""
+    adapters = [x for stack in adapter_stacks(model).values() for x in stack]
+    if not adapters:
+        return
+    digest = checkpoint.digest({path: x.half() for path, x in found.linears.items()})
+    own = scales_digest(model)
+    if any((own if x.upon is None else x.upon) != digest for x in adapters):
+        raise ValueError(
+            f"{where}: expected the scales that the adapters on the model were put upon, or that "
+            "were trained upon these, got others"
+        )
+
+
 def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Gives a packed model another task's scales: all of them, or on any error none.
 
     `path` is a scales file or its directory. Raises ValueError where they belong to other integers,
-    or to adapters, trained with them or before them, that are not there.
+    or to adapters, trained with them or before them, that are not there, and where an adapter is
+    there that belongs to other scales.
     """
     file = Path(path) / scales.FILE if Path(path).is_dir() else Path(path)
     found = scales.read(file)
@@ -318,6 +338,9 @@ def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
             "takes both), got none"
         )
     _check_below(f"swap_scales: {file}", stacks, found.below_sha256)
+    if found.below_sha256 is None:
+        _check_scales(f"swap_scales: {file}", model, found)
+    note_scales(model)
     _swap(model, found, file)
 
 

@@ -8,6 +8,7 @@ from lowbitcore.blocks import quantized_linears
 from lowbitcore.checks import check_kind
 from lowbitcore.lora import newest_adapters
 from lowbitcore.nn import QuantLinear
+from lowbitcore.provenance import note_scales
 
 
 def prepare_peqa(model: PreTrainedModel) -> PreTrainedModel:
@@ -19,7 +20,7 @@ def prepare_peqa(model: PreTrainedModel) -> PreTrainedModel:
     check_kind("prepare_peqa: model", model, PreTrainedModel)
     packed = _packed("prepare_peqa", model)
     model.requires_grad_(False)
-    _thaw(packed)
+    _thaw(model, packed)
     return model
 
 
@@ -30,9 +31,10 @@ def thaw_scales(model: PreTrainedModel) -> PreTrainedModel:
     ValueError where nothing is packed.
     """
     check_kind("thaw_scales: model", model, PreTrainedModel)
-    _thaw(_packed("thaw_scales", model))
+    packed = _packed("thaw_scales", model)
     for adapter in newest_adapters(model).values():
         adapter.with_scales |= adapter.a.requires_grad
+    _thaw(model, packed)
     return model
 
 
@@ -43,6 +45,7 @@ def _packed(where: str, model: PreTrainedModel) -> list[QuantLinear]:
     return list(linears.values())
 
 
-def _thaw(linears: list[QuantLinear]) -> None:
+def _thaw(model: PreTrainedModel, linears: list[QuantLinear]) -> None:
+    note_scales(model)
     for linear in linears:
         linear.scales.requires_grad_(True)

@@ -101,6 +101,19 @@ def scales_digest(model: PreTrainedModel) -> str:
     return checkpoint.digest({path: x.scales.detach().half() for path, x in linears.items()})
 
 
+def note_scales(model: PreTrainedModel) -> None:
+    """Before scales change: adapters, but those that train along, keep the digest of their own."""
+    left = [
+        adapter
+        for stack in adapter_stacks(model).values()
+        for adapter in stack
+        if adapter.upon is None and not (adapter.with_scales and adapter.a.requires_grad)
+    ]
+    digest = scales_digest(model) if left else None
+    for adapter in left:
+        adapter.upon = digest
+
+
 def identity(model: PreTrainedModel) -> dict[str, str | None]:
     """Digests of a model, its scales and its adapters: what a training goes on from."""
     base = packed_hash(model)

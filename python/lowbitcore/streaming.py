@@ -352,11 +352,13 @@ class _StreamingRun:
         outer = [n for n in self._parts.names if not n.startswith(blocks) and n not in ties]
         entries = [self._source_entry(name) for name in outer]
         canonical: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {}
+        scales: dict[str, torch.Tensor] = {}
         for index in range(len(self._layout.modules)):
             weights = Checkpoint.from_file(self._block_file(index))
             stems = [n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight")]
             for stem in stems:
                 canonical[stem] = _stored_canonical(weights, stem)
+                scales[stem] = weights.tensor(f"{stem}.scales")
             entries += [_stored_entry(weights, name, config) for name in weights.names()]
         base = base_hash(canonical)
         config = replace(
@@ -366,7 +368,7 @@ class _StreamingRun:
                 self._layout.prefix, len(self._layout.modules), self._report.skipped
             ),
         )
-        self._merge_corrections(base)
+        self._merge_corrections(base, checkpoint.digest(scales))
         write_model(
             self._out,
             entries,
@@ -377,7 +379,7 @@ class _StreamingRun:
         )
         shutil.rmtree(self._partial)
 
-    def _merge_corrections(self, base: str) -> None:
+    def _merge_corrections(self, base: str, scales: str) -> None:
         """Makes one adapter of all blocks' corrections."""
         corrections = {
             f"{self._layout.prefix}.{index}.{path}": correction
@@ -390,7 +392,7 @@ class _StreamingRun:
                 corrections,
                 dropout=0.0,
                 base_model=None,
-                metadata={"base_sha256": base},
+                metadata={"base_sha256": base, "scales_below_sha256": scales},
             )
 
 
