@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import lowbitcore as lbc
 from lowbitcore import head
 from lowbitcore.data import (
+    TrainingSet,
     alpaca_example,
     calibration_windows,
     read_examples,
@@ -161,6 +162,12 @@ def test_texts_too_short(settings: dict[str, int], message: str) -> None:
         calibration_windows([text_of(100)], make_tokenizer(), seed=0, **settings)
 
 
+@pytest.mark.parametrize("example", ["text", {"instruction": "x", "output": "y"}, ("", "text")])
+def test_examples_of_other_kinds(example: Any) -> None:
+    with pytest.raises(ValueError, match="TrainingSet: examples: expected those of read_examples"):
+        TrainingSet([example], make_tokenizer(), length=8)
+
+
 def test_no_texts() -> None:
     with pytest.raises(ValueError, match="got enough for 0"):
         calibration_windows([], make_tokenizer(), samples=1, length=8, seed=0)
@@ -296,7 +303,7 @@ def test_perplexity_of_a_quantized_model() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"context": 64}, "at least one window of 64 tokens, got 50"),
+        ({"context": 64}, r"at least one window of 64 tokens \(the context\), got 50"),
         ({"context": 1}, "context: expected at least 2, got 1"),
         ({"context": 129}, "context: expected at most 128"),
         ({"context": 16, "stride": 0}, r"stride: expected 1\.\.16, got 0"),

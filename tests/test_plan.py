@@ -206,6 +206,7 @@ def test_sizes() -> None:
     assert parse_memory("8GB") == 8 * 10**9
     assert parse_memory(" 1.5 g") == 15 * 10**8
     assert parse_memory("512MB") == 512 * 10**6
+    assert parse_memory("8GiB") == 8 * 2**30
     assert parse_memory(None) > 10**8
 
 

@@ -96,6 +96,12 @@ def test_corrections(name: str, adapter_bits: int, tmp_path: Path) -> None:
     extra = after.bytes["quantized"] - before.bytes["quantized"]
     adapters = [p for n, p in expected.named_parameters() if ".adapters." in n]
     assert extra == adapter_bits // 8 * sum(p.numel() for p in adapters) > 0
+    trained = lbc.load(tmp_path / "out")
+    with torch.no_grad():
+        for linear in quantized_linears(trained).values():
+            linear.scales.mul_(1.1)
+    with pytest.raises(ValueError, match="expected the scales that it was trained upon, got othe"):
+        lbc.load_adapter(trained, tmp_path / "out" / "correction")
 
 
 def test_sharded_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -31,7 +32,7 @@ from lowbitcore.data import IGNORED, Example, TrainingSet, calibration_windows, 
 from lowbitcore.formats import peft
 from lowbitcore.lora import newest_adapters
 from lowbitcore.run_directory import newest_checkpoint
-from lowbitcore.training import TrainedModel, collate
+from lowbitcore.training import PackedTrainer, TrainedModel, collate
 from test_adapters import excite
 from test_cli import fail, run, start, succeed
 from test_data import make_tokenizer, text_of
@@ -558,7 +559,7 @@ def test_a_cache_is_bound_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert shards[0].stat().st_mtime_ns == kept and shards[1].read_bytes() == lost
     with pytest.raises(ValueError, match="another teacher"):
         lbc.TeacherCache.fill(tmp_path, make_model("llama", seed=1), data, progress=False)
-    with pytest.raises(ValueError, match="another data"):
+    with pytest.raises(ValueError, match="states of other data, or of another number"):
         lbc.TeacherCache.fill(tmp_path, teacher, lesson(19), progress=False)
     with pytest.raises(ValueError, match="holds states of other data"):
         cache.attach(lesson(19))
@@ -817,6 +818,36 @@ def test_a_killed_run_goes_on_bit_for_bit(method: str, place: Path) -> None:
         assert same, f"{name}: resumed at step {at}"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "kept"),
+    [(0, "checkpoint-6 is kept, --resume goes"), (math.inf, "no checkpoint yet, --resume begins")],
+)
+def test_a_training_that_is_interrupted(
+    seconds: float, kept: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints come by the clock, too; Ctrl-C says what there is."""
+    trained = [str(word) for word in command(place, "emef", "", "--steps", 70)]
+    trained[2] = str(tmp_path / "out")
+    step = PackedTrainer.training_step
+
+    def interrupted(self: PackedTrainer, *arguments: Any, **more: Any) -> torch.Tensor:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(recipes, "_SAVE_SECONDS", seconds)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedTrainer, "training_step", interrupted)
+        ended = CliRunner().invoke(cli.app, trained)
+    assert ended.exit_code != 0
+    assert "stopped after step 6: " in ended.stderr and kept in ended.stderr
+    newest = newest_checkpoint(tmp_path / "out")
+    assert step_of(newest) == (6 if seconds == 0 else 0)
+    ended = CliRunner().invoke(cli.app, [*trained, "--resume"])
+    assert ended.exit_code == 0
+    assert (f"going on from {newest}" in ended.stderr) == (seconds == 0)
+
+
 def mean_loss(directory: Path) -> float:
     """Of the steps that the last process ran."""
     state = json.loads((directory / "trainer_state.json").read_text())
@@ -912,6 +943,37 @@ def test_tokens_are_tokens(place: Path) -> None:
     )
     mean = shown.tokens / len(shown)
     assert 1500 <= result["steps"] * 4 * mean < 1500 + 4 * 32
+
+
+def test_another_teacher_is_noted(place: Path, tmp_path: Path) -> None:
+    """Beside the student any will do that has its vocabulary; a cache's has to have its head."""
+    note = "is not what"
+    trained = command(place, "lrec", "", "--steps", 1, "--adapter-bits", 16)
+    trained[2] = tmp_path / "own"
+    assert note not in CliRunner().invoke(cli.app, [str(word) for word in trained]).stderr
+    torch.manual_seed(5)
+    other = make_model("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "model")
+    trained[2] = tmp_path / "other"
+    trained[trained.index("--teacher") + 1] = tmp_path / "model"
+    done = CliRunner().invoke(cli.app, [str(word) for word in trained])
+    assert done.exit_code == 0
+    assert note in done.stderr
+    trained[2] = tmp_path / "cached"
+    said = fail(*trained, "--cache", tmp_path / "cache")
+    assert "--teacher: " in said and "its head is not that of" in said
+    assert not (tmp_path / "cache").exists()
+
+
+def test_training_of_16_bits_is_noted(place: Path, tmp_path: Path) -> None:
+    trained = command(place, "emef", "", "--steps", 1)
+    for model, noted in (("quantized", False), ("model", True)):
+        trained[1:3] = place / model, tmp_path / model
+        done = CliRunner().invoke(cli.app, [str(word) for word in trained])
+        assert done.exit_code == 0
+        assert ("is not quantized: the adapter" in done.stderr) == noted
 
 
 def test_presets_are_defaults(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

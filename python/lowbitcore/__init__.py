@@ -12,7 +12,8 @@ from lowbitcore.nn import QuantLinear
 if TYPE_CHECKING:
     from lowbitcore.adapters import load_adapter, save_adapter, swap_scales
     from lowbitcore.blockwise import BlockwiseModel
-    from lowbitcore.data import TrainingSet, read_examples
+    from lowbitcore.data import Example, TrainingSet, read_examples
+    from lowbitcore.dequantize import save_dequantized
     from lowbitcore.evaluate import perplexity
     from lowbitcore.lora import fold_adapters, prepare_lora
     from lowbitcore.lrec import LrecTrainer, TeacherCache
@@ -28,6 +29,7 @@ __all__ = [
     "BlockwiseModel",
     "EmefTrainer",
     "Error",
+    "Example",
     "LrecTrainer",
     "PeqaTrainer",
     "QuantConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "runtime",
     "save",
     "save_adapter",
+    "save_dequantized",
     "swap_scales",
     "thaw_scales",
 ]
@@ -55,6 +58,7 @@ __all__ = [
 _LAZY = {
     "BlockwiseModel": "blockwise",
     "EmefTrainer": "training",
+    "Example": "data",
     "LrecTrainer": "lrec",
     "PeqaTrainer": "training",
     "QuantConfig": "quant_config",
@@ -71,6 +75,7 @@ _LAZY = {
     "read_examples": "data",
     "save": "model",
     "save_adapter": "adapters",
+    "save_dequantized": "dequantize",
     "swap_scales": "adapters",
     "thaw_scales": "peqa",
 }

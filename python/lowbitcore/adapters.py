@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from lowbitcore import run_directory
 from lowbitcore.blocks import (
     adapted_linears,
     adapter_stacks,
@@ -175,7 +176,8 @@ def load_adapter(
     with both, trained together. With `trainable` it goes on learning and everything else is frozen.
     All is checked before anything changes. Raises ValueError for an adapter of another base, for
     one whose scales are gone or others, for one that was trained upon scales or adapters that are
-    not there, for scales other than those of an adapter that is there, for one that is there already, and for one beside what training made of it.
+    not there, for scales other than those of an adapter that is there, for one that is there
+    already, and for one beside what training made of it.
     """
     check_kind("load_adapter: model", model, PreTrainedModel)
     directory = Path(path)
@@ -238,6 +240,8 @@ def _stacked(adapter: peft.PeftAdapter) -> dict[str, list[LowRankTensors]]:
 def _kind(path: Path) -> str:
     if not path.exists():
         return "nothing there"
+    if (path / run_directory.RECORD).exists():
+        return "an unfinished training (to be resumed)"
     return "one with neither" if path.is_dir() else "a file"
 
 

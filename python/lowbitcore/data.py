@@ -167,7 +167,8 @@ def calibration_windows(
     if len(windows) < samples:
         raise ValueError(
             f"calibration_windows: texts: expected at least {samples * length} tokens ({samples} "
-            f"windows of {length}), got enough for {len(windows)}"
+            f"windows of {length}), got enough for {len(windows)} "
+            "(give more text, or fewer or shorter samples)"
         )
     return windows[torch.randperm(len(windows), generator=generator)[:samples]]
 
@@ -214,6 +215,12 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
         seed: int = 0,
     ) -> None:
         _check_sizes("TrainingSet", 1 if limit is None else limit, length)
+        for example in examples:
+            if not isinstance(example, Example):
+                raise ValueError(
+                    "TrainingSet: examples: expected those of read_examples, or "
+                    f'Example("", text), got a {type(example).__name__}'
+                )
         most = sys.maxsize if limit is None else limit
         # Other documents first than a calibration with the same seed has taken.
         generator = torch.Generator().manual_seed(seed ^ _TRAINING)

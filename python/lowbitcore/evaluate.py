@@ -97,7 +97,8 @@ def _tokenized(
     )
     if len(ids) < context:
         raise ValueError(
-            f"{where}: expected at least one window of {context} tokens, got {len(ids)}"
+            f"{where}: expected at least one window of {context} tokens (the context), got "
+            f"{len(ids)}"
         )
     check_tokens("perplexity: tokenizer", ids, model)
     return ids, context

@@ -36,6 +36,12 @@ from lowbitcore.training import Loss, PackedTrainer, TrainedModel
 
 # Of a cache's directory.
 _RECORD, _LOCK = "cache.json", ".lock"
+# What else than this the states there are of.
+_OTHERS = {
+    "config": "a teacher with another config",
+    "data": "other data, or of another number, length or order of its tokens",
+    "examples": "another number of examples",
+}
 # Examples in a file of the cache.
 SHARD = 32
 # Tokens, at least, of the files that go through a block of the teacher while that is in memory: so
@@ -166,19 +172,18 @@ class TeacherCache:
         """
         if isinstance(teacher, BlockwiseModel):
             states_of: Callable[[list[Tensor]], Iterable[Tensor]] = teacher.last_hidden_states
-            tensors, head = teacher.tensors(), teacher.tensors(teacher.head)
+            tensors = teacher.tensors()
         else:
             check_kind("TeacherCache: teacher", teacher, PreTrainedModel)
             use_own_operations(teacher)
             states_of = partial(_last_hidden_states, teacher.eval())
             tensors = iter(teacher.state_dict().items())
-            head = iter(teacher.get_output_embeddings().state_dict().items())
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         binding = {
             "config": config_digest(teacher.config),
             "teacher": fingerprint(tensors),
-            "head": fingerprint(head),
+            "head": head_fingerprint(teacher),
             "data": dataset.digest(),
             "dtype": str(teacher.dtype),
             "examples": len(dataset),
@@ -225,8 +230,8 @@ class TeacherCache:
         for name, value in binding.items():
             if found.get(name) != value:
                 raise ValueError(
-                    f"TeacherCache: {path}: holds states of another {name}: choose an empty "
-                    "directory, or delete it"
+                    f"TeacherCache: {path}: holds states of {_OTHERS.get(name, f'another {name}')}"
+                    ": choose an empty directory, or delete it"
                 )
         return True
 
@@ -245,8 +250,7 @@ class TeacherCache:
 
     def check_head(self, student: PreTrainedModel) -> None:
         """ValueError unless the student's head is the teacher's."""
-        head = student.get_output_embeddings().state_dict().items()
-        if fingerprint(head) != self._binding["head"]:
+        if head_fingerprint(student) != self._binding["head"]:
             raise ValueError(
                 f"TeacherCache: {self._directory}: the student's head or its dtype is not the "
                 "teacher's: train without a cache"
@@ -257,6 +261,13 @@ class TeacherCache:
         if not isinstance(dataset, TrainingSet) or dataset.digest() != self._binding["data"]:
             raise ValueError(f"TeacherCache: {self._directory}: holds states of other data")
         return _WithStates(dataset, self)
+
+
+def head_fingerprint(model: PreTrainedModel | BlockwiseModel) -> str:
+    """Of what makes logits of its last hidden states."""
+    if isinstance(model, BlockwiseModel):
+        return fingerprint(model.tensors(model.head))
+    return fingerprint(model.get_output_embeddings().state_dict().items())
 
 
 def _passes(shards: Sequence[range], dataset: TrainingSet) -> Iterator[list[range]]:

@@ -254,12 +254,13 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
         model_config=model_config,
         gptq_config=config,
         generation_config=model.generation_config,
-        tokenizer=_origin_tokenizer(model) if tokenizer is None else tokenizer,
+        tokenizer=origin_tokenizer(model) if tokenizer is None else tokenizer,
         max_shard_bytes=max_shard_bytes,
     )
 
 
-def _origin_tokenizer(model: PreTrainedModel) -> Any:
+def origin_tokenizer(model: PreTrainedModel) -> Any:
+    """That of the directory the model was loaded from, if it has one."""
     origin = getattr(model.config, "name_or_path", "")
     if not origin or not Path(origin).exists():
         return None
@@ -298,7 +299,7 @@ def write_model(
     entries: list[Entry],
     *,
     model_config: PretrainedConfig,
-    gptq_config: GptqConfig,
+    gptq_config: GptqConfig | None,
     generation_config: GenerationConfig | None,
     tokenizer: Any,
     max_shard_bytes: int | None = None,
@@ -315,10 +316,10 @@ def write_model(
     if generation_config is not None:
         generation = generation_config.to_diff_dict()
         files.write_json(directory / "generation_config.json", generation)
-    quantization = gptq_config.to_dict()
-    files.write_json(directory / "quantize_config.json", quantization)
     config = deepcopy(model_config)
-    config.quantization_config = quantization
+    if gptq_config is not None:
+        config.quantization_config = gptq_config.to_dict()
+        files.write_json(directory / "quantize_config.json", config.quantization_config)
     config.architectures = config.architectures or [
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     ]

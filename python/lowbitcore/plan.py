@@ -164,13 +164,14 @@ def plan(
 
 
 def parse_memory(text: str | None) -> int:
-    """Bytes of "8GB" or "512MB" (decimal, as everywhere here); None: this machine's memory."""
+    """Bytes of "8GB", "512MB" (decimal) or "8GiB" (binary); None: this machine's memory."""
     if text is None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([MGT])B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([MGT])(i?)B?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"plan: memory: expected a size such as 8GB or 512MB, got {text!r}")
-    return int(float(match[1]) * {"M": 10**6, "G": 10**9, "T": 10**12}[match[2].upper()])
+    exponent = "MGT".index(match[2].upper()) + 2
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** exponent)
 
 
 def _pack(model: PreTrainedModel, bits: int, group_size: int) -> None:

@@ -33,6 +33,9 @@ class Bar(TrainerCallback):  # type: ignore[misc]
         self._bar.set_postfix({shown[k]: f"{v:.3f}" for k, v in logs.items() if k in shown})
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._bar.close()
 
 

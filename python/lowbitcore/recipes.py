@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from lowbitcore import adapters, data, run_directory
+from lowbitcore.blocks import quantized_linears
 from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.checks import check_length, check_tokens
 from lowbitcore.data import TrainingSet
@@ -33,7 +34,7 @@ from lowbitcore.evaluate import check_text, perplexity
 from lowbitcore.formats import peft, scales
 from lowbitcore.heap import keep_heap_small
 from lowbitcore.lora import prepare_lora
-from lowbitcore.lrec import LrecTrainer, TeacherCache
+from lowbitcore.lrec import LrecTrainer, TeacherCache, head_fingerprint
 from lowbitcore.model import load
 from lowbitcore.peqa import prepare_peqa, thaw_scales
 from lowbitcore.progress import Bar, draw
@@ -47,6 +48,7 @@ from lowbitcore.training import (
     EmefTrainer,
     PackedTrainer,
     PeqaTrainer,
+    SaveEvery,
     collate,
 )
 
@@ -54,7 +56,8 @@ _STATE = "trainer_state.json"
 _PATHS = ("model", "adapters", "data", "eval_text", "start", "cache")
 # Evaluations during a training look at the start of the text; the last one at all of it.
 _EVALUATIONS, _EVALUATION_WINDOWS = 5, 4
-_CHECKPOINTS = 10
+# A kill costs at most a tenth of a training, or so long.
+_CHECKPOINTS, _SAVE_SECONDS = 10, 300
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,9 @@ def train(
         steps = max(1, int(seconds / _seconds_a_step(trainer(1), schedule, examples)))
     run = trainer(steps)
     run.remove_callback(PrinterCallback)
-    run.add_callback(Bar())
+    bar = Bar()
+    run.add_callback(bar)
+    run.add_callback(SaveEvery(_SAVE_SECONDS))
     lock = run_directory.begin(out, settings, steps=steps, identity=found) if is_main() else None
     if schedule.minutes is not None:
         run.add_callback(Deadline(schedule.minutes))
@@ -201,7 +206,15 @@ def train(
     begun = run_directory.newest_checkpoint(out) if resume else None
     if begun is not None:
         say(f"going on from {begun}")
-    run.train(resume_from_checkpoint=begun)
+    try:
+        run.train(resume_from_checkpoint=begun)
+    except BaseException as error:
+        bar.close()
+        if lock is not None:
+            lock.close()
+            if isinstance(error, KeyboardInterrupt):
+                say(f"stopped after step {run.state.global_step}: {_what_is_kept(out)}")
+        raise
     training_seconds = time.perf_counter() - before
     _leave_the_others()
     if lock is None:
@@ -229,6 +242,13 @@ def train(
     adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
     lock.close()
     return _finish(recipe, out, result)
+
+
+def _what_is_kept(out: Path) -> str:
+    kept = run_directory.newest_checkpoint(out)
+    if kept is None:
+        return "there is no checkpoint yet, --resume begins again"
+    return f"{kept} is kept, --resume goes on from there"
 
 
 def _finish(recipe: Recipe, out: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -303,6 +323,8 @@ def _load_student(
     if model.dtype == torch.float16:
         say(f"{recipe.model}: is of float16, in which gradients underflow: trained in bfloat16")
         model = model.to(torch.bfloat16)
+    if recipe.lora is not None and not quantized_linears(model):
+        say(f"note: {recipe.model} is not quantized: the adapter is trained on dense weights")
     check_length("--length", recipe.schedule.length, model.config)
     adapters.load_adapters(model, recipe.adapters)
     return model
@@ -373,6 +395,11 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, say: Callable[[str], None])
         thaw_scales(model)
 
 
+def _shape(model: PreTrainedModel) -> tuple[str, int, int]:
+    config = model.config.get_text_config()
+    return config.model_type, config.num_hidden_layers, config.hidden_size
+
+
 def _teacher(
     recipe: Recipe,
     source: Source | None,
@@ -389,8 +416,19 @@ def _teacher(
     if source.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise ValueError(f"--teacher: {recipe.teacher.model}: its vocabulary is not the student's")
     if recipe.teacher.cache is None:
-        return load(recipe.teacher.model, dtype=model.dtype, device=model.device)
+        loaded = load(recipe.teacher.model, dtype=model.dtype, device=model.device)
+        if _shape(loaded) != _shape(model) or head_fingerprint(loaded) != head_fingerprint(model):
+            say(
+                f"note: {recipe.teacher.model} is not what {recipe.model} was quantized from: its "
+                "blocks or its head are others"
+            )
+        return loaded
     teacher = BlockwiseModel(source, dtype=model.dtype, device=model.device)
+    if head_fingerprint(teacher) != head_fingerprint(model):  # before it runs over all the data
+        raise ValueError(
+            f"--teacher: {recipe.teacher.model}: its head is not that of {recipe.model}: expected "
+            "the model that this was quantized from, or no --cache"
+        )
     size = TeacherCache.bytes_needed(teacher, examples)
     say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")
     # The others find it filled, whenever that may be.

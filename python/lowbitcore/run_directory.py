@@ -19,7 +19,7 @@ from lowbitcore import files
 from lowbitcore.formats import peft, scales
 from lowbitcore.formats.checkpoint import read_header
 
-_RECORD, _LOCK = "training.json", ".lock"
+RECORD, _LOCK = "training.json", ".lock"
 
 
 def is_main() -> bool:
@@ -33,7 +33,7 @@ def open_run(out: Path, settings: dict[str, Any], *, resume: bool) -> dict[str, 
     with other settings."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a directory, got a file")
-    record = out / _RECORD
+    record = out / RECORD
     if not is_main():  # the first process may have begun already
         return files.read_json(record) if resume and record.exists() else {}
     if is_finished(out) and not (resume and (out / _LOCK).exists()):
@@ -74,13 +74,13 @@ def begin(out: Path, settings: dict[str, Any], *, steps: int, identity: dict[str
     out.mkdir(parents=True, exist_ok=True)
     lock = files.lock(out / _LOCK)
     record = {"recipe": settings, "steps": steps, "identity": identity}
-    files.write_json(out / _RECORD, record)
+    files.write_json(out / RECORD, record)
     return lock
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
     """Into the record, as `result`."""
-    files.write_json(out / _RECORD, {**files.read_json(out / _RECORD), "result": result})
+    files.write_json(out / RECORD, {**files.read_json(out / RECORD), "result": result})
 
 
 def is_finished(out: Path) -> bool:
@@ -89,7 +89,7 @@ def is_finished(out: Path) -> bool:
         return True
     if not (out / scales.FILE).exists():
         return False
-    record = out / _RECORD
+    record = out / RECORD
     recipe = files.read_json(record).get("recipe", {}) if record.exists() else {}
     return recipe.get("lora") is None
 

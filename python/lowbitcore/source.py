@@ -65,6 +65,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     gptq_config = _gptq_config(_read_json_config(local), local)
     config = _directory_config(local)
     weights = Checkpoint(local)
+    if any(name.endswith(".adapters.0.a") for name in weights.names()):
+        raise ValueError(
+            f"{local}: holds adapters among its weights, as save_pretrained writes them: expected "
+            "a model written by lowbitcore.save, and they by save_adapter"
+        )
     if gptq_config is not None and not any(n.endswith(".qweight") for n in weights.names()):
         raise ValueError(f"{local}: quantization_config says gptq, but there is no qweight")
     return Source(local, config, _main_dtype(config, weights), gptq_config, weights)

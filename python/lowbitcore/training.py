@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.data import Dataset
@@ -411,6 +412,28 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if time.monotonic() >= self._end:
             control.should_training_stop = True
+
+
+class SaveEvery(TrainerCallback):  # type: ignore[misc]
+    """A checkpoint after the step at which the last one is so many seconds old, for steps that
+    take long; of several processes, by the clock of the first."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last = time.monotonic()
+
+    on_save = on_train_begin
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        due = torch.tensor(time.monotonic() - self._last >= self._seconds, device=args.device)
+        if broadcast(due):
+            control.should_save = True
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

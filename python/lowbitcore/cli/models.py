@@ -198,10 +198,32 @@ def _describe_report(
     return result, lines
 
 
+@app.command()
+def dequantize(
+    model: Annotated[str, typer.Argument(metavar="QMODEL", help="A quantized model directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; new.")],
+    adapter: Adapters = None,
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp32"],
+        typer.Option(help="Type of the weights (auto: that of those which are not quantized)."),
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a quantized model as an ordinary one, for programs that know no packed weights.
+
+    Adapters that are given are merged into it. PEFT puts them on a model written without them.
+    """
+    from lowbitcore.dequantize import save_dequantized
+
+    save_dequantized(load_model(model, dtype, "cpu", adapter), out)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    emit(as_json, {"out": str(out), "bytes": size}, [f"{out}: {megabytes(size)}"])
+
+
 @app.command("eval")
 def evaluate(
     model: Model,
-    text: Annotated[Path, typer.Option(help="Text file; its documents are joined.")],
+    text: Annotated[Path, typer.Option(help="A text, or .json/.jsonl of texts, which are joined.")],
     context: Annotated[
         int | None,
         typer.Option(help="Tokens in a window (default: 1024, or what the model can take)."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -55,7 +55,7 @@ Checkpoints = Annotated[
 # LREC as INT2.1's authors ran it on LLaMA-7B (arXiv 2306.08162; the command lines in their code,
 # stochasticai/xTuring, examples/int2-1/LREC). There KL is summed over the 2,048 tokens of a
 # sequence, CE is a mean: weights of 1 and 120, and of 1 and 10, are these between two means.
-_AUTHORS = {
+_AUTHORS: dict[str, Any] = {
     "start": "zeros",
     "rank": 32,
     "alpha": 128,
@@ -68,6 +68,22 @@ PRESETS = {
     "int2": {**_AUTHORS, "lambda_ce": 120 / 2048, "lr": 3e-5},
     "int4": {**_AUTHORS, "lambda_ce": 10 / 2048, "lr": 1e-5},
 }
+
+
+def _described() -> str:
+    def options(settings: dict[str, Any]) -> str:
+        return " ".join(
+            f"--{name.replace('_', '-')} {value:.4g}"
+            if isinstance(value, float)
+            else f"--{name.replace('_', '-')} {value}"
+            for name, value in settings.items()
+        )
+
+    own = (
+        f"for {name} {options({k: v for k, v in preset.items() if k not in _AUTHORS})}"
+        for name, preset in PRESETS.items()
+    )
+    return f"{options(_AUTHORS)}, {', '.join(own)}"
 
 
 def _names(targets: str) -> tuple[str, ...]:
@@ -175,8 +191,8 @@ def lrec(
         typer.Option(
             callback=_use_preset,
             is_eager=True,
-            help="Settings of the method's authors for LLaMA-7B in 2 or 4 bits; they trained on "
-            "--tokens 204800000. Options given beside it count.",
+            help=f"Settings of the method's authors for LLaMA-7B in 2 or 4 bits: {_described()}. "
+            "They trained on --tokens 204800000. Options given beside it count.",
         ),
     ] = None,
     rank: Annotated[
@@ -186,8 +202,8 @@ def lrec(
         Literal["closed-form", "zeros"] | None,
         typer.Option(
             help="Where the adapter starts: at the correction that quantize --rank has left in "
-            "QMODEL, which it replaces (default, if it is there and no --adapter is given), or at "
-            "nothing."
+            "QMODEL, which it replaces (default, if it is there and neither --adapter nor --preset "
+            "is given), or at nothing."
         ),
     ] = None,
     targets: Annotated[

@@ -1,0 +1,116 @@
+"""A packed model as an ordinary one of 16 bits, for programs that know no packed weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lowbitcore.blocks import (
+    adapter_stacks,
+    plain_tensors,
+    quantized_linears,
+    without_adapters,
+)
+from lowbitcore.checks import check_kind
+from lowbitcore.formats.checkpoint import Entry
+from lowbitcore.model import origin_tokenizer, write_model
+from lowbitcore.nn import LowRank, QuantLinear
+from lowbitcore.skeleton import build_skeleton, saved_name, tied_names
+
+
+def save_dequantized(
+    model: PreTrainedModel,
+    out: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes a quantized model as an ordinary directory of the model's dtype: what transformers
+    loads, and PEFT puts adapters of `save_adapter` on.
+
+    Weights are ``scales * (q - zeros)`` with the scales in use, and ``(alpha / r) B A`` of every
+    adapter on the model is added to them: to have these apart, write the model before they are on
+    it. One linear at a time is dense in memory. Without `tokenizer`, that of the directory the
+    model was loaded from is copied, if it has one. Raises ValueError where nothing is quantized or
+    adapted, where the dtype cannot hold a weight, and for an `out` that holds anything.
+    """
+    check_kind("save_dequantized: model", model, PreTrainedModel)
+    if not isinstance(out, str | os.PathLike):
+        raise ValueError(f"save_dequantized: out: expected a path, got {type(out).__name__}")
+    if tokenizer is not None:
+        check_kind("save_dequantized: tokenizer", tokenizer, PreTrainedTokenizerBase)
+    directory = Path(out)
+    if directory.is_dir() and (strangers := sorted(path.name for path in directory.iterdir())):
+        raise ValueError(
+            f"save_dequantized: {out}: expected an empty or new directory, got {strangers[0]!r} "
+            "in it"
+        )
+    stacks = adapter_stacks(model)
+    with without_adapters(model):
+        linears: dict[str, nn.Module] = dict(quantized_linears(model))
+        linears |= {path: model.get_submodule(path) for path in stacks}
+        if not linears:
+            raise ValueError("save_dequantized: model: expected a quantized one, got a plain one")
+        config = deepcopy(model.config)
+        config.dtype = model.dtype
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        origin = build_skeleton(config, model.dtype)
+        entries = [
+            Entry(
+                saved_name(model, f"{path}.weight"),
+                model.dtype,
+                tuple(origin.get_submodule(path).weight.shape),
+                partial(_dense, path, linear, stacks.get(path, []), origin.get_submodule(path)),
+            )
+            for path, linear in linears.items()
+        ]
+        entries += [
+            Entry.of(saved_name(model, f"{path}.bias"), linear.bias.detach().to(model.dtype))
+            for path, linear in linears.items()
+            if isinstance(linear, QuantLinear) and linear.bias is not None
+        ]
+        merged, ties = {f"{path}.weight" for path in linears}, tied_names(model)
+        entries += [
+            Entry.of(saved_name(model, name), tensor.detach())
+            for name, tensor in plain_tensors(model).items()
+            if name not in ties and name not in merged
+        ]
+        write_model(
+            directory,
+            entries,
+            model_config=config,
+            gptq_config=None,
+            generation_config=model.generation_config,
+            tokenizer=origin_tokenizer(model) if tokenizer is None else tokenizer,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+
+@torch.no_grad()
+def _dense(
+    path: str, linear: nn.Module, adapters: Sequence[LowRank], origin: nn.Module
+) -> torch.Tensor:
+    """A linear's weight, and what adapters add to it, as the module `origin` has it."""
+    lies_across = isinstance(origin, Conv1D)
+    if isinstance(linear, QuantLinear):
+        weight = linear.dequantize(torch.float32)
+    else:
+        weight = cast(torch.Tensor, linear.weight).float()
+        weight = weight.T if lies_across else weight
+    for adapter in adapters:
+        weight = weight + adapter.scaling * adapter.b @ adapter.a
+    dtype = cast(torch.Tensor, origin.weight).dtype
+    stored = weight.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"save_dequantized: {path}: expected weights that fit {dtype}")
+    return stored.T if lies_across else stored
