@@ -20,11 +20,13 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -85,6 +87,14 @@ CONFIGS: dict[str, PretrainedConfig] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
+    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
+    "qwen3-moe": Qwen3MoeConfig(
+        **LLAMA_LIKE,
+        moe_intermediate_size=32,
+        num_experts=6,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+    ),
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=64,
@@ -103,6 +113,8 @@ LINEARS = {
     "qwen3-sliding": 21,
     "opt": 12,
     "gpt-neox": 8,
+    "mixtral": 32,
+    "qwen3-moe": 29,
     "gpt2": 8,
 }
 
@@ -213,8 +225,14 @@ def dense_copy(name: str, model: PreTrainedModel) -> PreTrainedModel:
     """The original architecture with each quantized weight replaced by its dequantized one."""
     dense = make_model(name)
     for path, linear in quantized_linears(model).items():
-        module = dense.get_submodule(path)
         weight = linear.dequantize(torch.float32)
+        if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", path):
+            stacked, (_, number, part) = dense.get_submodule(expert[1]), expert.groups()
+            both = stacked.gate_up_proj.data[int(number)].chunk(2)
+            own = {"gate": both[0], "up": both[1], "down": stacked.down_proj.data[int(number)]}
+            own[part].copy_(weight)
+            continue
+        module = dense.get_submodule(path)
         module.weight.data = weight.T if isinstance(module, Conv1D) else weight
     return dense
 
@@ -239,7 +257,8 @@ def test_quantized_model_is_near_the_original(name: str) -> None:
     model = quantized(name, bits=8, count=48)
     original = logits(make_model(name))
     error = (logits(model) - original).norm() / original.norm()
-    assert error < 0.02
+    # Some tokens come to other experts than in the original.
+    assert error < (0.08 if name in ("mixtral", "qwen3-moe") else 0.02)
 
 
 def test_every_block_gets_its_own_mask() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowbitcore as lbc
 from lowbitcore import engine, files, streaming
@@ -138,21 +138,6 @@ def test_biases_keep_their_type(tmp_path: Path) -> None:
     lbc.quantize_model(model, None, windows(), config, progress=False)
     bias = model.get_submodule(name).base.bias
     assert bias.dtype == torch.float16 and torch.equal(bias, tensors[f"{name}.bias"])
-
-
-def test_experts_that_files_hold_one_by_one(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is missing \(transformers makes some of several"):
-        lbc.load(tmp_path)
 
 
 def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:

@@ -52,20 +52,41 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def quantizable(block: nn.Module) -> dict[str, nn.Module]:
-    """Linears of a block with both dimensions multiples of 32, by path inside the block."""
+    """Linears of a block with both dimensions multiples of 32, by path inside the block, but for
+    those that choose experts: of few weights, on which much depends."""
+    routers = _routers(block)
     return {
         path: module
         for path, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
+        and path not in routers
         and all(size % 32 == 0 for size in linear_shape(module))
     }
 
 
+def _routers(block: nn.Module) -> set[str]:
+    """Linears beside a list of experts that put out a number for each of these."""
+    found: set[str] = set()
+    for path, experts in block.named_modules():
+        place, _, name = path.rpartition(".")
+        if name == "experts" and isinstance(experts, nn.ModuleList):
+            found |= {
+                inner
+                for inner, module in block.get_submodule(place).named_modules(prefix=place)
+                if isinstance(module, nn.Linear)
+                and module.out_features == len(experts)
+                and not inner.startswith(f"{path}.")
+            }
+    return found
+
+
 def not_quantizable(block: nn.Module) -> dict[str, str]:
     """What holds matrices in a block but stays in 16 bits: path inside the block -> reason."""
-    reasons = {}
+    reasons, routers = {}, _routers(block)
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if path in routers:
+            reasons[path] = "chooses experts"
+        elif isinstance(module, nn.Linear | Conv1D):
             in_features, out_features = linear_shape(module)
             if in_features % 32 or out_features % 32:
                 reasons[path] = f"{out_features} x {in_features}: not multiples of 32"

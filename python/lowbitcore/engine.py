@@ -176,6 +176,21 @@ class Engine(ABC):
             bias=None if bias is None else bias.detach().clone(),
         )
 
+    def _rounded(self, path: str, module: nn.Module) -> QuantizedLinear:
+        """Each weight to the nearest integer of its grid."""
+        config = self._config
+        with self._report.timing("quantize"):
+            codes, scales, zeros = ops.quantize_rtn(
+                _weight(module),
+                bits=config.bits,
+                group_size=config.group_size,
+                sym=config.sym,
+                mse=config.mse,
+            )
+            result = QuantizedLinear(self._quant_linear(module, codes, scales, zeros, None))
+        self._add(LinearReport(path, None, None), result)
+        return result
+
     def _add(self, entry: LinearReport, quantized: QuantizedLinear) -> None:
         linear, correction = quantized
         self._report.linears.append(entry)
@@ -188,7 +203,7 @@ class Engine(ABC):
 
 
 class RtnEngine(Engine):
-    """Rounds each weight to the nearest integer of its grid: no data, no states."""
+    """Round-to-nearest: no data, no states."""
 
     def skip(self, index: int, linears: Mapping[str, QuantizedLinear]) -> None:
         pass
@@ -196,21 +211,7 @@ class RtnEngine(Engine):
     def _quantize(
         self, index: int, prefix: str, linears: Mapping[str, nn.Module]
     ) -> dict[str, QuantizedLinear]:
-        config, result = self._config, {}
-        for path, module in linears.items():
-            with self._report.timing("quantize"):
-                codes, scales, zeros = ops.quantize_rtn(
-                    _weight(module),
-                    bits=config.bits,
-                    group_size=config.group_size,
-                    sym=config.sym,
-                    mse=config.mse,
-                )
-                result[path] = QuantizedLinear(
-                    self._quant_linear(module, codes, scales, zeros, None)
-                )
-            self._add(LinearReport(f"{prefix}.{path}", None, None), result[path])
-        return result
+        return {path: self._rounded(f"{prefix}.{path}", module) for path, module in linears.items()}
 
 
 class GptqEngine(Engine):
@@ -478,8 +479,11 @@ class GptqEngine(Engine):
         statistics: Statistics,
     ) -> dict[str, QuantizedLinear]:
         tokens, hessian, cross = statistics
-        if hessian is None:
-            return {}  # experts that no token was routed to
+        if hessian is None:  # experts that no token was routed to
+            result = {path: self._rounded(f"{prefix}.{path}", linears[path]) for path in group}
+            for path, quantized in result.items():
+                self._set_dense(linears[path], quantized)
+            return result
         config = self._config
         modules = [linears[path] for path in group]
         weight = torch.cat([_weight(module) for module in modules])
@@ -622,8 +626,8 @@ def _frozen(block: nn.Module) -> Iterator[None]:
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        a.data_ptr() == b.data_ptr()
+    return a is b or (
+        a.data_ptr() == b.data_ptr() != 0  # that of all which are empty
         and a.shape == b.shape
         and a.stride() == b.stride()
         and a.dtype == b.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightRenaming
 from lowbitcore.blocks import find_blocks, plain_tensors
 from lowbitcore.files import one_line
 from lowbitcore.modeling import use_own_operations
+from lowbitcore.modeling.experts import names_in_files
 from lowbitcore.source import Source, Weights, place
 
 
@@ -37,21 +38,26 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     return cast(PreTrainedModel, model.eval())
 
 
-_RENAMINGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+_RENAMINGS: WeakKeyDictionary[nn.Module, tuple[Mapping[str, str], list[Any]]] = WeakKeyDictionary()
 
 
 def saved_name(model: nn.Module, name: str) -> str:
     """The name that files use for a model's tensor: transformers renames some on loading.
 
-    (GPT-NeoX's `lm_head` is `embed_out` in every file.)
+    (GPT-NeoX's `lm_head` is `embed_out` in every file, Mixtral's `experts.0.up_proj` is `w3`.)
     """
     if model not in _RENAMINGS:
-        _RENAMINGS[model] = [
+        renamings = [
             conversion.reverse_transform()
             for conversion in reversed(_conversions(model))
             if type(conversion) is WeightRenaming
         ]
-    for renaming in _RENAMINGS[model]:
+        _RENAMINGS[model] = names_in_files(model), renamings
+    experts, renamings = _RENAMINGS[model]
+    name = re.sub(
+        r"(\.experts\.\d+\.)(\w+)", lambda found: found[1] + experts.get(found[2], found[2]), name
+    )
+    for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     return name
 

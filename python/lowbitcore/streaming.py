@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowbitcore import files
-from lowbitcore.blocks import linear_shape, quantizable
+from lowbitcore.blocks import block_linears, linear_shape, quantizable
 from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.calibration import Calibration
 from lowbitcore.engine import BlockReport, LinearReport, QuantizedLinear, Report, engine_for
@@ -353,12 +353,13 @@ class _StreamingRun:
         entries = [self._source_entry(name) for name in outer]
         canonical: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {}
         scales: dict[str, torch.Tensor] = {}
+        paths = {saved_name(self._model, path): path for path in block_linears(self._model)}
         for index in range(len(self._layout.modules)):
             weights = Checkpoint.from_file(self._block_file(index))
             stems = [n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight")]
             for stem in stems:
-                canonical[stem] = _stored_canonical(weights, stem)
-                scales[stem] = weights.tensor(f"{stem}.scales")
+                canonical[paths[stem]] = _stored_canonical(weights, stem)
+                scales[paths[stem]] = weights.tensor(f"{stem}.scales")
             entries += [_stored_entry(weights, name, config) for name in weights.names()]
         base = base_hash(canonical)
         config = replace(

@@ -191,6 +191,9 @@ def _describe_report(
         )
         lines.append(f"mean relative error of the blocks' outputs: {before:.4f}, tuned {after:.4f}")
     lines += [f"tuning made no better: {item.path}" for item in report.blocks if item.stayed]
+    silent = sum(item.loss is None for item in report.linears) if config.method == "gptq" else 0
+    if silent:
+        lines.append(f"rounded to nearest, as no calibration token came to them: {silent} linears")
     if config.rank:
         lines.append(f"to be used with its correction: --adapter {out / peft.CORRECTION}")
     lines += [f"damping of {item.path} was raised to {item.percdamp}" for item in raised]

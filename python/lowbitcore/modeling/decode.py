@@ -50,15 +50,19 @@ _KNOWN = {
 
 
 def use_own_blocks(model: PreTrainedModel) -> None:
-    """For models whose norms, rotary positions and MLPs are ours already (elementwise)."""
-    for module in model.modules():
-        kind = cast(Any, type(module))
-        if (
-            computes_as(kind, LlamaDecoderLayer)
-            and type(module.mlp) is SwigluMlp
-            and _is_known(cast(Any, type(module.self_attn)))
-        ):
-            module.__class__ = with_forward(kind, _in_two_calls)
+    """For models whose norms, rotary positions and MLPs are ours already (elementwise).
+
+    Where some blocks will do, all are given the same class, as they had before: whether one holds
+    anything else, such as experts, shows when it is called.
+    """
+    blocks: list[Any] = [
+        module
+        for module in model.modules()
+        if computes_as(cast(Any, type(module)), LlamaDecoderLayer)
+    ]
+    if any(type(x.mlp) is SwigluMlp and _is_known(type(x.self_attn)) for x in blocks):
+        for block in blocks:
+            block.__class__ = with_forward(type(block), _in_two_calls)
 
 
 @cache

@@ -1,0 +1,115 @@
+"""Mixtures of experts in the way that files hold them: each expert an MLP with linears of its own.
+
+transformers stacks the weights of all experts, which no linear sees. Apart, they are measured,
+packed, adapted and saved as any other linear is, under the names that files have for them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations.moe import _default_apply_gate
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from lowbitcore.modeling.elementwise import computes_as
+
+# What stacked weights are made of, in this order.
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def use_own_experts(model: PreTrainedModel) -> None:
+    """Apart, where transformers computes as in Mixtral and files hold the experts one by one; what
+    else there is stays stacked. Weights become views of the stacked ones."""
+    stacked = [
+        (path, cast(Any, module))
+        for path, module in model.named_modules()
+        if computes_as(type(module), MixtralExperts)
+        and cast(Any, type(module))._apply_gate is _default_apply_gate
+    ]
+    if not stacked or not names_in_files(model):
+        return
+    for path, module in stacked:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Experts(module).train(module.training))
+
+
+def names_in_files(model: nn.Module) -> Mapping[str, str]:
+    """What files call an expert's gate_proj, up_proj and down_proj; empty where they hold experts
+    in another way."""
+    found: dict[str, str] = {}
+    for item in get_model_conversion_mapping(cast(PreTrainedModel, model), add_legacy=False):
+        if not isinstance(item, WeightConverter):
+            continue
+        kinds = {type(operation) for operation in item.operations}
+        for stacked, parts in _PARTS.items():
+            names = [
+                match[1]
+                for source in item.source_patterns
+                if (match := re.search(r"experts\.\*\.(\w+)\.weight$", source.replace("\\", "")))
+            ]
+            if (
+                [pattern.rpartition(".")[2] for pattern in item.target_patterns] == [stacked]
+                and len(names) == len(item.source_patterns) == len(parts)
+                and kinds <= {MergeModulelist, Concatenate}
+            ):
+                found |= dict(zip(parts, names, strict=True))
+    return found if len(found) == 3 else {}
+
+
+class Experts(nn.ModuleList):
+    """The experts of one block, each with the tokens that the router sends to it."""
+
+    def __init__(self, stacked: Any) -> None:
+        """Of a module of transformers' with gate_up_proj [E, 2 I, H] and down_proj [E, H, I]."""
+        gates, downs = stacked.gate_up_proj, stacked.down_proj
+        with torch.device("meta"):
+            sizes = SimpleNamespace(
+                hidden_size=downs.shape[1],
+                intermediate_size=downs.shape[2],
+                mlp_bias=False,
+                hidden_act="silu",
+            )
+            experts = [LlamaMLP(sizes) for _ in range(len(downs))]
+        for expert, gate_up, down in zip(experts, gates, downs, strict=True):
+            del expert.config, expert.act_fn
+            expert.act_fn = stacked.act_fn
+            weights = (*gate_up.detach().chunk(2), down.detach())
+            linears = (expert.gate_proj, expert.up_proj, expert.down_proj)
+            for linear, weight in zip(linears, weights, strict=True):
+                linear.weight = nn.Parameter(weight, requires_grad=gates.requires_grad)
+        super().__init__(experts)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H]; expert and weight of each token's choices [T, k]."""
+        choices, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)
+        order = choices.argsort(stable=True)
+        tokens = order // top_k_index.shape[-1]
+        output, start = torch.zeros_like(hidden_states), 0
+        for expert, count in zip(self, self._counts(choices), strict=False):
+            if count or _is_watched(expert):
+                span = slice(start, start + count)
+                y = expert(hidden_states[tokens[span]]) * weights[order[span]]
+                output.index_add_(0, tokens[span], y.to(output.dtype))
+            start += count
+        return output
+
+    def _counts(self, choices: Tensor) -> list[int]:
+        """How often each expert is chosen; without values, as `plan` has them, all alike."""
+        if isinstance(choices, FakeTensor):
+            return [-(-len(choices) // len(self))] * len(self)
+        return cast("list[int]", choices.bincount(minlength=len(self)).tolist())
+
+
+def _is_watched(expert: nn.Module) -> bool:
+    """Whether something waits at its linears: it is told of no tokens, too."""
+    return any(linear._forward_pre_hooks for linear in expert.children())

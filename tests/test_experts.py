@@ -1,0 +1,153 @@
+"""Mixtures of experts: apart they compute the same, and are quantized and saved one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    GptOssConfig,
+    GraniteMoeConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import AutoModelForCausalLM
+
+import lowbitcore as lbc
+from lowbitcore.blocks import quantized_linears
+from lowbitcore.modeling import use_own_operations
+from lowbitcore.modeling.experts import Experts
+from test_models import LLAMA_LIKE, logits, make_model, quantized, windows
+from test_streaming import run, save_source
+
+MIXTURES = ["mixtral", "qwen3-moe"]
+EXPERT = "model.layers.0.mlp.experts.{}.gate_proj"
+
+
+def first_experts(model: PreTrainedModel) -> torch.nn.Module:
+    return model.get_submodule("model.layers.0.mlp.experts")
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_apart_they_compute_the_same(name: str) -> None:
+    """Values and gradients, also of the router's weights and of no tokens for some expert."""
+    stacked = first_experts(make_model(name))
+    model = make_model(name)
+    use_own_operations(model)
+    apart = first_experts(model)
+    assert isinstance(apart, Experts)
+    count, generator = len(apart), torch.Generator().manual_seed(0)
+    index = torch.randint(count - 1, (37, 2), generator=generator)  # none for the last
+    found = []
+    for experts in (stacked, apart):
+        x = torch.randn(37, 64, generator=generator.manual_seed(1), requires_grad=True)
+        weights = torch.rand(37, 2, generator=generator, requires_grad=True)
+        y = experts(x, index, weights)
+        y.backward(torch.randn(y.shape, generator=generator))
+        found.append((y.detach(), x.grad, weights.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    gates = torch.stack([expert.gate_proj.weight.grad for expert in list(apart)[:-1]])
+    torch.testing.assert_close(gates, stacked.gate_up_proj.grad[:-1, : gates.shape[1]])
+    assert apart[count - 1].gate_proj.weight.grad is None
+    assert torch.equal(logits(model), logits(model))
+    torch.testing.assert_close(logits(model), logits(make_model(name)), rtol=1e-4, atol=1e-4)
+
+
+def test_files_have_the_names_that_others_look_for(tmp_path: Path) -> None:
+    run(save_source("mixtral", tmp_path / "in"), tmp_path / "out")
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    experts = "model.layers.1.block_sparse_moe.experts.3"
+    assert {f"{experts}.{part}.qweight" for part in ("w1", "w2", "w3")} <= names
+    assert "model.layers.1.block_sparse_moe.gate.weight" in names
+    assert not any(".mlp." in name for name in names)
+    lbc.save_dequantized(lbc.load(tmp_path / "out"), tmp_path / "dense")
+    assert f"{experts}.w2.weight" in load_file(tmp_path / "dense" / "model.safetensors")
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 4}, {"tune_epochs": 1}, {"method": "rtn"}])
+def test_experts_without_tokens_are_rounded(settings: dict[str, object], tmp_path: Path) -> None:
+    """They are as much of the model as others, whatever the calibration says."""
+    model = make_model("qwen3-moe")
+    router = model.get_parameter("model.layers.0.mlp.gate.weight").data
+    # Two logits are always above 0, which those of experts 2 and 5 are.
+    router[1], router[2], router[3], router[4], router[5] = -router[0], 0, 2 * router[0], 0, 0
+    router[4] = -router[3]
+    original = {
+        name: first_experts(model).state_dict()[name].clone()
+        for name in ("gate_up_proj", "down_proj")
+    }
+    config = lbc.QuantConfig(bits=4, group_size=32, **settings)  # type: ignore[arg-type]
+    model = lbc.quantize_model(model, None, windows(), config, progress=False)
+    report = model.quantization_report
+    assert not report.skipped and len(report.linears) == 29
+    linears = quantized_linears(model)
+    silent = [item.path for item in report.linears if item.loss is None]
+    if "method" not in settings:
+        assert {EXPERT.format(2), EXPERT.format(5)} <= set(silent) and len(silent) == 6
+    gate = linears[EXPERT.format(2)].dequantize(torch.float32)
+    wanted = original["gate_up_proj"][2, : len(gate)]
+    codes, scales, zeros = lbc.ops.quantize_rtn(wanted, bits=4, group_size=32, mse=True)
+    again = lbc.QuantLinear.from_canonical(
+        lbc.ops.pack_qweight(codes, bits=4),
+        lbc.ops.pack_qzeros(zeros, bits=4),
+        scales,
+        bits=4,
+        group_size=32,
+    )
+    torch.testing.assert_close(gate, again.dequantize(torch.float32), rtol=2e-3, atol=1e-5)
+    lbc.save(model, tmp_path)
+    loaded = lbc.load(tmp_path)
+    if "rank" not in settings:
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_what_chooses_experts_stays_as_it_is() -> None:
+    """Also where it is a linear whose size would do."""
+    config = PhimoeConfig(**{**LLAMA_LIKE, "num_hidden_layers": 1}, num_local_experts=32)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    settings = lbc.QuantConfig(bits=8, group_size=32, method="rtn")
+    model = lbc.quantize_model(model, None, None, settings, progress=False)
+    assert model.quantization_report.skipped == {"model.layers.0.mlp.router": "chooses experts"}
+    assert len(quantized_linears(model)) == 4 + 3 * 32
+
+
+def test_a_mixture_learns(tmp_path: Path) -> None:
+    model = lbc.prepare_lora(quantized("qwen3-moe"), rank=4, targets=None)
+    ids = windows(4, seed=3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(float(loss))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    lbc.save_adapter(model, tmp_path)
+    loaded = lbc.load_adapter(quantized("qwen3-moe"), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteMoeConfig(**LLAMA_LIKE, num_local_experts=4),
+        GptOssConfig(**LLAMA_LIKE, num_local_experts=4, layer_types=["full_attention"] * 2),
+    ],
+    ids=["granite", "gpt-oss"],
+)
+def test_those_that_files_hold_stacked_stay(config: PretrainedConfig, tmp_path: Path) -> None:
+    """In 16 bits, and that is said."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = logits(model)
+    settings = lbc.QuantConfig(bits=8, group_size=32)
+    model = lbc.quantize_model(model, None, windows(), settings, progress=False)
+    assert any("experts" in path for path in model.quantization_report.skipped)
+    assert not any("experts" in path for path in quantized_linears(model))
+    torch.testing.assert_close(logits(model), expected, rtol=0.1, atol=0.1)
