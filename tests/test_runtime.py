@@ -130,6 +130,16 @@ def test_levels_share_no_code() -> None:
         assert exported == [f"lowbitcore::{isa}_backend()"]
 
 
+def test_no_host_puts_its_eigen_in_the_place_of_ours() -> None:
+    """Templates of one name are one to the linker, whatever version and flags made them."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm (binutils)")
+    library = Path(runtime.cmake_dir()).parents[1] / "liblowbitcore.a"
+    symbols = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True)
+    assert "16lowbitcore_eigen" in symbols.stdout
+    assert "5Eigen" not in symbols.stdout
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")
 def test_levels_use_their_instructions() -> None:
     """Also those of levels that this machine cannot run; and none of a higher level."""

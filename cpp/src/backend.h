@@ -131,6 +131,7 @@ struct Memory {
 // The throwing default of every switch over bits. Defined out of line: kernels must not instantiate
 // exceptions of their own (see cpu/kernels_impl.h).
 [[noreturn]] void unsupported_bits(int bits);
+[[noreturn]] void unknown_device();
 
 // The CPU backend at the instruction set in use (cpu/isa.cpp).
 const Backend& cpu_backend();
@@ -140,12 +141,17 @@ const Memory& cpu_memory();
 const Backend& cuda_backend();
 const Memory& cuda_memory();
 
+inline bool on_cuda(const Execution& exec) {
+  if (exec.device != Device::cpu && exec.device != Device::cuda) unknown_device();
+  return exec.device == Device::cuda;
+}
+
 inline const Backend& backend_of(const Execution& exec) {
-  return exec.device == Device::cuda ? cuda_backend() : cpu_backend();
+  return on_cuda(exec) ? cuda_backend() : cpu_backend();
 }
 
 inline const Memory& memory_of(const Execution& exec) {
-  return exec.device == Device::cuda ? cuda_memory() : cpu_memory();
+  return on_cuda(exec) ? cuda_memory() : cpu_memory();
 }
 
 }  // namespace lowbitcore

@@ -35,6 +35,28 @@ float element(const ConstMatrix& m, std::int64_t row, std::int64_t col) {
   }
 }
 
+std::int64_t width(const ConstMatrix& m) { return m.cols * (m.dtype == DType::f32 ? 4 : 2); }
+
+std::int64_t pitch(const ConstMatrix& m) { return m.stride * (m.dtype == DType::f32 ? 4 : 2); }
+
+// Whether two matrices share bytes; where rows of other strides lie among one another, yes.
+bool overlap(const ConstMatrix& a, const ConstMatrix& b) {
+  if (a.rows == 0 || b.rows == 0 || a.cols == 0 || b.cols == 0) return false;
+  const auto first = reinterpret_cast<std::intptr_t>(a.data);
+  const auto second = reinterpret_cast<std::intptr_t>(b.data);
+  if (first >= second + (b.rows - 1) * pitch(b) + width(b) ||
+      second >= first + (a.rows - 1) * pitch(a) + width(a)) {
+    return false;
+  }
+  const std::int64_t step = a.rows > 1 ? pitch(a) : pitch(b);
+  if ((a.rows == 1 && b.rows == 1) || (a.rows > 1 && b.rows > 1 && pitch(a) != pitch(b))) {
+    return true;
+  }
+  // Side by side in one buffer, as the columns of a larger matrix.
+  const std::int64_t offset = ((second - first) % step + step) % step;
+  return offset < width(a) || offset + width(b) > step;
+}
+
 }  // namespace
 
 void fail(const char* op, const char* argument, const std::string& expected,
@@ -81,6 +103,19 @@ void shape(const char* op, const char* argument, const void* data, std::int64_t 
   if (rows > 0 && cols > 0) check::data(op, argument, data);
 }
 
+void dtype(const char* op, const char* argument, DType dtype) {
+  if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16) {
+    fail(op, argument, "float32, bfloat16 or float16", name(dtype));
+  }
+}
+
+void apart(const char* op, const char* argument, const ConstMatrix& result, const char* other,
+           const ConstMatrix& input) {
+  if (overlap(result, input)) {
+    fail(op, argument, std::string("memory apart from that of ") + other, "some that overlaps");
+  }
+}
+
 void data(const char* op, const char* argument, const void* pointer) {
   if (pointer == nullptr) fail(op, argument, "data", "a null pointer");
 }
@@ -120,6 +155,7 @@ void heads(const char* op, const char* argument, const ConstHeads& x, std::int64
     fail(op, argument, "shape " + dims({nullptr, x.dtype, batch, count, rows, cols, 0, 0, 0}),
          dims(x));
   }
+  dtype(op, argument, x.dtype);
   if (batch > 0 && count > 0 && rows > 0) data(op, argument, x.data);
 }
 
@@ -165,6 +201,10 @@ void weight(const char* op, const QuantWeight& w, bool with_scales, Device devic
   if (w.g_idx != nullptr && device == Device::cpu) g_idx(op, w.g_idx, w.format);
 }
 
+void on_cpu(const char* op, const Execution& exec) {
+  if (exec.device != Device::cpu) throw Error(std::string(op) + ": computed on the CPU alone");
+}
+
 void permutation(const char* op, const char* argument, const std::int32_t* order,
                  std::int64_t count) {
   std::vector<bool> seen(static_cast<std::size_t>(count), false);
@@ -196,5 +236,7 @@ namespace lowbitcore {
 void unsupported_bits(int bits) {
   check::fail("kernel", "bits", "2, 3, 4 or 8", std::to_string(bits));
 }
+
+void unknown_device() { check::fail("execution", "device", "cpu or cuda", "another"); }
 
 }  // namespace lowbitcore

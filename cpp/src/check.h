@@ -28,12 +28,20 @@ void shape(const char* op, const char* argument, const View<T>& view, std::int64
   shape(op, argument, view.data, view.rows, view.cols, view.stride, rows, cols);
 }
 
+// One of the types that there are.
+void dtype(const char* op, const char* argument, DType dtype);
+
 inline void shape(const char* op, const char* argument, const ConstMatrix& matrix,
                   std::int64_t rows, std::int64_t cols) {
+  dtype(op, argument, matrix.dtype);
   shape(op, argument, matrix.data, matrix.rows, matrix.cols, matrix.stride, rows, cols);
 }
 
 void same_dtype(const char* op, const char* argument, DType got, const char* other, DType expected);
+
+// A result in memory of its own: one that is written before all of an input is read.
+void apart(const char* op, const char* argument, const ConstMatrix& result, const char* other,
+           const ConstMatrix& input);
 
 void row_count(const char* op, const char* argument, std::int64_t rows);
 
@@ -75,6 +83,9 @@ void packed(const char* op, const void* packed, Device device);
 // A format, its packed integers, its g_idx (where its values can be seen) and optionally its
 // scales.
 void weight(const char* op, const QuantWeight& weight, bool with_scales, Device device);
+
+// Error unless a call is to be computed on the CPU.
+void on_cpu(const char* op, const Execution& exec);
 
 // A permutation of 0 .. count - 1.
 void permutation(const char* op, const char* argument, const std::int32_t* order,

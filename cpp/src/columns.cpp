@@ -28,10 +28,11 @@ void permute(const ConstMatrix& x, const std::int32_t* order, const Matrix& y, i
 
 void permute_columns(ConstMatrix x, const std::int32_t* order, Matrix y, const Execution& exec) {
   const char* op = "permute_columns";
-  if (exec.device != Device::cpu) check::fail(op, "device", "the CPU", "another");
+  check::on_cpu(op, exec);
   check::shape(op, "x", x, x.rows, x.cols);
   check::shape(op, "y", y, x.rows, x.cols);
   check::same_dtype(op, "y", y.dtype, "x", x.dtype);
+  check::apart(op, "y", y, "x", x);
   if (x.cols > 0) check::data(op, "order", order);
   for (std::int64_t k = 0; k < x.cols; ++k) {
     if (order[k] < 0 || order[k] >= x.cols) {

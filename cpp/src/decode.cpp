@@ -50,6 +50,17 @@ void add(const char* op, ConstMatrix a, ConstMatrix b, Matrix sum, const Executi
   backend_with(op, exec, &Backend::add).add(a, b, sum, Call(op, exec));
 }
 
+// Of x, or what has its shape, and one of a block's weights.
+void check_product(const char* op, const char* name, const ConstMatrix& x, const AdaptedWeight& w,
+                   const Matrix& y) {
+  check::format(op, w.weight.format);
+  const std::int64_t inputs = w.weight.format.in_features, outputs = w.weight.format.out_features;
+  if (inputs != x.cols || outputs != y.cols) {
+    check::fail(op, name, "a weight of " + std::to_string(y.cols) + " x " + std::to_string(x.cols),
+                std::to_string(outputs) + " x " + std::to_string(inputs));
+  }
+}
+
 void multiply(const char* op, ConstMatrix x, const AdaptedWeight& w, const Matrix& y,
               const Execution& exec) {
   if (w.adapter_count > 0) check::data(op, "adapters", w.adapters);
@@ -97,6 +108,10 @@ void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMa
   check::vectors(op, "x", x);
   check::vectors(op, "q", q);
   check::vectors(op, "k", k);
+  check::shape(op, "norm", p.norm.weight, 1, x.cols);
+  check_product(op, "q", x, p.q, q);
+  check_product(op, "k", x, p.k, k);
+  check_product(op, "v", x, p.v, v);
   const Rows normed(x.dtype, x.rows, x.cols);
   rms_norm(x, p.norm.weight, p.norm.eps, normed, exec);
   const Rows queries(x.dtype, x.rows, q.cols), keys(x.dtype, x.rows, k.cols);
@@ -116,6 +131,7 @@ void finish_token(ConstMatrix x, ConstMatrix q, const ConstHeads& keys, const Co
   check::shape(op, "q", q, x.rows, q.cols);
   check::vectors(op, "q", q);
   check::format(op, rest.gate.weight.format);
+  check::shape(op, "norm", rest.norm.weight, 1, x.cols);
   const std::int64_t rows = x.rows, width = rest.gate.weight.format.out_features;
   const Rows attended(q.dtype, rows, q.cols), sum(x.dtype, rows, x.cols), to(x.dtype, rows, x.cols);
   attend(q, keys, values, scale, attended, exec);

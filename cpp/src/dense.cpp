@@ -32,6 +32,7 @@ void gemm_nt(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y,
   check::shape(op, "weight", weight, weight.rows, x.cols);
   check::shape(op, "y", y, x.rows, weight.rows);
   check_weight(op, x, weight, y);
+  check::apart(op, "y", y, "x", x);
   const Backend& backend = backend_with(op, exec, &Backend::gemm_nt);
   const int threads = resolve_threads(exec);
   backend.gemm_nt(x, weight, bias, y,
@@ -45,6 +46,7 @@ void gemm_nn(ConstMatrix x, ConstMatrix weight, const float* bias, Matrix y,
   check::shape(op, "x", x, x.rows, weight.rows);
   check::shape(op, "y", y, x.rows, weight.cols);
   check_weight(op, x, weight, y);
+  check::apart(op, "y", y, "x", x);
   const Backend& backend = backend_with(op, exec, &Backend::gemm_nn);
   const int threads = resolve_threads(exec);
   backend.gemm_nn(x, weight, bias, y,

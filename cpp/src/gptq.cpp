@@ -74,7 +74,7 @@ void accumulate_cross(ConstMatrix a, ConstMatrix b, View<float> cross, const Exe
 double gptq_factorize(View<const float> hessian, const FactorOptions& options, std::int32_t* order,
                       std::uint8_t* dead, View<float> u, const Execution& exec) {
   const char* op = "gptq_factorize";
-  if (exec.device != Device::cpu) check::fail(op, "device", "the CPU", "another");
+  check::on_cpu(op, exec);
   check_square(op, "hessian", hessian);
   const std::int64_t k = hessian.rows;
   check::data(op, "order", order);

@@ -24,6 +24,7 @@ void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
   check::shape(op, "x", x, x.rows, w.format.in_features);
   check::shape(op, "y", y, x.rows, w.format.out_features);
   check::same_dtype(op, "y", y.dtype, "x", x.dtype);
+  check::apart(op, "y", y, "x", x);
   if (x.rows == 0) return;
   const Backend& backend = backend_of(exec);
   const int threads = resolve_threads(exec);
@@ -37,6 +38,7 @@ void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Execution& 
   check::shape(op, "dy", dy, dy.rows, w.format.out_features);
   check::shape(op, "dx", dx, dy.rows, w.format.in_features);
   check::same_dtype(op, "dx", dx.dtype, "dy", dy.dtype);
+  check::apart(op, "dx", dx, "dy", dy);
   if (dy.rows == 0) return;
   const Backend& backend = backend_of(exec);
   const int threads = resolve_threads(exec);

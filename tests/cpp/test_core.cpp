@@ -595,6 +595,77 @@ void losses_in_place() {
   }
 }
 
+// Results in the place of inputs, as the headers allow.
+void elementwise_in_place() {
+  const std::int64_t rows = 5, cols = 192;
+  const auto a = normal(static_cast<std::size_t>(rows * cols), 21);
+  const auto b = normal(a.size(), 22), c = normal(a.size(), 23);
+  const auto weight = normal(static_cast<std::size_t>(cols), 24);
+  const auto matrix = [&](auto& data) {
+    return lbc::Matrix{const_cast<float*>(data.data()), lbc::DType::f32, rows, cols, cols};
+  };
+  const lbc::ConstMatrix scale{weight.data(), lbc::DType::f32, 1, cols, cols};
+  const lbc::ConstMatrix turn{b.data(), lbc::DType::f32, rows, 64, cols};
+  using Run = std::function<void(lbc::Matrix, lbc::Matrix)>;  // from a copy of a, to a result
+  const std::vector<std::pair<std::string, Run>> runs = {
+      {"rms_norm", [&](auto x, auto y) { lbc::rms_norm(x, scale, 1e-5f, y); }},
+      {"rms_norm_backward, dy",
+       [&](auto x, auto y) { lbc::rms_norm_backward(x, matrix(b), scale, 1e-5f, y); }},
+      {"rms_norm_backward, x",
+       [&](auto x, auto y) { lbc::rms_norm_backward(matrix(b), x, scale, 1e-5f, y); }},
+      {"rotate", [&](auto x, auto y) { lbc::rotate(x, turn, turn, false, y); }},
+      {"rotate back", [&](auto x, auto y) { lbc::rotate(x, turn, turn, true, y); }},
+      {"swiglu, gate", [&](auto x, auto y) { lbc::swiglu(x, matrix(b), y); }},
+      {"swiglu, up", [&](auto x, auto y) { lbc::swiglu(matrix(b), x, y); }},
+      {"dropout", [&](auto x, auto y) { lbc::dropout(x, 7, 9000, y); }},
+  };
+  for (const auto& [name, run] : runs) {
+    std::vector<float> in_place = a, from = a, to(a.size(), NAN);
+    run(matrix(from), matrix(to));
+    run(matrix(in_place), matrix(in_place));
+    expect(from == a && in_place == to, name + " in place");
+  }
+  for (int which = 0; which < 6; ++which) {
+    std::vector<float> in[3] = {a, b, c}, gate(a.size(), NAN), up(a.size(), NAN);
+    lbc::swiglu_backward(matrix(in[0]), matrix(in[1]), matrix(in[2]), matrix(gate), matrix(up));
+    std::vector<float>& d_gate = in[which / 2];
+    std::vector<float>& d_up = in[(which / 2 + 1 + which % 2) % 3];
+    lbc::swiglu_backward(matrix(in[0]), matrix(in[1]), matrix(in[2]), matrix(d_gate), matrix(d_up));
+    expect(d_gate == gate && d_up == up, "swiglu_backward in place");
+  }
+}
+
+// Products do not write over what they read, but may write beside it.
+void products_apart() {
+  const Layer layer = make_layer(4, 32, 64, 64, false);
+  std::vector<float> both(3 * 160, 1.0f), weight(64 * 64, 0.5f), y(3 * 64);
+  const auto at = [&](std::int64_t column, std::int64_t stride = 160) {
+    return lbc::Matrix{both.data() + column, lbc::DType::f32, 3, 64, stride};
+  };
+  const lbc::ConstMatrix dense{weight.data(), lbc::DType::f32, 64, 64, 64};
+  const std::vector<std::pair<std::string, std::function<void(lbc::Matrix, lbc::Matrix)>>> runs = {
+      {"gemm_nt", [&](auto x, auto to) { lbc::gemm_nt(x, dense, nullptr, to); }},
+      {"gemm_nn", [&](auto x, auto to) { lbc::gemm_nn(x, dense, nullptr, to); }},
+      {"qgemm_nt", [&](auto x, auto to) { lbc::qgemm_nt(x, layer.weight(), nullptr, to); }},
+      {"qgemm_nn", [&](auto x, auto to) { lbc::qgemm_nn(x, layer.weight(), to); }},
+  };
+  for (const auto& [name, run] : runs) {
+    for (std::int64_t column : {0, 1, 63, 95}) {
+      expect_error([&] { run(at(column), at(32)); }, {name, "apart", "overlaps"});
+      expect_error([&] { run(at(32), at(column)); }, {name, "apart", "overlaps"});
+    }
+    expect_error([&] { run(at(0), at(0, 128)); }, {name, "overlaps"});
+    const auto x = normal(both.size(), 31);
+    both = x;
+    const lbc::Matrix apart{y.data(), lbc::DType::f32, 3, 64, 64};
+    run(at(64), apart);
+    run(at(64), at(0));
+    for (std::size_t i = 0; i < y.size(); ++i) {
+      expect(both[i / 64 * 160 + i % 64] == y[i], name + " beside its input");
+    }
+  }
+}
+
 // The scratch of a call is for the threads that it uses, whatever another thread sets meanwhile.
 void threads_set_during_calls() {
   const Layer layer = make_layer(4, 64, 128, 256, false);
@@ -636,6 +707,33 @@ void threads_are_few() {
                {"num_threads", "0 to 1024", "-5"});
 }
 
+// What Python cannot hand over, either.
+void unknown_kinds() {
+  std::vector<float> values(64 * 64), y(64);
+  const lbc::ConstMatrix w{values.data(), lbc::DType::f32, 64, 64, 64};
+  const auto none = static_cast<lbc::DType>(7);
+  lbc::Matrix x{values.data(), none, 1, 64, 64}, to{y.data(), none, 1, 64, 64};
+  expect_error([&] { lbc::gemm_nt(x, {values.data(), none, 64, 64, 64}, nullptr, to); },
+               {"gemm_nt", "float32, bfloat16 or float16"});
+  x.dtype = to.dtype = lbc::DType::f32;
+  lbc::Execution exec;
+  exec.device = static_cast<lbc::Device>(5);
+  expect_error([&] { lbc::gemm_nt(x, w, nullptr, to, exec); }, {"device", "cpu or cuda"});
+  exec = {1, reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(values.data()) | 4), 1 << 20};
+  expect_error([&] { lbc::gemm_nt(x, w, nullptr, to, exec); }, {"workspace", "64 bytes"});
+  expect(lbc::QuantFormat{4, 0, 64, 64}.groups() == 1, "no group size");
+  expect(lbc::QuantFormat{4, std::numeric_limits<std::int64_t>::max(), 64, 64}.groups() == 1,
+         "a group of any size");
+  const std::int32_t order[64] = {};
+  exec = {};
+  exec.device = lbc::Device::cuda;
+  try {
+    lbc::permute_columns(x, order, to, exec);
+    expect(false, "an error for what is not on the CPU");
+  } catch (const lbc::Error&) {
+  }
+}
+
 // What Python cannot hand over.
 void decode_errors() {
   std::vector<float> values(256);
@@ -651,6 +749,14 @@ void decode_errors() {
   expect_error(
       [&] { lbc::project_token(q, {norm, weight, weight, weight, {}, {}}, q, q, out, out, out); },
       {"project_token", "adapters", "null"});
+  expect_error(
+      [&] { lbc::project_token(q, {{}, weight, weight, weight, {}, {}}, q, q, out, out, out); },
+      {"project_token", "norm", "[1, 64]"});
+  const Layer other = make_layer(4, 32, 96, 64, false);
+  const lbc::AdaptedWeight wide{other.weight()};
+  expect_error(
+      [&] { lbc::project_token(q, {norm, weight, wide, weight, {}, {}}, q, q, out, out, out); },
+      {"project_token", "k", "64 x 64", "96 x 64"});
   expect_error([&] { lbc::accumulate_hessian_workspace_size(1000, many * 8); },
                {"cols", "at most 2^30"});
 }
@@ -677,6 +783,9 @@ int main(int argc, char** argv) {
   for (std::int64_t rows : {1, 4, 5, 70}) low_rank(rows);
   for (std::int64_t rows : {1, 3, 40}) dense(rows);
   losses_in_place();
+  elementwise_in_place();
+  products_apart();
+  unknown_kinds();
   threads_set_during_calls();
   threads_are_few();
   decode_errors();

@@ -28,7 +28,7 @@ struct AdaptedWeight {
 };
 
 struct Norm {
-  ConstMatrix weight;  // [1, cols]; without data there is no norm
+  ConstMatrix weight;  // [1, cols]
   float eps = 0.0f;
 };
 
@@ -41,7 +41,7 @@ void attend(ConstMatrix q, const ConstHeads& keys, const ConstHeads& values, flo
 struct Projections {
   Norm norm;
   AdaptedWeight q, k, v;
-  Norm q_norm, k_norm;  // of each head's columns
+  Norm q_norm, k_norm;  // of each head's columns; without data there is none
 };
 
 // q, k and v of a token. cos, sin: [1 or batch, cols of a head], a multiple of 64, of the type of

@@ -5,7 +5,8 @@
 // Matrices of a call are of one type and one shape, their columns a multiple of 32. Values are
 // computed in fp32 and rounded where transformers' modules round them, so that results differ from
 // theirs by the order of sums and by the exponential alone; gradients are rounded once. They do
-// not depend on the number of threads. On the CPU; elsewhere Error.
+// not depend on the number of threads. A result may be in the place of any input of its shape. On
+// the CPU; elsewhere Error.
 #pragma once
 
 #include <lowbitcore/types.h>

@@ -9,16 +9,14 @@
 namespace lowbitcore {
 
 // in_features (K) and out_features (N) are multiples of 32; bits is 2, 3, 4 or 8; group_size is a
-// multiple of 32 along K, or -1 for the whole row. The last group may be shorter.
+// multiple of 32 along K, or -1 for the whole row. The last group may be shorter. All at most 2^30.
 struct QuantFormat {
   int bits = 4;
   std::int64_t group_size = 128;
   std::int64_t in_features = 0;
   std::int64_t out_features = 0;
 
-  std::int64_t groups() const {
-    return group_size == -1 ? 1 : (in_features + group_size - 1) / group_size;
-  }
+  std::int64_t groups() const { return group_size <= 0 ? 1 : (in_features - 1) / group_size + 1; }
 };
 
 // A packed weight as the kernels read it. `packed` comes from prepack(), and lies at a multiple of

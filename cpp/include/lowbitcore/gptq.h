@@ -19,14 +19,15 @@ std::size_t accumulate_cross_workspace_size(std::int64_t rows, std::int64_t cols
                                             const Execution& exec = {});
 
 struct FactorOptions {
-  double percdamp = 0.01;  // damping, as a fraction of the mean of the diagonal
+  double percdamp = 0.01;  // damping, as a fraction of the mean of the diagonal; from 0 to 1
   bool act_order = true;   // process columns by falling diagonal of the Hessian
 };
 
 // The upper triangular U with H^-1 = U^T U, in processing order, from one reversed Cholesky
 // factorisation: H = R R^T with R upper triangular, U = R^-1. Columns with H_ii = 0 are dead: they
 // never saw an input, and quantize as zero. Where the factorisation fails the damping is raised
-// tenfold, at most three times; the return value is the percdamp that was used. Throws Error if
+// tenfold (from 0 to 1e-4), at most three times; the return value is the percdamp that was used.
+// The Hessian is finite. Throws Error if
 // that does not help either. On the CPU alone, in doubles of its own and not in a host's
 // workspace: K^2 and 768 K of them, K rounded up to a multiple of 96.
 double gptq_factorize(View<const float> hessian, const FactorOptions& options, std::int32_t* order,
@@ -40,8 +41,9 @@ struct GptqOptions {
   bool static_groups = true;
 };
 
-// Quantizes weight [N,K] with a factor from gptq_factorize. Codes are in original column order;
-// g_idx [K] is filled in either mode. Returns tr(E H E^T), E the quantization error, H as damped.
+// Quantizes weight [N,K], finite as for quantize_rtn, with a factor from gptq_factorize. Codes are
+// in original column order; g_idx [K] is filled in either mode. Returns tr(E H E^T), E the
+// quantization error, H as damped.
 double gptq_quantize(ConstMatrix weight, const std::int32_t* order, const std::uint8_t* dead,
                      View<const float> u, const QuantFormat& format, const GptqOptions& options,
                      View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,

@@ -15,7 +15,9 @@ struct GridOptions {
   bool mse = false;
 };
 
-// W [N,K] -> codes [N,K], scales [G,N], zeros [G,N].
+// W [N,K] -> codes [N,K], scales [G,N], zeros [G,N]. Weights are finite, and so large at most that
+// scales stay within fp16, 65504. Scales are no smaller than fp16's least number above 0, 6e-8:
+// groups of much smaller weights become 0.
 void quantize_rtn(ConstMatrix weight, const QuantFormat& format, const GridOptions& grid,
                   View<std::uint8_t> codes, View<float> scales, View<std::uint8_t> zeros,
                   const Execution& exec = {});

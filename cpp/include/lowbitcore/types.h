@@ -4,8 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <type_traits>
 
 namespace lowbitcore {
+
+// Results lie apart from what a call reads, unless a header says otherwise: products and
+// permutations refuse to write over their inputs, and for other operations it is the host's care.
 
 // Anything that is not the caller's mistake: a matrix that is not positive definite, an instruction
 // set the CPU lacks, a device this build has no kernels for. Mistakes of the caller throw
@@ -29,6 +33,11 @@ struct View {
   std::int64_t rows = 0;
   std::int64_t cols = 0;
   std::int64_t stride = 0;
+
+  template <typename U = T, typename = std::enable_if_t<!std::is_const_v<U>>>
+  operator View<const U>() const {
+    return {data, rows, cols, stride};
+  }
 };
 
 // A row-major floating-point matrix whose type is known at run time.
@@ -80,7 +89,8 @@ struct Heads {
   }
 };
 
-// What a host brings to a call.
+// What a host brings to a call. A workspace lies at a multiple of 64 bytes, also where a call needs
+// none.
 //
 // On the CPU, zero threads means get_num_threads(), and no workspace means that the library keeps
 // one per calling thread, as large as that thread's largest call, for as long as the thread lives.

@@ -60,9 +60,9 @@ def use_own_blocks(model: PreTrainedModel) -> None:
         for module in model.modules()
         if computes_as(cast(Any, type(module)), LlamaDecoderLayer)
     ]
-    if any(type(x.mlp) is SwigluMlp and _is_known(type(x.self_attn)) for x in blocks):
+    if any(type(x.mlp) is SwigluMlp and _is_known(cast(Any, type(x.self_attn))) for x in blocks):
         for block in blocks:
-            block.__class__ = with_forward(type(block), _in_two_calls)
+            block.__class__ = with_forward(cast(Any, type(block)), _in_two_calls)
 
 
 @cache
