@@ -106,6 +106,8 @@ void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMa
   const char* op = "project_token";
   backend_with(op, exec, &Backend::attend);
   check::vectors(op, "x", x);
+  check::format(op, p.q.weight.format);
+  check::shape(op, "x", x, x.rows, p.q.weight.format.in_features);
   check::vectors(op, "q", q);
   check::vectors(op, "k", k);
   check::shape(op, "norm", p.norm.weight, 1, x.cols);
