@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import lowbitcore as lbc
-from lowbitcore.adapters import load_adapters, round_adapter
+from lowbitcore.adapters import load_adapters, round_adapter, round_scales
 from lowbitcore.blocks import adapted_linears, block_linears, quantized_linears, without_adapters
 from lowbitcore.formats.peft import LowRankTensors, product, rounded, settled
 from lowbitcore.lora import newest_adapters
@@ -355,7 +355,9 @@ def test_an_adapter_knows_those_under_it(dtype: torch.dtype, tmp_path: Path) -> 
     lbc.save_adapter(lbc.fold_adapters(stack), tmp_path / "folded")
     folded = lbc.load_adapter(quantized("llama"), tmp_path / "folded")
     assert torch.equal(logits(folded), logits(stack))
-    lbc.load_adapter(folded, tmp_path / "below")  # trained on the bare base, it goes upon any
+    with pytest.raises(ValueError, match="what it was folded of, once, got it twice"):
+        lbc.load_adapter(folded, tmp_path / "below")
+    assert all(len(linear.adapters) == 1 for linear in adapted_linears(folded).values())
 
 
 def test_a_directory_holds_what_is_loaded_from_it(tmp_path: Path) -> None:
@@ -371,11 +373,15 @@ def test_a_directory_holds_what_is_loaded_from_it(tmp_path: Path) -> None:
         lbc.save_adapter(lbc.prepare_lora(quantized("llama")), scales)
     after = {file: file.read_bytes() for file in [*scales.iterdir(), *lora.iterdir()]}
     assert after == before
+    with pytest.raises(ValueError, match="expected the quantized model that it was trained upon"):
+        lbc.load_adapter(make_model("llama"), lora)
     for directory in (scales, lora):
         together = lbc.thaw_scales(excite(lbc.prepare_lora(quantized("llama"))))
         lbc.save_adapter(together, directory)
         loaded = lbc.load_adapter(quantized("llama"), directory)
         assert torch.equal(logits(loaded), logits(together))
+        with pytest.raises(ValueError, match=r"expected no adapter_config\.json"):
+            lbc.save_adapter(stretched(quantized("llama")), directory)
 
 
 def test_swapping_scales(tmp_path: Path) -> None:
@@ -432,6 +438,11 @@ def test_scales_beside_an_adapter(tmp_path: Path) -> None:
         if name == "second":
             model = lbc.fold_adapters(model)
             expected = logits(model)
+    # Also where some linears have no adapter, whose scales train all the same.
+    some = stretched(lbc.thaw_scales(excite(lbc.prepare_lora(quantized("llama"), rank=4))))
+    lbc.save_adapter(lbc.fold_adapters(some), tmp_path / "some")
+    loaded = lbc.load_adapter(quantized("llama"), tmp_path / "some")
+    assert torch.equal(logits(loaded), logits(some))
     # Frozen, or folded, they belong together all the same.
     for name in ("frozen", "folded"):
         model = lbc.load_adapter(quantized("llama"), tmp_path / "first", trainable=True)
@@ -559,6 +570,12 @@ def test_an_adapter_keeps_its_scales(tmp_path: Path) -> None:
     again = lbc.load_adapter(quantized("llama"), tmp_path / "lora")
     expected = logits(again)
     lbc.load_adapter(again, tmp_path / "upon")
+    # A model that was saved with the scales takes the adapter that was saved beside it.
+    lbc.save(again, tmp_path / "model")
+    lbc.save_adapter(again.requires_grad_(False), tmp_path / "beside")
+    written = lbc.load_adapter(lbc.load(tmp_path / "model"), tmp_path / "beside")
+    round_scales(again)
+    assert torch.equal(logits(written), logits(again))
     lbc.save_adapter(again.requires_grad_(False), tmp_path / "lora-again")
     lbc.load_adapter(quantized("llama"), tmp_path / "lora-again")
     lbc.swap_scales(again, tmp_path / "own")
@@ -571,7 +588,7 @@ def test_adapters_that_are_in_each_others_way(tmp_path: Path) -> None:
     lbc.save_adapter(stretched(model), tmp_path / "both")
     lbc.save_adapter(stretched(quantized("llama")), tmp_path / "scales")
     lora, both, alone = (str(tmp_path / name) for name in ("lora", "both", "scales"))
-    with pytest.raises(ValueError, match="lora: expected it once, got it twice"):
+    with pytest.raises(ValueError, match="lora: expected it, and what it was folded of, once, got"):
         load_adapters(quantized("llama"), [lora, lora])
     with pytest.raises(ValueError, match="both: expected one with scales, got .*whose scales it"):
         load_adapters(quantized("llama"), [alone, both])
@@ -579,6 +596,29 @@ def test_adapters_that_are_in_each_others_way(tmp_path: Path) -> None:
         load_adapters(quantized("llama"), [lora, alone])
     with pytest.raises(ValueError, match="expected the adapter that it was trained with"):
         lbc.swap_scales(quantized("llama"), both)
+
+
+def test_an_adapter_is_put_on_once(tmp_path: Path) -> None:
+    """It is known by its values: as it trained here, in fewer bits, and in what it was folded
+    into."""
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4, alpha=12))
+    lbc.save_adapter(model, tmp_path / "lora")
+    lbc.save_adapter(model, tmp_path / "short", dtype=torch.bfloat16)
+    lbc.load_adapter(short := quantized("llama"), tmp_path / "short")
+    lbc.load_adapter(long := quantized("llama"), tmp_path / "lora")
+    lbc.load_adapter(folded := quantized("llama"), tmp_path / "lora")
+    excite(lbc.prepare_lora(folded, rank=2), seed=1)
+    lbc.save_adapter(lbc.fold_adapters(folded), tmp_path / "folded")
+    lbc.load_adapter(again := quantized("llama"), tmp_path / "folded")
+    for there in (model, short, long, folded, again):
+        before = logits(there)
+        for name in ("lora", "short"):
+            with pytest.raises(ValueError, match=f"{name}: expected it, and what .* got it twice"):
+                lbc.load_adapter(there, tmp_path / name)
+        assert torch.equal(logits(there), before)
+    for there in (short, long):
+        with pytest.raises(ValueError, match="folded: expected it, and what .* got it twice"):
+            lbc.load_adapter(there, tmp_path / "folded")
 
 
 def test_scales_of_another_base_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_its_type_and_tokenizer(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a quantized one, got a plain one"):
         lbc.save_dequantized(make_model("llama"), tmp_path / "plain")
+    (tmp_path / ".model.safetensors.x.tmp").write_text("what a kill left")
+    lbc.save_dequantized(quantized("llama"), tmp_path)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
     (tmp_path / "mine.txt").write_text("text")
     with pytest.raises(ValueError, match=r"expected an empty or new directory, got 'mine\.txt'"):
         lbc.save_dequantized(quantized("llama"), tmp_path)

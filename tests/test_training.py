@@ -687,7 +687,8 @@ def test_lrec_with_scales(place: Path) -> None:
     assert sizes[0] == sizes[1]
     # What was trained apart is not put together.
     shutil.copy(place / "joint" / "scales.safetensors", place / "joint-scales")
-    lbc.save_adapter(lbc.load(place / "quantized"), place / "joint")
+    lbc.save_adapter(lbc.load(place / "quantized"), place / "other-scales")
+    shutil.copy(place / "other-scales" / "scales.safetensors", place / "joint")
     assert "not the one it was trained with" in fail("eval", place / "quantized", *text, *joint)
     (place / "joint" / "scales.safetensors").unlink()
     assert "scales.safetensors" in fail("eval", place / "quantized", *text, *joint)
@@ -820,10 +821,14 @@ def test_a_killed_run_goes_on_bit_for_bit(method: str, place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "kept"),
-    [(0, "checkpoint-6 is kept, --resume goes"), (math.inf, "no checkpoint yet, --resume begins")],
+    [
+        (0, "6: .*checkpoint-6 is kept, --resume goes"),
+        (math.inf, "6: there is no checkpoint yet, --resume begins"),
+        (None, "0: there is no checkpoint yet, --resume begins"),
+    ],
 )
 def test_a_training_that_is_interrupted(
-    seconds: float, kept: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: float | None, kept: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkpoints come by the clock, too; Ctrl-C says what there is."""
     trained = [str(word) for word in command(place, "emef", "", "--steps", 70)]
@@ -835,12 +840,18 @@ def test_a_training_that_is_interrupted(
             raise KeyboardInterrupt
         return step(self, *arguments, **more)
 
-    monkeypatch.setattr(recipes, "_SAVE_SECONDS", seconds)
+    def at_once(self: PackedTrainer, *arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "_SAVE_SECONDS", 1000 if seconds is None else seconds)
     with monkeypatch.context() as patch:
-        patch.setattr(PackedTrainer, "training_step", interrupted)
+        if seconds is None:
+            patch.setattr(PackedTrainer, "train", at_once)
+        else:
+            patch.setattr(PackedTrainer, "training_step", interrupted)
         ended = CliRunner().invoke(cli.app, trained)
-    assert ended.exit_code != 0
-    assert "stopped after step 6: " in ended.stderr and kept in ended.stderr
+    assert ended.exit_code == 130
+    assert re.search(f"stopped after step {kept}", ended.stderr)
     newest = newest_checkpoint(tmp_path / "out")
     assert step_of(newest) == (6 if seconds == 0 else 0)
     ended = CliRunner().invoke(cli.app, [*trained, "--resume"])

@@ -29,16 +29,17 @@ from lowbitcore.provenance import (
     adapters_digest,
     adapters_digests,
     check_base,
+    digests_on,
     note_scales,
     packed_hash,
     scales_digest,
 )
 
 # What an adapter's metadata calls the digest of the scales that were trained with it, or of those
-# that it was trained upon, the digests of adapters that it was trained upon, and that of the
-# adapter from which its training started.
+# that it was trained upon (or put upon it since), the digests of adapters that it was trained upon,
+# that of the adapter from which its training started, and those of what was folded into it.
 _SCALES, _SCALES_BELOW = "scales_sha256", "scales_below_sha256"
-_BELOW, _START = "below_sha256", "start_sha256"
+_BELOW, _START, _PARTS = "below_sha256", "start_sha256", "folded_sha256"
 
 
 def save_adapter(
@@ -124,12 +125,15 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
     starts = {x.start for x in adapters.values() if x.start is not None}
     if len(starts) == 1:
         metadata[_START] = starts.pop()
+    if parts := frozenset().union(*(x.parts for x in adapters.values())):
+        metadata[_PARTS] = " ".join(sorted(parts))
     if with_scales:
         _write_scales(model, out, "save_adapter", with_adapter=True)
         metadata[_SCALES] = checkpoint.digest(_own_scales(_packed(model, "save_adapter")))
     elif base is not None:
-        upon = next(iter(adapters.values())).upon
-        metadata[_SCALES_BELOW] = scales_digest(model) if upon is None else upon
+        upon, current = next(iter(adapters.values())).upon, scales_digest(model)
+        # Those in use were trained upon it: a model that was saved with them wants it, too.
+        metadata[_SCALES_BELOW] = current if upon in (None, current) else f"{upon} {current}"
     peft.write(
         out,
         tensors,
@@ -142,11 +146,10 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
 def save_scales(model: PreTrainedModel, out: str | os.PathLike[str]) -> None:
     """Writes `scales.safetensors`: one task's scales, without the integers."""
     out = Path(out)
-    # An adapter that has scales of its own is refused with others when it is loaded.
-    if (out / peft.CONFIG_FILE).exists() and _SCALES not in peft.read(out).metadata:
+    if (out / peft.CONFIG_FILE).exists():
         raise ValueError(
             f"save_scales: {out}: expected no {peft.CONFIG_FILE}, whose adapter would be loaded "
-            "without the scales, got one"
+            "without the scales or refused with them, got one"
         )
     _write_scales(model, out, "save_scales", with_adapter=False)
 
@@ -222,10 +225,9 @@ def note_correction(
     directory = peft.find_correction(path)
     if directory is None:
         return
-    present = [x for stack in adapter_stacks(model).values() for x in stack]
-    if present:
+    if adapted_linears(model):
         own = adapters_digest(_stacked(peft.read(directory)), torch.float32)
-        if any(own in (x.file, x.start) for x in present):
+        if any(own == start or own in digests for digests, start in digests_on(model)):
             return
     say(
         f"note: {path} was quantized to be used with its correction (--adapter {directory}), or "
@@ -249,6 +251,11 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
     adapter = peft.read(directory)
     base = adapter.metadata.get("base_sha256")
     if base is not None:  # PEFT's own adapters do not say; then shapes have to do
+        if not quantized_linears(model):
+            raise ValueError(
+                f"load_adapter: {directory}: expected the quantized model that it was trained "
+                "upon, got one of 16 bits (PEFT puts it on one that is written by dequantize)"
+            )
         check_base(base, packed_hash(model), directory)
     linears = block_linears(model)
     for path, (a, b, _) in adapter.linears.items():
@@ -263,20 +270,24 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
     stacks = adapter_stacks(model)
     _check_below(f"load_adapter: {directory}", stacks, adapter.metadata.get(_BELOW))
     upon = adapter.metadata.get(_SCALES_BELOW)
-    if upon is not None and quantized_linears(model) and scales_digest(model) != upon:
+    if upon is not None and scales_digest(model) not in upon.split():
         raise ValueError(
             f"load_adapter: {directory}: expected the scales that it was trained upon, got others"
         )
     own = adapters_digest(_stacked(adapter), torch.float32)
-    start = adapter.metadata.get(_START)
-    for other in (item for stack in stacks.values() for item in stack):
-        if (start is not None and other.file == start) or other.start == own:
+    start, parts = adapter.metadata.get(_START), adapter.metadata.get(_PARTS, "").split()
+    known = {*adapters_digests(_stacked(adapter)).split(), *parts} if stacks else set()
+    for digests, other_start in digests_on(model):
+        if start in digests or other_start in known:
             raise ValueError(
                 f"load_adapter: {directory}: expected either an adapter or what training made of "
                 "it, which takes its place, got both"
             )
-        if other.file == own:
-            raise ValueError(f"load_adapter: {directory}: expected it once, got it twice")
+        if known & digests:
+            raise ValueError(
+                f"load_adapter: {directory}: expected it, and what it was folded of, once, got it "
+                "twice"
+            )
     wanted = adapter.metadata.get(_SCALES)
     if wanted is not None:
         found = scales.read(directory / scales.FILE)
@@ -299,7 +310,7 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             added.a.copy_(a)
             added.b.copy_(b)
         added.order, added.with_scales = order, wanted is not None
-        added.file, added.start = own, own if trainable else start
+        added.start, added.parts = own if trainable else start, frozenset(parts)
         added.requires_grad_(trainable)
 
 

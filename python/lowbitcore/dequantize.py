@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lowbitcore import files
 from lowbitcore.blocks import (
     adapter_stacks,
     plain_tensors,
@@ -49,6 +50,8 @@ def save_dequantized(
     if tokenizer is not None:
         check_kind("save_dequantized: tokenizer", tokenizer, PreTrainedTokenizerBase)
     directory = Path(out)
+    if directory.is_dir():
+        files.remove_leftovers(directory)
     if directory.is_dir() and (strangers := sorted(path.name for path in directory.iterdir())):
         raise ValueError(
             f"save_dequantized: {out}: expected an empty or new directory, got {strangers[0]!r} "

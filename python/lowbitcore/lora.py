@@ -17,10 +17,12 @@ from lowbitcore.blocks import (
     adapted_linears,
     block_linears,
     linear_features,
+    quantized_linears,
     set_module,
 )
 from lowbitcore.checks import check_kind
-from lowbitcore.nn import LoraLinear, LowRank, QuantLinear
+from lowbitcore.nn import LoraLinear, LowRank
+from lowbitcore.provenance import digests_on
 
 
 def prepare_lora(
@@ -123,6 +125,9 @@ def fold_adapters(model: PreTrainedModel) -> PreTrainedModel:
     A = [A1; A2], B = [s1 B1, s2 B2] with scaling 1: the same products, summed in another order.
     """
     check_kind("fold_adapters: model", model, PreTrainedModel)
+    parts: frozenset[str] = frozenset()
+    for digests, start in digests_on(model):
+        parts |= digests if start is None else {*digests, start}
     for linear in adapted_linears(model).values():
         stacked: list[LowRank] = list(linear.adapters)  # type: ignore[arg-type]
         in_features, out_features = linear_features(linear)
@@ -133,7 +138,9 @@ def fold_adapters(model: PreTrainedModel) -> PreTrainedModel:
             torch.cat([x.scaling * x.b.detach() for x in stacked], dim=1), requires_grad=False
         )
         folded.with_scales = any(adapter.with_scales for adapter in stacked)
+        folded.parts = parts
         linear.adapters = nn.ModuleList([folded.train(linear.training)])
-        if folded.with_scales and isinstance(linear.base, QuantLinear):
-            linear.base.scales.requires_grad_(False)
+    if any(adapter.with_scales for adapter in _tops(model).values()):
+        for packed in quantized_linears(model).values():
+            packed.scales.requires_grad_(False)
     return model

@@ -14,6 +14,8 @@ from lowbitcore.files import atomic_path
 class Bar(TrainerCallback):  # type: ignore[misc]
     """Progress on stderr, with what was logged last."""
 
+    _bar: tqdm[Any] | None = None
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._bar = tqdm(
             total=state.max_steps,
@@ -24,19 +26,22 @@ class Bar(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._bar.update(state.global_step - self._bar.n)
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         shown = {"loss": "loss", "eval_ppl": "perplexity"}
-        self._bar.set_postfix({shown[k]: f"{v:.3f}" for k, v in logs.items() if k in shown})
+        if self._bar is not None:
+            self._bar.set_postfix({shown[k]: f"{v:.3f}" for k, v in logs.items() if k in shown})
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def draw(history: list[dict[str, Any]], path: Path, *, windows: int, final: float | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -91,6 +91,18 @@ def adapters_digests(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]]) -
     """Of adapters as files of each type hold them: in this process they may be the masters of one
     of fewer bits."""
     return " ".join(adapters_digest(stacks, item) for item in peft.STORED_DTYPES)
+
+
+def digests_on(model: PreTrainedModel) -> Iterator[tuple[set[str], str | None]]:
+    """Of each adapter on a model: by which digests it or its parts may be known, and that of the
+    adapter from which its training started."""
+    groups: dict[int, dict[str, list[LowRank]]] = {}
+    for path, stack in adapter_stacks(model).items():
+        for adapter in stack:
+            groups.setdefault(adapter.order, {})[path] = [adapter]
+    for group in groups.values():
+        first = next(iter(group.values()))[0]
+        yield {*adapters_digests(group).split(), *first.parts}, first.start
 
 
 def scales_digest(model: PreTrainedModel) -> str:
