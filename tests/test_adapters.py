@@ -733,6 +733,23 @@ def test_poisoned_files(value: float, tmp_path: Path) -> None:
         lbc.load_adapter(quantized("llama"), tmp_path / "scales")
 
 
+def test_arguments_of_other_kinds(tmp_path: Path) -> None:
+    model = quantized("llama")
+    for call, message in (
+        (lambda: lbc.swap_scales(None, tmp_path), "swap_scales: model: expected a PreTrainedMod"),
+        (lambda: lbc.swap_scales(model, None), "swap_scales: path: expected a path, got NoneType"),
+        (lambda: lbc.load_adapter(model, None), "load_adapter: path: expected a path, got None"),
+        (lambda: lbc.save_adapter(model, None), "save_adapter: out: expected a path, got None"),
+        (lambda: lbc.prepare_lora(model, targets=3), "targets: expected a list of names, got 3"),
+        (lambda: lbc.prepare_lora(model, targets=[["a"]]), r"a list of names, got \[\['a'\]\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="save_adapter: out: expected a directory, got the file"):
+        lbc.save_adapter(model, tmp_path / "file")
+
+
 def test_scales_that_no_checkpoint_holds(tmp_path: Path) -> None:
     """Training may leave any sign; float16 ends at 65504, or just above, which rounds to it."""
     model = quantized("llama")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import lowbitcore as lbc
 from lowbitcore import head
 from lowbitcore.data import (
+    Example,
     TrainingSet,
     alpaca_example,
     calibration_windows,
@@ -153,13 +154,27 @@ def test_reading_stops_when_there_is_enough() -> None:
             {"samples": 4, "length": 30},
             r"120 tokens \(4 windows of 30\), got enough for 3",
         ),
-        ({"samples": 0, "length": 30}, "samples: expected at least 1, got 0"),
-        ({"samples": 1, "length": 1}, "length: expected at least 2, got 1"),
+        ({"samples": 0, "length": 30}, "samples: expected an integer of at least 1, got 0"),
+        ({"samples": 1, "length": 1}, "length: expected an integer of at least 2, got 1"),
     ],
 )
 def test_texts_too_short(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibration_windows([text_of(100)], make_tokenizer(), seed=0, **settings)
+
+
+def test_arguments_of_other_kinds() -> None:
+    with pytest.raises(ValueError, match="read_examples: path: expected a path, got NoneType"):
+        read_examples(None)  # type: ignore[arg-type]
+    example, tokenizer = [Example("", text_of(50))], make_tokenizer()
+    for arguments, message in (
+        ((None, tokenizer, 8), "examples: expected a list of Example, got NoneType"),
+        ((example, None, 8), "tokenizer: expected a PreTrainedTokenizerBase, got NoneType"),
+        ((example, tokenizer, "8"), "length: expected an integer of at least 2, got '8'"),
+    ):
+        examples, given, length = arguments
+        with pytest.raises(ValueError, match=f"TrainingSet: {message}"):
+            TrainingSet(examples, given, length=length)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("example", ["text", {"instruction": "x", "output": "y"}, ("", "text")])

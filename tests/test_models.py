@@ -515,7 +515,9 @@ def test_save_keeps_a_16_bit_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected no 16-bit model there"):
         lbc.save(quantized("llama"), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="max_shard_bytes: expected an integer of at least 1, got 0"
+    ):
         lbc.save(quantized("llama"), tmp_path / "new", max_shard_bytes=0)
 
 

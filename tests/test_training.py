@@ -22,7 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch.nn import functional
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    LlamaConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
 import lowbitcore as lbc
@@ -36,7 +42,7 @@ from lowbitcore.training import PackedTrainer, TrainedModel, collate
 from test_adapters import excite
 from test_cli import fail, run, start, succeed
 from test_data import make_tokenizer, text_of
-from test_models import VOCABULARY, logits, make_model, quantized, windows
+from test_models import LLAMA_LIKE, VOCABULARY, logits, make_model, quantized, windows
 
 # --- Losses ------------------------------------------------------------------------------------
 
@@ -484,6 +490,32 @@ def test_nothing_to_train(tmp_path: Path) -> None:
     model = quantized("llama").requires_grad_(False)
     with pytest.raises(ValueError, match="got one with nothing to train"):
         lbc.EmefTrainer(model, arguments(tmp_path), lesson())
+
+
+def test_arguments_of_other_kinds(tmp_path: Path) -> None:
+    lora, peqa = lbc.prepare_lora(quantized("llama")), lbc.prepare_peqa(quantized("llama"))
+    settings, teacher = arguments(tmp_path), make_model("llama")
+    other = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA_LIKE, "vocab_size": 64}))
+    for call, message in (
+        (lambda: lbc.EmefTrainer(lora, None, lesson()), "args: expected a TrainingArguments"),
+        (lambda: lbc.EmefTrainer(lora, settings, "t.txt"), "train_dataset: expected a TrainingSet"),
+        (lambda: lbc.EmefTrainer(peqa, settings, lesson()), "expected one from prepare_lora"),
+        (lambda: lbc.PeqaTrainer(lora, settings, lesson()), "expected one from prepare_peqa"),
+        (
+            lambda: lbc.LrecTrainer(lora, settings, lesson(), teacher=quantized("llama")),
+            "teacher: expected a 16-bit model, got a packed one",
+        ),
+        (
+            lambda: lbc.LrecTrainer(lora, settings, lesson(), teacher=other),
+            "teacher: expected one of 96 tokens, .*, got 64",
+        ),
+        (
+            lambda: lbc.LrecTrainer(lora, settings, lesson(), teacher=teacher, lambda_kl="1"),
+            "lambda_kl: expected 0 or more, got '1'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_what_would_not_be_saved_does_not_train(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lowbitcore.blocks import (
     quantized_linears,
     without_adapters,
 )
-from lowbitcore.checks import check_kind
+from lowbitcore.checks import check_kind, check_path
 from lowbitcore.formats import checkpoint, peft, scales
 from lowbitcore.formats.checkpoint import Checkpoint
 from lowbitcore.formats.peft import LowRankTensors
@@ -59,6 +59,9 @@ def save_adapter(
     adapter, and where `out` would then hold an adapter and scales that do not belong together.
     """
     check_kind("save_adapter: model", model, PreTrainedModel)
+    check_path("save_adapter: out", out)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"save_adapter: out: expected a directory, got the file {out}")
     if dtype not in peft.STORED_DTYPES:
         names = ", ".join(str(item).removeprefix("torch.") for item in peft.STORED_DTYPES)
         raise ValueError(f"save_adapter: dtype: expected one of {names}, got {dtype}")
@@ -183,6 +186,7 @@ def load_adapter(
     already, and for one beside what training made of it.
     """
     check_kind("load_adapter: model", model, PreTrainedModel)
+    check_path("load_adapter: path", path)
     directory = Path(path)
     if (directory / peft.CONFIG_FILE).is_file():
         _load_lora(model, directory, trainable)
@@ -344,6 +348,8 @@ def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     or to adapters, trained with them or before them, that are not there, and where an adapter is
     there that belongs to other scales.
     """
+    check_kind("swap_scales: model", model, PreTrainedModel)
+    check_path("swap_scales: path", path)
     file = Path(path) / scales.FILE if Path(path).is_dir() else Path(path)
     found = scales.read(file)
     stacks = adapter_stacks(model)

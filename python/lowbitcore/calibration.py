@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbitcore.blocks import BlockLayout
-from lowbitcore.checks import check_length, max_length
+from lowbitcore.checks import check_kind, check_length, max_length
 from lowbitcore.data import calibration_windows, read_texts
 
 # Tokens that go through a block at once: enough to keep matrix products busy, few enough for
@@ -39,9 +39,11 @@ def checked_windows(
     """Checks calibration data, or cuts it from a file; int64 [n, length]."""
     vocabulary = model_config.get_text_config().vocab_size
     if isinstance(calibration, str | os.PathLike):
+        tokenizer = load_tokenizer()
+        check_kind("quantize: tokenizer", tokenizer, PreTrainedTokenizerBase)
         calibration = calibration_windows(
             read_texts(calibration),
-            load_tokenizer(),
+            tokenizer,
             samples=_FILE_SAMPLES,
             length=default_length(model_config),
             seed=0,

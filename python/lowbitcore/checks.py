@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -10,6 +12,18 @@ def check_kind(where: str, value: object, kind: type) -> None:
     """ValueError where a caller passes another kind of object than `kind`."""
     if not isinstance(value, kind):
         raise ValueError(f"{where}: expected a {kind.__name__}, got {type(value).__name__}")
+
+
+def check_path(where: str, value: object) -> None:
+    """ValueError for anything else than a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{where}: expected a path, got {type(value).__name__}")
+
+
+def check_integer(where: str, value: object, *, least: int) -> None:
+    """ValueError for anything else than an integer of at least so much."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{where}: expected an integer of at least {least}, got {value!r}")
 
 
 def check_tokens(where: str, ids: torch.Tensor, model: PreTrainedModel) -> None:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowbitcore.blocks import evaluating
-from lowbitcore.checks import check_length, check_unicode
+from lowbitcore.checks import check_integer, check_kind, check_length, check_path, check_unicode
 from lowbitcore.files import one_line
 
 # A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
@@ -70,6 +70,7 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     `input`, `output` (or `instances` of the last two), or `text`; any other file is one
     document. Raises ValueError for what holds no text.
     """
+    check_path("read_examples: path", path)
     path = Path(path)
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -215,6 +216,10 @@ class TrainingSet(Dataset[dict[str, torch.Tensor]]):
         seed: int = 0,
     ) -> None:
         _check_sizes("TrainingSet", 1 if limit is None else limit, length)
+        if not isinstance(examples, Sequence) or isinstance(examples, str):
+            got = type(examples).__name__
+            raise ValueError(f"TrainingSet: examples: expected a list of Example, got {got}")
+        check_kind("TrainingSet: tokenizer", tokenizer, PreTrainedTokenizerBase)
         for example in examples:
             if not isinstance(example, Example):
                 raise ValueError(
@@ -301,10 +306,8 @@ def _begin(tokenizer: Any) -> list[int]:
 
 
 def _check_sizes(name: str, samples: int, length: int) -> None:
-    if samples < 1:
-        raise ValueError(f"{name}: samples: expected at least 1, got {samples}")
-    if length < 2:
-        raise ValueError(f"{name}: length: expected at least 2, got {length}")
+    check_integer(f"{name}: samples", samples, least=1)
+    check_integer(f"{name}: length", length, least=2)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from lowbitcore.blocks import (
     quantized_linears,
     without_adapters,
 )
-from lowbitcore.checks import check_kind
+from lowbitcore.checks import check_integer, check_kind, check_path
 from lowbitcore.formats.checkpoint import Entry
 from lowbitcore.model import origin_tokenizer, write_model
 from lowbitcore.nn import LowRank, QuantLinear
@@ -45,10 +45,11 @@ def save_dequantized(
     adapted, where the dtype cannot hold a weight, and for an `out` that holds anything.
     """
     check_kind("save_dequantized: model", model, PreTrainedModel)
-    if not isinstance(out, str | os.PathLike):
-        raise ValueError(f"save_dequantized: out: expected a path, got {type(out).__name__}")
+    check_path("save_dequantized: out", out)
     if tokenizer is not None:
         check_kind("save_dequantized: tokenizer", tokenizer, PreTrainedTokenizerBase)
+    if max_shard_bytes is not None:
+        check_integer("save_dequantized: max_shard_bytes", max_shard_bytes, least=1)
     directory = Path(out)
     if directory.is_dir():
         files.remove_leftovers(directory)

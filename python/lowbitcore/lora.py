@@ -7,7 +7,7 @@ Adapters stack: one that corrects a model (LREC) stays frozen under one that tea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -72,7 +72,12 @@ def select(
     """The paths whose last part, or which themselves, are among `targets`."""
     if targets is None:
         return list(linears)
-    if isinstance(targets, str) or not targets:
+    if (
+        isinstance(targets, str)
+        or not isinstance(targets, Collection)
+        or not targets
+        or not all(isinstance(name, str) for name in targets)
+    ):
         raise ValueError(f"{where}: expected a list of names, got {targets!r}")
     chosen = {path: {path, path.rpartition(".")[2]} & set(targets) for path in linears}
     missing = set(targets) - set().union(*chosen.values())

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lowbitcore import files
+from lowbitcore.blocks import quantized_linears
 from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.checks import check_kind
 from lowbitcore.data import TrainingSet
@@ -72,8 +73,8 @@ class LrecTrainer(PackedTrainer):
         **kwargs: Any,
     ) -> None:
         for name, value in (("lambda_kl", lambda_kl), ("lambda_ce", lambda_ce)):
-            if not value >= 0:
-                raise ValueError(f"LrecTrainer: {name}: expected 0 or more, got {value}")
+            if not (isinstance(value, int | float) and value >= 0):
+                raise ValueError(f"LrecTrainer: {name}: expected 0 or more, got {value!r}")
         if lambda_kl == lambda_ce == 0:
             raise ValueError("LrecTrainer: lambda_kl: expected one lambda above 0, got 0 and 0")
         if kl not in ("forward", "reverse"):
@@ -85,6 +86,15 @@ class LrecTrainer(PackedTrainer):
             train_dataset = teacher.attach(train_dataset)
         else:
             check_kind("LrecTrainer: teacher", teacher, PreTrainedModel)
+            check_kind("LrecTrainer: model", model, PreTrainedModel)
+            if quantized_linears(teacher):
+                raise ValueError("LrecTrainer: teacher: expected a 16-bit model, got a packed one")
+            sizes = [item.get_output_embeddings().weight.shape[0] for item in (teacher, model)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"LrecTrainer: teacher: expected one of {sizes[1]} tokens, as the student's "
+                    f"vocabulary has, got {sizes[0]}"
+                )
             use_own_operations(teacher)
             # The Trainer moves what it trains, and the teacher is no part of that.
             self._teacher = teacher.to(args.device).eval().requires_grad_(False)

@@ -28,7 +28,7 @@ from lowbitcore.blocks import (
     set_module,
     without_adapters,
 )
-from lowbitcore.checks import check_kind
+from lowbitcore.checks import check_integer, check_kind, check_path
 from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gptq import GptqConfig
@@ -198,8 +198,7 @@ def save(
     where the model is not quantized or fp16 cannot hold a scale, OSError where the disk is full.
     """
     check_kind("save: model", model, PreTrainedModel)
-    if not isinstance(out, str | os.PathLike):
-        raise ValueError(f"save: out: expected a path, got {type(out).__name__}")
+    check_path("save: out", out)
     if tokenizer is not None:
         check_kind("save: tokenizer", tokenizer, PreTrainedTokenizerBase)
     with without_adapters(model):
@@ -212,8 +211,8 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
     if not linears or value is None:
         got = "one whose quantization did not end" if linears else "none of its linears quantized"
         raise ValueError(f"save: model: expected a quantized one, got {got}")
-    if max_shard_bytes is not None and max_shard_bytes < 1:
-        raise ValueError(f"save: max_shard_bytes: expected at least 1, got {max_shard_bytes}")
+    if max_shard_bytes is not None:
+        check_integer("save: max_shard_bytes", max_shard_bytes, least=1)
     present, weights = out / "config.json", out / checkpoint.SINGLE_FILE
     if present.is_file():
         plain = "quantization_config" not in files.read_json(present)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -229,6 +229,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         check_kind(f"{type(self).__name__}: model", model, PreTrainedModel)
+        check_kind(f"{type(self).__name__}: args", args, TrainingArguments)
+        if isinstance(train_dataset, str | Mapping) or not hasattr(train_dataset, "__getitem__"):
+            raise ValueError(
+                f"{type(self).__name__}: train_dataset: expected a TrainingSet, or another data "
+                f"set of input_ids and labels, got {type(train_dataset).__name__}"
+            )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 f"{type(self).__name__}: model: expected one prepared for training, got one with "
@@ -241,6 +247,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
                     f"{type(self).__name__}: model: expected one prepared for training, got one "
                     f"in which {name} trains, which is not saved"
                 )
+        self._check_prepared(model)
         if "eval_dataset" in kwargs:
             raise ValueError(
                 f"{type(self).__name__}: eval_dataset: expected evaluation, a function of the "
@@ -280,6 +287,14 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             data_collator=collate,
             **kwargs,
         )
+
+    def _check_prepared(self, model: PreTrainedModel) -> None:
+        """ValueError where something else was prepared than the method trains."""
+        if not adapters.trains_adapter(model):
+            raise ValueError(
+                f"{type(self).__name__}: model: expected one from prepare_lora, got one whose "
+                "scales alone train (see PeqaTrainer)"
+            )
 
     def _trained(self, model: PreTrainedModel) -> TrainedModel:
         return TrainedModel(model)
@@ -373,6 +388,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 class PeqaTrainer(PackedTrainer):
     """PEQA (2305.14152): cross-entropy, and of the model nothing but scales, which
     `prepare_peqa` has thawed."""
+
+    def _check_prepared(self, model: PreTrainedModel) -> None:
+        if adapters.trains_adapter(model):
+            raise ValueError(
+                "PeqaTrainer: model: expected one from prepare_peqa, got one in which an adapter "
+                "trains (see EmefTrainer)"
+            )
 
 
 class EmefTrainer(PackedTrainer):
