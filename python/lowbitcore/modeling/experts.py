@@ -112,4 +112,5 @@ class Experts(nn.ModuleList):
 
 def _is_watched(expert: nn.Module) -> bool:
     """Whether something waits at its linears: it is told of no tokens, too."""
-    return any(linear._forward_pre_hooks for linear in expert.children())
+    # Asked for most experts of a token: children() takes three times as long.
+    return any(cast(nn.Module, item)._forward_pre_hooks for item in expert._modules.values())
