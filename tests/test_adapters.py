@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from copy import deepcopy
@@ -576,6 +577,8 @@ def test_an_adapter_keeps_its_scales(tmp_path: Path) -> None:
     written = lbc.load_adapter(lbc.load(tmp_path / "model"), tmp_path / "beside")
     round_scales(again)
     assert torch.equal(logits(written), logits(again))
+    lbc.save_adapter(written, tmp_path / "resaved")  # and is what it was
+    lbc.load_adapter(quantized("llama"), tmp_path / "resaved")
     lbc.save_adapter(again.requires_grad_(False), tmp_path / "lora-again")
     lbc.load_adapter(quantized("llama"), tmp_path / "lora-again")
     lbc.swap_scales(again, tmp_path / "own")
@@ -619,6 +622,34 @@ def test_an_adapter_is_put_on_once(tmp_path: Path) -> None:
     for there in (short, long):
         with pytest.raises(ValueError, match="folded: expected it, and what .* got it twice"):
             lbc.load_adapter(there, tmp_path / "folded")
+
+
+def test_an_adapter_stands_for_all_that_it_started_from(tmp_path: Path) -> None:
+    lbc.save_adapter(excite(lbc.prepare_lora(quantized("llama"), rank=4)), tmp_path / "1")
+    for number in (1, 2):
+        model = lbc.load_adapter(quantized("llama"), tmp_path / str(number), trainable=True)
+        lbc.save_adapter(excite(model, seed=number + 5), tmp_path / str(number + 1))
+    for first, second in itertools.permutations("123", 2):
+        model = lbc.load_adapter(quantized("llama"), tmp_path / first)
+        with pytest.raises(ValueError, match="either an adapter or what training made of it"):
+            lbc.load_adapter(model, tmp_path / second)
+
+
+def test_scales_go_back_under_what_was_trained_with_them(tmp_path: Path) -> None:
+    """Also where another adapter lies below it."""
+    model = excite(lbc.prepare_lora(quantized("llama"), rank=4))
+    lbc.save_adapter(model, tmp_path / "below")
+    lbc.thaw_scales(excite(lbc.prepare_lora(model, rank=2), seed=1))
+    lbc.save_adapter(stretched(model), tmp_path / "both")
+    model = quantized("llama")
+    for name in ("below", "both"):
+        lbc.load_adapter(model, tmp_path / name)
+    expected = logits(model)
+    lbc.swap_scales(model, tmp_path / "both")
+    stretched(lbc.prepare_peqa(model))
+    assert not torch.equal(logits(model), expected)
+    lbc.swap_scales(model, tmp_path / "both")
+    assert torch.equal(logits(model), expected)
 
 
 def test_scales_of_another_base_are_refused(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     GptOssConfig,
     GraniteMoeConfig,
+    JambaConfig,
     PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
 )
 from transformers.models.auto import AutoModelForCausalLM
 
@@ -103,6 +105,59 @@ def test_experts_without_tokens_are_rounded(settings: dict[str, object], tmp_pat
     loaded = lbc.load(tmp_path)
     if "rank" not in settings:
         assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_expert_of_all_tokens_chooses_none() -> None:
+    sizes = {"num_experts": 32, "shared_expert_intermediate_size": 32, "moe_intermediate_size": 32}
+    config = Qwen2MoeConfig(**{**LLAMA_LIKE, "num_hidden_layers": 1}, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    settings = lbc.QuantConfig(bits=8, group_size=32, method="rtn")
+    model = lbc.quantize_model(model, None, None, settings, progress=False)
+    assert len(quantized_linears(model)) == 4 + 3 * 32 + 3
+    assert list(model.quantization_report.skipped) == ["model.layers.0.mlp.shared_expert_gate"]
+
+
+def test_experts_are_no_blocks(tmp_path: Path) -> None:
+    """Of a model whose blocks are of several kinds: it is refused, as it is without experts."""
+    config = JambaConfig(**LLAMA_LIKE, num_experts=4, attn_layer_period=2, attn_layer_offset=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = lbc.QuantConfig(bits=8, group_size=32, method="rtn")
+    with pytest.raises(ValueError, match="has no list of blocks"):
+        lbc.quantize_checkpoint(tmp_path, tmp_path / "out", None, settings)
+
+
+def test_files_that_hold_them_stacked_load(tmp_path: Path) -> None:
+    """Though those of the family do not; the experts stay in 16 bits."""
+    model = make_model("qwen3-moe")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    loaded = lbc.load(tmp_path)
+    assert not any(isinstance(module, Experts) for module in loaded.modules())
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    report = run(tmp_path, tmp_path / "out")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in report.skipped
+    quantized_model = lbc.load(tmp_path / "out")
+    assert len(quantized_linears(quantized_model)) == 4 + 7
+    lbc.save(quantized_model, tmp_path / "again")
+    assert torch.equal(logits(lbc.load(tmp_path / "again")), logits(quantized_model))
+    lbc.save_dequantized(quantized_model, tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    torch.testing.assert_close(logits(dense), logits(quantized_model), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_changes_where_experts_are_poisoned() -> None:
+    model = make_model("qwen3-moe")
+    before = list(model.state_dict())
+    first_experts(model).down_proj.data[3, 5, 7] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj: holds NaN or Inf"):
+        lbc.quantize_model(model, None, windows(), lbc.QuantConfig(bits=4, group_size=32))
+    assert list(model.state_dict()) == before
+
+
+def test_a_part_of_the_experts() -> None:
+    use_own_operations(model := make_model("mixtral"))
+    part = first_experts(model)[1:3]
+    assert isinstance(part, Experts) and len(part) == 2 and part[0] is first_experts(model)[1]
 
 
 def test_what_chooses_experts_stays_as_it_is() -> None:

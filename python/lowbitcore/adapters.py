@@ -37,7 +37,7 @@ from lowbitcore.provenance import (
 
 # What an adapter's metadata calls the digest of the scales that were trained with it, or of those
 # that it was trained upon (or put upon it since), the digests of adapters that it was trained upon,
-# that of the adapter from which its training started, and those of what was folded into it.
+# those of adapters from which its training started, and those of what was folded into it.
 _SCALES, _SCALES_BELOW = "scales_sha256", "scales_below_sha256"
 _BELOW, _START, _PARTS = "below_sha256", "start_sha256", "folded_sha256"
 
@@ -125,9 +125,8 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
     }
     if any(below.values()):
         metadata[_BELOW] = adapters_digests(below)
-    starts = {x.start for x in adapters.values() if x.start is not None}
-    if len(starts) == 1:
-        metadata[_START] = starts.pop()
+    if starts := frozenset().union(*(x.starts for x in adapters.values())):
+        metadata[_START] = " ".join(sorted(starts))
     if parts := frozenset().union(*(x.parts for x in adapters.values())):
         metadata[_PARTS] = " ".join(sorted(parts))
     if with_scales:
@@ -136,7 +135,8 @@ def _save_lora(model: PreTrainedModel, out: Path, dtype: torch.dtype, *, with_sc
     elif base is not None:
         upon, current = next(iter(adapters.values())).upon, scales_digest(model)
         # Those in use were trained upon it: a model that was saved with them wants it, too.
-        metadata[_SCALES_BELOW] = current if upon in (None, current) else f"{upon} {current}"
+        known = [] if upon is None else upon.split()
+        metadata[_SCALES_BELOW] = " ".join(dict.fromkeys([*known, current]))
     peft.write(
         out,
         tensors,
@@ -231,7 +231,7 @@ def note_correction(
         return
     if adapted_linears(model):
         own = adapters_digest(_stacked(peft.read(directory)), torch.float32)
-        if any(own == start or own in digests for digests, start in digests_on(model)):
+        if any(own in digests | starts for digests, starts in digests_on(model)):
             return
     say(
         f"note: {path} was quantized to be used with its correction (--adapter {directory}), or "
@@ -279,10 +279,10 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             f"load_adapter: {directory}: expected the scales that it was trained upon, got others"
         )
     own = adapters_digest(_stacked(adapter), torch.float32)
-    start, parts = adapter.metadata.get(_START), adapter.metadata.get(_PARTS, "").split()
+    starts, parts = (set(adapter.metadata.get(name, "").split()) for name in (_START, _PARTS))
     known = {*adapters_digests(_stacked(adapter)).split(), *parts} if stacks else set()
-    for digests, other_start in digests_on(model):
-        if start in digests or other_start in known:
+    for digests, others in digests_on(model):
+        if starts & digests or others & known:
             raise ValueError(
                 f"load_adapter: {directory}: expected either an adapter or what training made of "
                 "it, which takes its place, got both"
@@ -300,7 +300,8 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
                 f"load_adapter: {directory}: its {scales.FILE} is not the one it was trained with"
             )
         if _BELOW not in adapter.metadata:
-            _check_scales(f"load_adapter: {directory}", model, found)
+            present = [x for stack in stacks.values() for x in stack]
+            _check_scales(f"load_adapter: {directory}", model, present, found)
         note_scales(model)
         _swap(model, found, directory / scales.FILE)
     if trainable:
@@ -314,7 +315,9 @@ def _load_lora(model: PreTrainedModel, directory: Path, trainable: bool) -> None
             added.a.copy_(a)
             added.b.copy_(b)
         added.order, added.with_scales = order, wanted is not None
-        added.start, added.parts = own if trainable else start, frozenset(parts)
+        added.starts = frozenset({*starts, own} if trainable else starts)
+        added.parts = frozenset(parts)
+        added.upon = None if trainable or wanted is not None else upon
         added.requires_grad_(trainable)
 
 
@@ -327,14 +330,15 @@ def _check_below(where: str, stacks: Mapping[str, Sequence[LowRank]], below: str
         )
 
 
-def _check_scales(where: str, model: PreTrainedModel, found: scales.Scales) -> None:
-    """ValueError where an adapter that is there goes with other scales."""
-    adapters = [x for stack in adapter_stacks(model).values() for x in stack]
+def _check_scales(
+    where: str, model: PreTrainedModel, adapters: Sequence[LowRank], found: scales.Scales
+) -> None:
+    """ValueError where one of these adapters of the model goes with other scales."""
     if not adapters:
         return
     digest = checkpoint.digest({path: x.half() for path, x in found.linears.items()})
     own = scales_digest(model)
-    if any((own if x.upon is None else x.upon) != digest for x in adapters):
+    if any(digest not in (own if x.upon is None else x.upon).split() for x in adapters):
         raise ValueError(
             f"{where}: expected the scales that the adapters on the model were put upon, or that "
             "were trained upon these, got others"
@@ -353,14 +357,18 @@ def swap_scales(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     file = Path(path) / scales.FILE if Path(path).is_dir() else Path(path)
     found = scales.read(file)
     stacks = adapter_stacks(model)
-    if found.with_adapter and not any(x.with_scales for stack in stacks.values() for x in stack):
+    present = [x for stack in stacks.values() for x in stack]
+    theirs = [x for x in present if x.with_scales]
+    if found.with_adapter and not theirs:
         raise ValueError(
             f"swap_scales: {file}: expected the adapter that it was trained with (load_adapter "
             "takes both), got none"
         )
     _check_below(f"swap_scales: {file}", stacks, found.below_sha256)
     if found.below_sha256 is None:
-        _check_scales(f"swap_scales: {file}", model, found)
+        # What lay below an adapter when they were trained with it does not say.
+        concerned = theirs if found.with_adapter else present
+        _check_scales(f"swap_scales: {file}", model, concerned, found)
     note_scales(model)
     _swap(model, found, file)
 

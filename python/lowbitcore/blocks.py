@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, cast
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowbitcore.nn import LoraLinear, LowRank, QuantLinear
+
+# What a block calls a list of its experts.
+_EXPERTS = "experts"
 
 
 class BlockLayout(NamedTuple):
@@ -29,6 +33,8 @@ def find_blocks(model: nn.Module) -> BlockLayout:
     best: tuple[int, BlockLayout] | None = None
     for prefix, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len({type(item) for item in module}) != 1:
+            continue
+        if prefix.rpartition(".")[2] == _EXPERTS:
             continue
         size = sum(_linear_size(item) for item in module.modules())
         # Outer lists come first, so a list of experts in a block never wins over the blocks.
@@ -65,17 +71,18 @@ def quantizable(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _routers(block: nn.Module) -> set[str]:
-    """Linears beside a list of experts that put out a number for each of these."""
+    """Linears beside a list of experts that put out a number for each of these; but for an expert
+    of all tokens, which may be as wide."""
     found: set[str] = set()
     for path, experts in block.named_modules():
         place, _, name = path.rpartition(".")
-        if name == "experts" and isinstance(experts, nn.ModuleList):
+        if name == _EXPERTS and isinstance(experts, nn.ModuleList):
             found |= {
                 inner
                 for inner, module in block.get_submodule(place).named_modules(prefix=place)
                 if isinstance(module, nn.Linear)
                 and module.out_features == len(experts)
-                and not inner.startswith(f"{path}.")
+                and not re.search("expert|shared", inner.removeprefix(place))
             }
     return found
 

@@ -29,7 +29,7 @@ class BlockwiseModel:
 
     def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device) -> None:
         self.source, self.dtype, self.device = source, dtype, device
-        self.model = build_skeleton(source.config, dtype)
+        self.model = build_skeleton(source.config, dtype, source.weights)
         # Its buffers; parameters have no values yet.
         self.model._apply(lambda item: item if item.is_meta else item.to(device))
         self.layout = find_blocks(self.model)

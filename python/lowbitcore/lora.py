@@ -131,8 +131,8 @@ def fold_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """
     check_kind("fold_adapters: model", model, PreTrainedModel)
     parts: frozenset[str] = frozenset()
-    for digests, start in digests_on(model):
-        parts |= digests if start is None else {*digests, start}
+    for digests, starts in digests_on(model):
+        parts |= digests | starts
     for linear in adapted_linears(model).values():
         stacked: list[LowRank] = list(linear.adapters)  # type: ignore[arg-type]
         in_features, out_features = linear_features(linear)

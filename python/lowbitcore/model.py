@@ -70,7 +70,7 @@ def load(
     device = resolve_device(device)
     source = open_source(path)
     chosen = chosen_dtype(dtype, source.dtype)
-    model = build_skeleton(source.config, chosen)
+    model = build_skeleton(source.config, chosen, source.weights)
     check_depth(model, source)
     if source.gptq is not None:
         _place_quantized(model, source, chosen, device)

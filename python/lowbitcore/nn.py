@@ -473,15 +473,16 @@ class LowRank(nn.Module):
     float32 where the core has them: of tokens that a model generates, and where torch's are slow.
     `a` starts as PEFT's does, `b` as zeros: an adapter starts out as nothing. `with_scales` says
     that it was trained together with its base's scales and means nothing without them; `upon`
-    is the digest of the scales that it goes with, None while these are those in use; `start` is
-    the digest of the adapter that its training started from, `parts` are those of what was folded
-    into it; `order` counts the adapters of a model as they came, the same for all linears of one.
+    has the digests of scales that it goes with, None while these are those in use; `starts`
+    are the digests of adapters that its training started from, one after another, `parts` those of
+    what was folded into it; `order` counts the adapters of a model as they came, the same for all
+    linears of one.
     """
 
     order = 0
     with_scales = False
     upon: str | None = None
-    start: str | None = None
+    starts: frozenset[str] = frozenset()
     parts: frozenset[str] = frozenset()
 
     def __init__(

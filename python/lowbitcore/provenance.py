@@ -93,16 +93,16 @@ def adapters_digests(stacks: Mapping[str, Sequence[LowRank | LowRankTensors]]) -
     return " ".join(adapters_digest(stacks, item) for item in peft.STORED_DTYPES)
 
 
-def digests_on(model: PreTrainedModel) -> Iterator[tuple[set[str], str | None]]:
-    """Of each adapter on a model: by which digests it or its parts may be known, and that of the
-    adapter from which its training started."""
+def digests_on(model: PreTrainedModel) -> Iterator[tuple[set[str], frozenset[str]]]:
+    """Of each adapter on a model: by which digests it or its parts may be known, and those of the
+    adapters from which its training started."""
     groups: dict[int, dict[str, list[LowRank]]] = {}
     for path, stack in adapter_stacks(model).items():
         for adapter in stack:
             groups.setdefault(adapter.order, {})[path] = [adapter]
     for group in groups.values():
         first = next(iter(group.values()))[0]
-        yield {*adapters_digests(group).split(), *first.parts}, first.start
+        yield {*adapters_digests(group).split(), *first.parts}, first.starts
 
 
 def scales_digest(model: PreTrainedModel) -> str:

@@ -24,7 +24,7 @@ from lowbitcore.calibration import (
     checked_windows,
 )
 from lowbitcore.checks import check_kind
-from lowbitcore.engine import Report, check_weights, engine_for
+from lowbitcore.engine import Report, all_finite, check_weights, engine_for
 from lowbitcore.formats import gptq, peft
 from lowbitcore.lora import add_adapter
 from lowbitcore.modeling import use_own_operations
@@ -94,6 +94,9 @@ def quantize_model(
     # Here and not block by block: an error should leave the caller's model as it was.
     for index, block in enumerate(layout.modules):
         check_weights(f"{layout.prefix}.{index}", quantizable(block))
+        for name, parameter in block.named_parameters():
+            if parameter.dim() > 2 and not all_finite(parameter):  # experts, not yet apart
+                raise ValueError(f"quantize: {layout.prefix}.{index}.{name}: holds NaN or Inf")
     use_own_operations(model)
     dtype = compute_dtype(model.dtype, device)
     report = Report(tokens=windows.numel())

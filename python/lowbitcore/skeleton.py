@@ -23,10 +23,13 @@ from lowbitcore.modeling.experts import names_in_files
 from lowbitcore.source import Source, Weights, place
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_skeleton(
+    config: PretrainedConfig, dtype: torch.dtype, weights: Weights | None = None
+) -> PreTrainedModel:
     """The model of `config` with parameters on the meta device and real buffers, in eval mode.
 
     Buffers that are not saved (rotary tables) are therefore computed as transformers means them.
+    Experts stay stacked where the `weights` hold them so.
     """
     config = deepcopy(config)
     try:
@@ -34,7 +37,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # inconsistent sizes in config.json
         raise ValueError(f"build_skeleton: config: {one_line(error)}") from error
-    use_own_operations(model)
+    names = () if weights is None else weights.names()
+    use_own_operations(model, experts=not any(n.endswith(".experts.down_proj") for n in names))
     return cast(PreTrainedModel, model.eval())
 
 

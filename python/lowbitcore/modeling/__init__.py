@@ -11,10 +11,11 @@ from lowbitcore.modeling.experts import use_own_experts
 from lowbitcore.modeling.linears import use_own_head, use_own_linears
 
 
-def use_own_operations(model: PreTrainedModel) -> None:
+def use_own_operations(model: PreTrainedModel, *, experts: bool = True) -> None:
     """The core's attention, norms, rotary positions and gates in the place of transformers', and
-    quicker linears and head, where they compute the same; experts apart."""
-    use_own_experts(model)
+    quicker linears and head, where they compute the same; and, with `experts`, these apart."""
+    if experts:
+        use_own_experts(model)
     use_own_attention(model)
     use_own_elementwise(model)
     use_own_blocks(model)

@@ -40,7 +40,7 @@ def use_own_experts(model: PreTrainedModel) -> None:
         return
     for path, module in stacked:
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Experts(module).train(module.training))
+        setattr(model.get_submodule(parent), name, _apart(module).train(module.training))
 
 
 def names_in_files(model: nn.Module) -> Mapping[str, str]:
@@ -66,28 +66,29 @@ def names_in_files(model: nn.Module) -> Mapping[str, str]:
     return found if len(found) == 3 else {}
 
 
+def _apart(stacked: Any) -> Experts:
+    """Of a module of transformers' with gate_up_proj [E, 2 I, H] and down_proj [E, H, I]."""
+    gates, downs = stacked.gate_up_proj, stacked.down_proj
+    with torch.device("meta"):
+        sizes = SimpleNamespace(
+            hidden_size=downs.shape[1],
+            intermediate_size=downs.shape[2],
+            mlp_bias=False,
+            hidden_act="silu",
+        )
+        experts = [LlamaMLP(sizes) for _ in range(len(downs))]
+    for expert, gate_up, down in zip(experts, gates, downs, strict=True):
+        del expert.config, expert.act_fn
+        expert.act_fn = stacked.act_fn
+        weights = (*gate_up.detach().chunk(2), down.detach())
+        linears = (expert.gate_proj, expert.up_proj, expert.down_proj)
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=gates.requires_grad)
+    return Experts(experts)
+
+
 class Experts(nn.ModuleList):
     """The experts of one block, each with the tokens that the router sends to it."""
-
-    def __init__(self, stacked: Any) -> None:
-        """Of a module of transformers' with gate_up_proj [E, 2 I, H] and down_proj [E, H, I]."""
-        gates, downs = stacked.gate_up_proj, stacked.down_proj
-        with torch.device("meta"):
-            sizes = SimpleNamespace(
-                hidden_size=downs.shape[1],
-                intermediate_size=downs.shape[2],
-                mlp_bias=False,
-                hidden_act="silu",
-            )
-            experts = [LlamaMLP(sizes) for _ in range(len(downs))]
-        for expert, gate_up, down in zip(experts, gates, downs, strict=True):
-            del expert.config, expert.act_fn
-            expert.act_fn = stacked.act_fn
-            weights = (*gate_up.detach().chunk(2), down.detach())
-            linears = (expert.gate_proj, expert.up_proj, expert.down_proj)
-            for linear, weight in zip(linears, weights, strict=True):
-                linear.weight = nn.Parameter(weight, requires_grad=gates.requires_grad)
-        super().__init__(experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H]; expert and weight of each token's choices [T, k]."""
