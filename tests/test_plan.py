@@ -142,10 +142,20 @@ def test_scales_beside_an_adapter() -> None:
     assert needed[1] - needed[0] == scales_bytes
 
 
+def test_a_mixture_of_experts() -> None:
+    model = lbc.prepare_lora(quantized("qwen3-moe"), rank=4, targets=None)
+    settings = {"method": "lrec", "bits": 4, "group_size": 32, "length": 32, "memory": 10**9}
+    planned = plan(model.config, **settings, rank=4)  # type: ignore[arg-type]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert planned.trainable_parameters == trained
+    more = plan(model.config, **settings, rank=4, micro_batch=3)  # type: ignore[arg-type]
+    assert more.activation_bytes == pytest.approx(3 * planned.activation_bytes, rel=0.05)
+
+
 MEASURED = """
 import resource, sys
 import torch
-from transformers import LlamaConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 import lowbitcore as lbc
 from lowbitcore.heap import keep_heap_small
 from lowbitcore.plan import plan
@@ -157,11 +167,17 @@ def file_pages():
         if line.startswith("RssFile:"):
             return int(line.split()[1]) * 1024
 
-method, kind = sys.argv[1:]
-config = LlamaConfig(
+method, kind, family = sys.argv[1:]
+sizes = dict(
     vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=12,
     num_attention_heads=8, max_position_embeddings=512, dtype=torch.bfloat16,
 )
+if family == "llama":
+    config = LlamaConfig(**sizes)
+else:
+    config = Qwen3MoeConfig(
+        **sizes, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=256, head_dim=64
+    )
 planned = plan(
     config, method=method, bits=4, group_size=64, length=512, micro_batch=4, memory=1 << 40,
     checkpointing=kind,
@@ -193,10 +209,10 @@ print(planned / 1e6, peak / 1e6)
 @pytest.mark.full  # what an allocator keeps differs from environment to environment
 @pytest.mark.parametrize("kind", ["full", "selective", "none"])
 @pytest.mark.parametrize("method", ["emef", "peqa"])
-def test_plans_are_within_ten_percent(method: str, kind: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, method, kind], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("family", ["llama", "mixture"])
+def test_plans_are_within_ten_percent(family: str, method: str, kind: str) -> None:
+    command = [sys.executable, "-c", MEASURED, method, kind, family]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     planned, peak = map(float, done.stdout.splitlines()[-1].split())
     assert abs(planned / peak - 1) < 0.1, (planned, peak)

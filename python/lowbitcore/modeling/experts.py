@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -68,23 +67,28 @@ def names_in_files(model: nn.Module) -> Mapping[str, str]:
 
 def _apart(stacked: Any) -> Experts:
     """Of a module of transformers' with gate_up_proj [E, 2 I, H] and down_proj [E, H, I]."""
-    gates, downs = stacked.gate_up_proj, stacked.down_proj
-    with torch.device("meta"):
-        sizes = SimpleNamespace(
-            hidden_size=downs.shape[1],
-            intermediate_size=downs.shape[2],
-            mlp_bias=False,
-            hidden_act="silu",
-        )
-        experts = [LlamaMLP(sizes) for _ in range(len(downs))]
-    for expert, gate_up, down in zip(experts, gates, downs, strict=True):
-        del expert.config, expert.act_fn
-        expert.act_fn = stacked.act_fn
-        weights = (*gate_up.detach().chunk(2), down.detach())
-        linears = (expert.gate_proj, expert.up_proj, expert.down_proj)
-        for linear, weight in zip(linears, weights, strict=True):
-            linear.weight = nn.Parameter(weight, requires_grad=gates.requires_grad)
+    experts = []
+    for gate_up, down in zip(stacked.gate_up_proj, stacked.down_proj, strict=True):
+        expert: Any = _bare(LlamaMLP)
+        expert.gate_proj, expert.up_proj = map(_linear, gate_up.chunk(2))
+        expert.down_proj, expert.act_fn = _linear(down), stacked.act_fn
+        experts.append(expert)
     return Experts(experts)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear: nn.Linear = _bare(nn.Linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    linear.register_parameter("bias", None)
+    return linear
+
+
+def _bare(kind: type[nn.Module]) -> Any:
+    """A module without what its constructor makes, of thousands of experts, to throw it away."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    return module
 
 
 class Experts(nn.ModuleList):
@@ -105,9 +109,10 @@ class Experts(nn.ModuleList):
         return output
 
     def _counts(self, choices: Tensor) -> list[int]:
-        """How often each expert is chosen; without values, as `plan` has them, all alike."""
+        """How often each expert is chosen. Without values, as `plan` has them, the first takes the
+        place of all: it keeps as much as they do together."""
         if isinstance(choices, FakeTensor):
-            return [-(-len(choices) // len(self))] * len(self)
+            return [len(choices)]
         return cast("list[int]", choices.bincount(minlength=len(self)).tolist())
 
 
