@@ -22,6 +22,7 @@ import lowbitcore as lbc
 from lowbitcore.blocks import quantized_linears
 from lowbitcore.modeling import use_own_operations
 from lowbitcore.modeling.experts import Experts
+from test_cli import succeed
 from test_models import LLAMA_LIKE, logits, make_model, quantized, windows
 from test_streaming import run, save_source
 
@@ -68,6 +69,18 @@ def test_files_have_the_names_that_others_look_for(tmp_path: Path) -> None:
     assert not any(".mlp." in name for name in names)
     lbc.save_dequantized(lbc.load(tmp_path / "out"), tmp_path / "dense")
     assert f"{experts}.w2.weight" in load_file(tmp_path / "dense" / "model.safetensors")
+
+
+def test_who_can_load_experts(tmp_path: Path) -> None:
+    found = {}
+    for name in MIXTURES:
+        lbc.save(quantized(name, method="rtn"), tmp_path / name)
+        _, result = succeed("info", tmp_path / name)
+        assert result["loaders"]["lowbitcore"] == "loads"
+        assert "it stacks them" in result["loaders"]["transformers (optimum + gptqmodel)"]
+        found[name] = result["loaders"]["GPTQModel"]
+    assert found["qwen3-moe"] == "loads"
+    assert found["mixtral"] == "experts' linears called w1, w2, w3 (only gate_proj and so on)"
 
 
 @pytest.mark.parametrize("settings", [{}, {"rank": 4}, {"tune_epochs": 1}, {"method": "rtn"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from lowbitcore.source import open_source
 class Summary(NamedTuple):
     """Sizes in bytes of tensors as stored. ``effective_bits`` is that of the quantized linears, all
     counted: integers, scales, zeros, g_idx; of the stored weights if nothing is quantized.
-    ``in_features`` are the numbers of inputs that quantized linears have."""
+    ``in_features`` are the numbers of inputs that quantized linears have, ``experts`` the names of
+    those of each expert."""
 
     architecture: str
     dtype: str
@@ -28,6 +30,7 @@ class Summary(NamedTuple):
     quantized_weights: int
     quantized_bytes: int
     in_features: tuple[int, ...]
+    experts: tuple[str, ...]
     effective_bits: float
     scales: int
     gptq: GptqConfig | None
@@ -49,6 +52,10 @@ def adapter_bytes(directory: str | os.PathLike[str], summary: Summary) -> int:
     if base is not None and own is not None:  # other programs' files do not say
         check_base(base, own, path)
     return size
+
+
+def _of_an_expert(name: str) -> bool:
+    return re.search(r"\.experts\.\d+\.", name) is not None
 
 
 def summarize(path: str | os.PathLike[str]) -> Summary:
@@ -88,6 +95,7 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
         quantized_weights=quantized,
         quantized_bytes=packed,
         in_features=tuple(sorted(inputs)),
+        experts=tuple(sorted({name.rpartition(".")[2] for name in stems if _of_an_expert(name)})),
         effective_bits=effective,
         scales=scales,
         gptq=source.gptq,

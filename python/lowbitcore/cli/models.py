@@ -364,7 +364,7 @@ def _describe_model(path: str, adapters: list[str]) -> tuple[dict[str, Any], lis
     else:
         config = summary.gptq
         result["gptq"] = config.to_dict()
-        loaders = compatible_loaders(config, summary.in_features)
+        loaders = compatible_loaders(config, summary.in_features, summary.experts)
         result["loaders"] = {item.name: item.reason or "loads" for item in loaders}
         lines += [
             f"{config.bits} bits, group_size {config.group_size}, "

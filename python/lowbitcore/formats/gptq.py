@@ -222,14 +222,21 @@ class Loader:
     reason: str = ""
 
 
-def compatible_loaders(config: GptqConfig, in_features: Iterable[int] = ()) -> list[Loader]:
-    """Who can load a file with this configuration, whose linears have so many inputs (rules of
-    GPTQModel 7.7, vLLM 0.33)."""
+def compatible_loaders(
+    config: GptqConfig, in_features: Iterable[int] = (), experts: Iterable[str] = ()
+) -> list[Loader]:
+    """Who can load a file with this configuration, whose linears have so many inputs, and whose
+    experts' linears are called so (rules of GPTQModel 7.7, vLLM 0.33)."""
     gptqmodel: list[str] = []
     if config.group_size not in (-1, 16, 32, 64, 128, 256, 512, 1024):
         gptqmodel.append(f"group_size {config.group_size} (only -1 and powers of 2 to 1024)")
     if config.checkpoint_format == V1 and not config.sym and "gptqmodel" not in config.quantizers:
         gptqmodel.append("asymmetric in format gptq (v1) and not written by gptqmodel")
+    transformers = list(gptqmodel)
+    if experts:  # seen with 5.24: it fills them at random, and warns
+        transformers.append("experts one by one (it stacks them)")
+    if others := sorted(set(experts) - {"gate_proj", "up_proj", "down_proj"}):
+        gptqmodel.append(f"experts' linears called {', '.join(others)} (only gate_proj and so on)")
     vllm: list[str] = []
     if config.bits not in (4, 8):
         vllm.append(f"{config.bits} bits (only 4 and 8)")
@@ -249,6 +256,6 @@ def compatible_loaders(config: GptqConfig, in_features: Iterable[int] = ()) -> l
     return [
         Loader("lowbitcore"),
         Loader("GPTQModel", "; ".join(gptqmodel)),
-        Loader("transformers (optimum + gptqmodel)", "; ".join(gptqmodel)),
+        Loader("transformers (optimum + gptqmodel)", "; ".join(transformers)),
         Loader("vLLM", "; ".join(vllm)),
     ]
