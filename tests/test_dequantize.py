@@ -81,6 +81,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("text")
     with pytest.raises(ValueError, match=r"expected an empty or new directory, got 'mine\.txt'"):
         lbc.save_dequantized(quantized("llama"), tmp_path)
+    (tmp_path / "mine.txt").unlink()
+    (tmp_path / ".mine.tmp").write_text("text")
+    with pytest.raises(ValueError, match=r"expected an empty or new directory, got '\.mine\.tmp'"):
+        lbc.save_dequantized(quantized("llama"), tmp_path)
+    assert (tmp_path / ".mine.tmp").exists()
     model = quantized("llama").to(torch.float16)
     with torch.no_grad():
         next(iter(quantized_linears(model).values())).scales.fill_(60000)

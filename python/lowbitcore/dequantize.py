@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
@@ -52,12 +53,15 @@ def save_dequantized(
         check_integer("save_dequantized: max_shard_bytes", max_shard_bytes, least=1)
     directory = Path(out)
     if directory.is_dir():
+        names = sorted(path.name for path in directory.iterdir())
+        # But for what a kill has left of the first file.
+        strangers = [n for n in names if not re.fullmatch(r"\.model.*\.safetensors\..*\.tmp", n)]
+        if strangers:
+            raise ValueError(
+                f"save_dequantized: {out}: expected an empty or new directory, got "
+                f"{strangers[0]!r} in it"
+            )
         files.remove_leftovers(directory)
-    if directory.is_dir() and (strangers := sorted(path.name for path in directory.iterdir())):
-        raise ValueError(
-            f"save_dequantized: {out}: expected an empty or new directory, got {strangers[0]!r} "
-            "in it"
-        )
     stacks = adapter_stacks(model)
     with without_adapters(model):
         linears: dict[str, nn.Module] = dict(quantized_linears(model))

@@ -359,7 +359,8 @@ class _StreamingRun:
             stems = [n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight")]
             for stem in stems:
                 canonical[paths[stem]] = _stored_canonical(weights, stem)
-                scales[paths[stem]] = weights.tensor(f"{stem}.scales")
+                if self._config.rank:
+                    scales[paths[stem]] = weights.tensor(f"{stem}.scales")
             entries += [_stored_entry(weights, name, config) for name in weights.names()]
         base = base_hash(canonical)
         config = replace(
@@ -369,7 +370,7 @@ class _StreamingRun:
                 self._layout.prefix, len(self._layout.modules), self._report.skipped
             ),
         )
-        self._merge_corrections(base, checkpoint.digest(scales))
+        self._merge_corrections(base, scales)
         write_model(
             self._out,
             entries,
@@ -380,8 +381,8 @@ class _StreamingRun:
         )
         shutil.rmtree(self._partial)
 
-    def _merge_corrections(self, base: str, scales: str) -> None:
-        """Makes one adapter of all blocks' corrections."""
+    def _merge_corrections(self, base: str, scales: Mapping[str, torch.Tensor]) -> None:
+        """Makes one adapter of all blocks' corrections, for these scales."""
         corrections = {
             f"{self._layout.prefix}.{index}.{path}": correction
             for index in range(len(self._layout.modules))
@@ -393,7 +394,10 @@ class _StreamingRun:
                 corrections,
                 dropout=0.0,
                 base_model=None,
-                metadata={"base_sha256": base, "scales_below_sha256": scales},
+                metadata={
+                    "base_sha256": base,
+                    "scales_below_sha256": checkpoint.digest(scales),
+                },
             )
 
 
