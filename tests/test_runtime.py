@@ -104,17 +104,21 @@ def test_one_openmp_runtime_is_shared_with_torch() -> None:
     assert int(done.stdout) == int(alone.stdout)
 
 
-def members_of_library(tool: str, *arguments: str) -> dict[str, str]:
-    """What a tool of binutils prints on each kernels_<level>.o of the installed static library."""
+def about_library(tool: str, *arguments: str) -> str:
+    """What a tool of binutils prints on the installed static library."""
     if shutil.which(tool) is None:
         pytest.skip(f"needs {tool} (binutils)")
     library = Path(runtime.cmake_dir()).parents[1] / "liblowbitcore.a"
-    listing = subprocess.run(
+    return subprocess.run(
         [tool, *arguments, str(library)], capture_output=True, text=True, check=True
     ).stdout
+
+
+def members_of_library(tool: str, *arguments: str) -> dict[str, str]:
+    """The same, of each kernels_<level>.o in it."""
     return {
         match[1]: member
-        for member in re.split(r"\n(?=\S+\.o:)", listing)
+        for member in re.split(r"\n(?=\S+\.o:)", about_library(tool, *arguments))
         if (match := re.match(r"\s*kernels_(\w+)\.cpp", member))
     }
 
@@ -132,12 +136,9 @@ def test_levels_share_no_code() -> None:
 
 def test_no_host_puts_its_eigen_in_the_place_of_ours() -> None:
     """Templates of one name are one to the linker, whatever version and flags made them."""
-    if shutil.which("nm") is None:
-        pytest.skip("needs nm (binutils)")
-    library = Path(runtime.cmake_dir()).parents[1] / "liblowbitcore.a"
-    symbols = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True)
-    assert "16lowbitcore_eigen" in symbols.stdout
-    assert "5Eigen" not in symbols.stdout
+    symbols = about_library("nm")
+    assert "16lowbitcore_eigen" in symbols
+    assert "5Eigen" not in symbols
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")

@@ -57,6 +57,17 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of an nn.Linear or Conv1D as [out, in]."""
+    weight = cast(torch.Tensor, module.weight).detach()
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+
+def as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] as the module holds it."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
 def quantizable(block: nn.Module) -> dict[str, nn.Module]:
     """Linears of a block with both dimensions multiples of 32, by path inside the block, but for
     those that choose experts: of few weights, on which much depends."""

@@ -12,19 +12,19 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
 from lowbitcore import files
 from lowbitcore.blocks import (
     adapter_stacks,
+    as_stored,
+    linear_weight,
     plain_tensors,
     quantized_linears,
     without_adapters,
 )
-from lowbitcore.checks import check_integer, check_kind, check_path
 from lowbitcore.formats.checkpoint import Entry
-from lowbitcore.model import origin_tokenizer, write_model
+from lowbitcore.model import check_saving, origin_tokenizer, write_model
 from lowbitcore.nn import LowRank, QuantLinear
 from lowbitcore.skeleton import build_skeleton, saved_name, tied_names
 
@@ -45,12 +45,7 @@ def save_dequantized(
     model was loaded from is copied, if it has one. Raises ValueError where nothing is quantized or
     adapted, where the dtype cannot hold a weight, and for an `out` that holds anything.
     """
-    check_kind("save_dequantized: model", model, PreTrainedModel)
-    check_path("save_dequantized: out", out)
-    if tokenizer is not None:
-        check_kind("save_dequantized: tokenizer", tokenizer, PreTrainedTokenizerBase)
-    if max_shard_bytes is not None:
-        check_integer("save_dequantized: max_shard_bytes", max_shard_bytes, least=1)
+    check_saving("save_dequantized", model, out, tokenizer, max_shard_bytes)
     directory = Path(out)
     if directory.is_dir():
         names = sorted(path.name for path in directory.iterdir())
@@ -109,16 +104,14 @@ def _dense(
     path: str, linear: nn.Module, adapters: Sequence[LowRank], origin: nn.Module
 ) -> torch.Tensor:
     """A linear's weight, and what adapters add to it, as the module `origin` has it."""
-    lies_across = isinstance(origin, Conv1D)
     if isinstance(linear, QuantLinear):
         weight = linear.dequantize(torch.float32)
     else:
-        weight = cast(torch.Tensor, linear.weight).float()
-        weight = weight.T if lies_across else weight
+        weight = linear_weight(linear).float()
     for adapter in adapters:
         weight = weight + adapter.scaling * adapter.b @ adapter.a
     dtype = cast(torch.Tensor, origin.weight).dtype
     stored = weight.to(dtype)
     if not torch.isfinite(stored).all():
         raise ValueError(f"save_dequantized: {path}: expected weights that fit {dtype}")
-    return stored.T if lies_across else stored
+    return as_stored(origin, stored)

@@ -21,10 +21,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lowbitcore import ops
-from lowbitcore.blocks import BlockLayout, linear_shape, not_quantizable, quantizable
+from lowbitcore.blocks import (
+    BlockLayout,
+    as_stored,
+    linear_shape,
+    linear_weight,
+    not_quantizable,
+    quantizable,
+)
 from lowbitcore.calibration import (
     Calibration,
     Forward,
@@ -181,7 +187,7 @@ class Engine(ABC):
         config = self._config
         with self._report.timing("quantize"):
             codes, scales, zeros = ops.quantize_rtn(
-                _weight(module),
+                linear_weight(module),
                 bits=config.bits,
                 group_size=config.group_size,
                 sym=config.sym,
@@ -255,7 +261,8 @@ class GptqEngine(Engine):
             twin = copy.deepcopy(block)
             if tuning:
                 originals = {
-                    path: _weight(twin.get_submodule(path)).to(self._dtype) for path in linears
+                    path: linear_weight(twin.get_submodule(path)).to(self._dtype)
+                    for path in linears
                 }
             references = self._forwards(index, twin, calibration.reference, heads)
         forwards = self._forwards(index, block, calibration.hidden, heads)
@@ -304,7 +311,7 @@ class GptqEngine(Engine):
 
         def run(states: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             dense = {
-                f"{name}.weight": _as_stored(block.get_submodule(name), weight)
+                f"{name}.weight": as_stored(block.get_submodule(name), weight)
                 for name, weight in weights.items()
             }
 
@@ -486,7 +493,7 @@ class GptqEngine(Engine):
             return result
         config = self._config
         modules = [linears[path] for path in group]
-        weight = torch.cat([_weight(module) for module in modules])
+        weight = torch.cat([linear_weight(module) for module in modules])
         with self._report.timing("factorize"):
             factor = ops.gptq_factorize(
                 hessian, percdamp=config.percdamp, act_order=config.act_order != "none"
@@ -516,7 +523,7 @@ class GptqEngine(Engine):
                 )
                 result[path] = QuantizedLinear(linear, correction)
                 self._set_dense(module, result[path])
-                error = self._relative_loss(weight[rows], _weight(module), hessian)
+                error = self._relative_loss(weight[rows], linear_weight(module), hessian)
             self._add(LinearReport(f"{prefix}.{path}", error, factor.percdamp), result[path])
         return result
 
@@ -573,7 +580,7 @@ class GptqEngine(Engine):
             a, b = (item.to(dense.device) for item in quantized.correction[:2])
             scaling = quantized.correction.scaling
             dense = torch.addmm(dense.float(), b.float(), a.float(), alpha=scaling).to(self._dtype)
-        module.weight = nn.Parameter(_as_stored(module, dense).contiguous(), requires_grad=False)
+        module.weight = nn.Parameter(as_stored(module, dense).contiguous(), requires_grad=False)
 
 
 def engine_for(
@@ -599,17 +606,6 @@ def check_weights(prefix: str, linears: Mapping[str, nn.Module]) -> None:
     for path, module in linears.items():
         if not all_finite(cast(torch.Tensor, module.weight)):
             raise ValueError(f"quantize: {prefix}.{path}.weight: holds NaN or Inf")
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    """The weight as [out, in]."""
-    weight = cast(torch.Tensor, module.weight).detach()
-    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
-
-
-def _as_stored(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] as the module holds it."""
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 @contextmanager

@@ -197,12 +197,21 @@ def save(
     Every file but the tokenizer's is written atomically, and config.json last. Raises ValueError
     where the model is not quantized or fp16 cannot hold a scale, OSError where the disk is full.
     """
-    check_kind("save: model", model, PreTrainedModel)
-    check_path("save: out", out)
-    if tokenizer is not None:
-        check_kind("save: tokenizer", tokenizer, PreTrainedTokenizerBase)
+    check_saving("save", model, out, tokenizer, max_shard_bytes)
     with without_adapters(model):
         _save(model, Path(out), tokenizer, max_shard_bytes)
+
+
+def check_saving(
+    where: str, model: object, out: object, tokenizer: object, max_shard_bytes: object
+) -> None:
+    """ValueError for what no model can be written from, or to."""
+    check_kind(f"{where}: model", model, PreTrainedModel)
+    check_path(f"{where}: out", out)
+    if tokenizer is not None:
+        check_kind(f"{where}: tokenizer", tokenizer, PreTrainedTokenizerBase)
+    if max_shard_bytes is not None:
+        check_integer(f"{where}: max_shard_bytes", max_shard_bytes, least=1)
 
 
 def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: int | None) -> None:
@@ -211,8 +220,6 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
     if not linears or value is None:
         got = "one whose quantization did not end" if linears else "none of its linears quantized"
         raise ValueError(f"save: model: expected a quantized one, got {got}")
-    if max_shard_bytes is not None:
-        check_integer("save: max_shard_bytes", max_shard_bytes, least=1)
     present, weights = out / "config.json", out / checkpoint.SINGLE_FILE
     if present.is_file():
         plain = "quantization_config" not in files.read_json(present)
