@@ -122,6 +122,22 @@ bool on_tensor_cores(const ConstMatrix& a, const ConstMatrix& b, const QuantWeig
          aligned(b.data, b.stride, 2);
 }
 
+// Whether the kernels of gemm_wgmma.cuh are there and run on the current device. Asked for every
+// time: the runtime answers from memory.
+bool supports_wgmma() {
+#ifdef LOWBITCORE_WITH_WGMMA
+  const int device = current_device();
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "cudaDeviceGetAttribute");
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 std::int64_t columns_of(Op op, const QuantFormat& f) {
@@ -200,14 +216,15 @@ void product(Op op, ConstMatrix in, const QuantWeight& w, const float* bias, Mat
                          group_tiles(w.format)};
   with_bits(w.format.bits, [&](auto bits) {
     constexpr int kBits = decltype(bits)::value;
+#ifdef LOWBITCORE_WITH_WGMMA
     if (plan.wgmma) {
       const auto launch =
           op == Op::nt ? launch_qgemm_nt_wgmma<kBits> : launch_qgemm_nn_wgmma<kBits>;
-      launch(in.dtype, args, plan.splits, stream);
-    } else {
-      const auto launch = op == Op::nt ? launch_qgemm_nt<kBits> : launch_qgemm_nn<kBits>;
-      launch(in.dtype, plan.tile, args, plan.splits, stream);
+      return launch(in.dtype, args, plan.splits, stream);
     }
+#endif
+    const auto launch = op == Op::nt ? launch_qgemm_nt<kBits> : launch_qgemm_nn<kBits>;
+    launch(in.dtype, plan.tile, args, plan.splits, stream);
   });
   if (plan.splits > 1) launch_reduce_splits(args.partial, plan.splits, bias, out, stream);
 }

@@ -18,4 +18,12 @@ std::string cuda_status() {
   return count == 0 ? status + " none" : status;
 }
 
+bool cuda_has_wgmma() {
+#ifdef LOWBITCORE_WITH_WGMMA
+  return true;
+#else
+  return false;
+#endif
+}
+
 }  // namespace lowbitcore

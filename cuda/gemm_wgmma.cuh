@@ -223,9 +223,6 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) qgemm_wgmma_kernel(GemmArgs 
 template <typename Weights>
 void launch_qgemm_wgmma(const char* name, int columns, const GemmArgs& args, int splits,
                         cudaStream_t stream) {
-  if (!supports_wgmma()) {
-    throw Error(std::string(name) + ": the device is not of compute capability 9.0");
-  }
   const dim3 grid(tiles_of(args.m, kWgmmaRows), tiles_of(columns, kWgmmaColumns), splits);
   launch(qgemm_wgmma_kernel<Weights>, name, grid, kWgmmaThreads, WgmmaShape<Weights>::kSharedBytes,
          args, stream);

@@ -51,8 +51,7 @@ void launch_qgemm_grad_scales(DType dtype, const GradScalesArgs& args, int split
                               cudaStream_t stream);
 
 // The same for many rows, by instructions that devices of compute capability 9.0 have and no others
-// (gemm_wgmma.cuh). Throw Error on any other device, and in a build without these kernels.
-bool supports_wgmma();  // the current device and this build
+// (gemm_wgmma.cuh). In builds with LOWBITCORE_WITH_WGMMA.
 template <int kBits>
 void launch_qgemm_nt_wgmma(DType dtype, const GemmArgs& args, int splits, cudaStream_t stream);
 template <int kBits>

@@ -53,6 +53,7 @@ void check_inputs(const char* op, const AttentionInputs& in) {
 std::size_t sized(const char* op,
                   std::size_t (*Backend::*size)(DType, std::int64_t, std::int64_t, int),
                   DType dtype, std::int64_t rows, std::int64_t cols, const Execution& exec) {
+  check::dtype(op, "dtype", dtype);
   check::row_count(op, "rows", rows);
   check::head_columns(op, "cols", cols);
   const Backend& backend = backend_with(op, exec, &Backend::attention);

@@ -11,8 +11,11 @@ namespace lowbitcore::check {
 
 namespace {
 
-// Keeps every product of a dimension with 32 or with the element size far from overflow.
+// Keeps every product of two dimensions and the element size far from overflow.
 constexpr std::int64_t kMaxFeatures = std::int64_t{1} << 30;
+// CUDA's kernels count bytes of a block of outputs, and blocks in a grid's second dimension, in
+// less.
+constexpr std::int64_t kMaxFeaturesCuda = std::int64_t{1} << 22;
 
 std::string dims(std::int64_t rows, std::int64_t cols) {
   return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
@@ -71,21 +74,28 @@ void bits(const char* op, int bits) {
   }
 }
 
-void format(const char* op, const QuantFormat& f) {
+namespace {
+
+void features(const char* op, const char* argument, std::int64_t count, Device device) {
+  const bool cuda = device == Device::cuda;
+  if (count <= 0 || count % 32 != 0 || count > (cuda ? kMaxFeaturesCuda : kMaxFeatures)) {
+    fail(op, argument,
+         std::string("a positive multiple of 32, at most ") + (cuda ? "2^22 on CUDA" : "2^30"),
+         std::to_string(count));
+  }
+}
+
+}  // namespace
+
+void format(const char* op, const QuantFormat& f, Device device) {
   bits(op, f.bits);
   if (f.group_size != -1 &&
       (f.group_size <= 0 || f.group_size % 32 != 0 || f.group_size > kMaxFeatures)) {
     fail(op, "group_size", "-1 or a positive multiple of 32, at most 2^30",
          std::to_string(f.group_size));
   }
-  if (f.in_features <= 0 || f.in_features % 32 != 0 || f.in_features > kMaxFeatures) {
-    fail(op, "in_features", "a positive multiple of 32, at most 2^30",
-         std::to_string(f.in_features));
-  }
-  if (f.out_features <= 0 || f.out_features % 32 != 0 || f.out_features > kMaxFeatures) {
-    fail(op, "out_features", "a positive multiple of 32, at most 2^30",
-         std::to_string(f.out_features));
-  }
+  features(op, "in_features", f.in_features, device);
+  features(op, "out_features", f.out_features, device);
 }
 
 void shape(const char* op, const char* argument, const void* data, std::int64_t rows,
@@ -121,7 +131,9 @@ void data(const char* op, const char* argument, const void* pointer) {
 }
 
 void row_count(const char* op, const char* argument, std::int64_t rows) {
-  if (rows < 0) fail(op, argument, "a count of rows", std::to_string(rows));
+  if (rows < 0 || rows > kMaxFeatures) {
+    fail(op, argument, "a count from 0 to 2^30", std::to_string(rows));
+  }
 }
 
 void columns(const char* op, const char* argument, std::int64_t cols) {
@@ -195,7 +207,7 @@ void packed(const char* op, const void* packed, Device device) {
 }
 
 void weight(const char* op, const QuantWeight& w, bool with_scales, Device device) {
-  format(op, w.format);
+  format(op, w.format, device);
   packed(op, w.packed, device);
   if (with_scales) shape(op, "scales", w.scales, w.format.groups(), w.format.out_features);
   if (w.g_idx != nullptr && device == Device::cpu) g_idx(op, w.g_idx, w.format);

@@ -16,7 +16,7 @@ namespace lowbitcore::check {
 void data(const char* op, const char* argument, const void* pointer);
 
 void bits(const char* op, int bits);
-void format(const char* op, const QuantFormat& format);
+void format(const char* op, const QuantFormat& format, Device device = Device::cpu);
 
 void shape(const char* op, const char* argument, const void* data, std::int64_t rows,
            std::int64_t cols, std::int64_t stride, std::int64_t expected_rows,
@@ -43,6 +43,13 @@ void same_dtype(const char* op, const char* argument, DType got, const char* oth
 void apart(const char* op, const char* argument, const ConstMatrix& result, const char* other,
            const ConstMatrix& input);
 
+inline void apart(const char* op, const char* argument, const View<float>& result,
+                  const char* other, const ConstMatrix& input) {
+  const ConstMatrix matrix = {result.data, DType::f32, result.rows, result.cols, result.stride};
+  apart(op, argument, matrix, other, input);
+}
+
+// A number of rows, or a rank, of which sizes can be computed.
 void row_count(const char* op, const char* argument, std::int64_t rows);
 
 void columns(const char* op, const char* argument, std::int64_t cols);

@@ -67,6 +67,7 @@ void multiply(const char* op, ConstMatrix x, const AdaptedWeight& w, const Matri
   qgemm_nt(x, w.weight, w.bias, y, exec);
   for (std::size_t i = 0; i < w.adapter_count; ++i) {
     const std::int64_t rank = w.adapters[i].a.rows;
+    check::row_count(op, "rank", rank);
     std::vector<float> low(static_cast<std::size_t>(x.rows * rank));
     add_low_rank(y, x, w.adapters[i], {low.data(), x.rows, rank, rank}, y, exec);
   }
@@ -111,6 +112,9 @@ void project_token(ConstMatrix x, const Projections& p, ConstMatrix cos, ConstMa
   check::vectors(op, "q", q);
   check::vectors(op, "k", k);
   check::shape(op, "norm", p.norm.weight, 1, x.cols);
+  if (cos.rows != 1 && cos.rows != x.rows) {
+    check::fail(op, "cos", "1 row or " + std::to_string(x.rows), std::to_string(cos.rows));
+  }
   check_product(op, "q", x, p.q, q);
   check_product(op, "k", x, p.k, k);
   check_product(op, "v", x, p.v, v);

@@ -31,7 +31,7 @@ std::size_t sized(const char* op, std::size_t (*Backend::*size)(const LowRankSha
   check::row_count(op, "rows", shape.rows);
   check::columns(op, "in_features", shape.in_features);
   check::columns(op, "out_features", shape.out_features);
-  if (shape.rank < 0) check::fail(op, "rank", "0 or more", std::to_string(shape.rank));
+  check::row_count(op, "rank", shape.rank);
   const Backend& backend = backend_with(op, exec, &Backend::add_low_rank);
   return (backend.*size)(shape, resolve_threads(exec));
 }
@@ -57,7 +57,11 @@ void add_low_rank_backward(ConstMatrix dy, ConstMatrix x, View<const float> low,
                            const Execution& exec) {
   const char* op = "add_low_rank_backward";
   const LowRankShape shape = check_adapter(op, adapter, adapter.a.cols, "dy", dy);
-  if (grads.dx.data != nullptr) check_input(op, "dx", grads.dx, shape, "dy", dy.dtype);
+  if (grads.dx.data != nullptr) {
+    check_input(op, "dx", grads.dx, shape, "dy", dy.dtype);
+    check::apart(op, "dx", grads.dx, "dy", dy);
+    if (grads.da.data != nullptr) check::apart(op, "dx", grads.dx, "x", x);
+  }
   if (grads.da.data != nullptr) {
     check_input(op, "x", x, shape, "dy", dy.dtype);
     check::shape(op, "da", grads.da, shape.rank, shape.in_features);

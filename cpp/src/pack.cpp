@@ -25,8 +25,8 @@ void check_code(const char* op, const char* argument, std::uint8_t value, int bi
 
 template <typename Word>
 void check_canonical(const char* op, const QuantFormat& format, const View<Word>& qweight,
-                     const View<Word>& qzeros) {
-  check::format(op, format);
+                     const View<Word>& qzeros, Device device) {
+  check::format(op, format, device);
   const std::int64_t n = format.out_features;
   check::shape(op, "qweight", qweight, format.in_features * format.bits / 32, n);
   check::shape(op, "qzeros", qzeros, format.groups(), n * format.bits / 32);
@@ -112,7 +112,7 @@ std::size_t packed_size(const QuantFormat& format) {
 void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
              View<const std::int32_t> qzeros, void* packed, const Execution& exec) {
   const char* op = "prepack";
-  check_canonical(op, format, qweight, qzeros);
+  check_canonical(op, format, qweight, qzeros, exec.device);
   check::packed(op, packed, exec.device);
   memory_of(exec).prepack(format, qweight, qzeros, packed, exec.stream);
 }
@@ -120,7 +120,7 @@ void prepack(const QuantFormat& format, View<const std::int32_t> qweight,
 void unpack(const QuantFormat& format, const void* packed, View<std::int32_t> qweight,
             View<std::int32_t> qzeros, const Execution& exec) {
   const char* op = "unpack";
-  check_canonical(op, format, qweight, qzeros);
+  check_canonical(op, format, qweight, qzeros, exec.device);
   check::packed(op, packed, exec.device);
   memory_of(exec).unpack(format, packed, qweight, qzeros, exec.stream);
 }

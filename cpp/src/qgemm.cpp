@@ -10,7 +10,7 @@ namespace {
 
 std::size_t sized(const char* op, std::size_t (*size)(const QuantFormat&, std::int64_t, int),
                   const QuantFormat& format, std::int64_t m, const Execution& exec) {
-  check::format(op, format);
+  check::format(op, format, exec.device);
   check::row_count(op, "m", m);
   return size(format, m, resolve_threads(exec));
 }
@@ -22,6 +22,7 @@ void qgemm_nt(ConstMatrix x, const QuantWeight& w, const float* bias, Matrix y,
   const char* op = "qgemm_nt";
   check::weight(op, w, true, exec.device);
   check::shape(op, "x", x, x.rows, w.format.in_features);
+  check::row_count(op, "x", x.rows);
   check::shape(op, "y", y, x.rows, w.format.out_features);
   check::same_dtype(op, "y", y.dtype, "x", x.dtype);
   check::apart(op, "y", y, "x", x);
@@ -36,6 +37,7 @@ void qgemm_nn(ConstMatrix dy, const QuantWeight& w, Matrix dx, const Execution& 
   const char* op = "qgemm_nn";
   check::weight(op, w, true, exec.device);
   check::shape(op, "dy", dy, dy.rows, w.format.out_features);
+  check::row_count(op, "dy", dy.rows);
   check::shape(op, "dx", dx, dy.rows, w.format.in_features);
   check::same_dtype(op, "dx", dx.dtype, "dy", dy.dtype);
   check::apart(op, "dx", dx, "dy", dy);
@@ -51,9 +53,12 @@ void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View
   const char* op = "qgemm_grad_scales";
   check::weight(op, w, false, exec.device);
   check::shape(op, "dy", dy, dy.rows, w.format.out_features);
+  check::row_count(op, "dy", dy.rows);
   check::shape(op, "x", x, dy.rows, w.format.in_features);
   check::same_dtype(op, "x", x.dtype, "dy", dy.dtype);
   check::shape(op, "ds", ds, w.format.groups(), w.format.out_features);
+  check::apart(op, "ds", ds, "dy", dy);
+  check::apart(op, "ds", ds, "x", x);
   const Backend& backend = backend_of(exec);
   const int threads = resolve_threads(exec);
   const Call call(op, exec, threads,

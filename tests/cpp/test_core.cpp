@@ -643,11 +643,15 @@ void products_apart() {
     return lbc::Matrix{both.data() + column, lbc::DType::f32, 3, 64, stride};
   };
   const lbc::ConstMatrix dense{weight.data(), lbc::DType::f32, 64, 64, 64};
+  const lbc::LowRank adapter{view(std::as_const(weight), 2, 64),
+                             view(std::as_const(weight), 64, 2)};
   const std::vector<std::pair<std::string, std::function<void(lbc::Matrix, lbc::Matrix)>>> runs = {
       {"gemm_nt", [&](auto x, auto to) { lbc::gemm_nt(x, dense, nullptr, to); }},
       {"gemm_nn", [&](auto x, auto to) { lbc::gemm_nn(x, dense, nullptr, to); }},
       {"qgemm_nt", [&](auto x, auto to) { lbc::qgemm_nt(x, layer.weight(), nullptr, to); }},
       {"qgemm_nn", [&](auto x, auto to) { lbc::qgemm_nn(x, layer.weight(), to); }},
+      {"add_low_rank_backward",
+       [&](auto dy, auto to) { lbc::add_low_rank_backward(dy, {}, {}, adapter, {to, {}, {}}); }},
   };
   for (const auto& [name, run] : runs) {
     for (std::int64_t column : {0, 1, 63, 95}) {
@@ -664,6 +668,43 @@ void products_apart() {
       expect(both[i / 64 * 160 + i % 64] == y[i], name + " beside its input");
     }
   }
+  std::vector<float> low(3 * 2), da(2 * 64);
+  expect_error(
+      [&] {
+        lbc::add_low_rank_backward(at(0), at(64), view(std::as_const(low), 3, 2), adapter,
+                                   {at(32 + 64), view(da, 2, 64), {}});
+      },
+      {"add_low_rank_backward", "dx", "apart from that of x"});
+  const lbc::Matrix dy{y.data(), lbc::DType::f32, 3, 64, 64};
+  for (const auto& [of_dy, of_x, name] :
+       {std::tuple{at(0), dy, "dy"}, std::tuple{dy, at(0), "x"}}) {
+    expect_error(
+        [&, dy = of_dy, x = of_x] {
+          lbc::qgemm_grad_scales(dy, x, layer.weight(), {both.data() + 32, 2, 64, 64});
+        },
+        {"qgemm_grad_scales", "ds", std::string("apart from that of ") + name});
+  }
+}
+
+// Sizes of what is too large to count are errors, not numbers that ran over.
+void sizes_are_bounded() {
+  const std::int64_t many = std::int64_t{1} << 58;
+  const lbc::QuantFormat format{4, 64, 64, 64};
+  for (const std::int64_t rows : {many, std::int64_t{-1}}) {
+    const std::string got = std::to_string(rows);
+    expect_error([&] { lbc::qgemm_nt_workspace_size(format, rows); }, {"m", "2^30", got});
+    expect_error([&] { lbc::gemm_nt_workspace_size(rows, 64); }, {"rows", "2^30", got});
+    expect_error([&] { lbc::add_low_rank_workspace_size(8, 64, 64, rows); }, {"rank", got});
+    expect_error([&] { lbc::attention_workspace_size(lbc::DType::f32, rows, 64); }, {"rows", got});
+  }
+  expect_error([] { lbc::attention_workspace_size(static_cast<lbc::DType>(9), 8, 64); },
+               {"attention_workspace_size", "dtype", "float32, bfloat16 or float16"});
+  lbc::Execution cuda;
+  cuda.device = lbc::Device::cuda;
+  std::int32_t word = 0;
+  const std::int64_t wide = std::int64_t{1} << 26;
+  expect_error([&] { lbc::prepack({8, 64, wide, 64}, {}, {}, &word, cuda); },
+               {"prepack", "in_features", "2^22 on CUDA"});
 }
 
 // The scratch of a call is for the threads that it uses, whatever another thread sets meanwhile.
@@ -745,6 +786,7 @@ void decode_errors() {
   const Layer layer = make_layer(4, 32, 64, 64, false);
   lbc::AdaptedWeight weight{layer.weight()};
   weight.adapter_count = 1;
+  const lbc::LowRank negative{{values.data(), -1, 64, 64}, {values.data(), 64, -1, 64}};
   const lbc::Norm norm{q, 1e-5f};
   expect_error(
       [&] { lbc::project_token(q, {norm, weight, weight, weight, {}, {}}, q, q, out, out, out); },
@@ -759,6 +801,15 @@ void decode_errors() {
       {"project_token", "k", "64 x 64", "96 x 64"});
   expect_error([&] { lbc::accumulate_hessian_workspace_size(1000, many * 8); },
                {"cols", "at most 2^30"});
+  weight.adapters = &negative;
+  expect_error(
+      [&] { lbc::project_token(q, {norm, weight, weight, weight, {}, {}}, q, q, out, out, out); },
+      {"project_token", "rank", "-1"});
+  const lbc::ConstMatrix two{values.data(), lbc::DType::f32, 2, 64, 64};
+  const lbc::AdaptedWeight plain{layer.weight()};
+  expect_error(
+      [&] { lbc::project_token(q, {norm, plain, plain, plain, {}, {}}, two, two, out, out, out); },
+      {"project_token", "cos", "1 row or 1", "2"});
 }
 
 }  // namespace
@@ -785,6 +836,7 @@ int main(int argc, char** argv) {
   losses_in_place();
   elementwise_in_place();
   products_apart();
+  sizes_are_bounded();
   unknown_kinds();
   threads_set_during_calls();
   threads_are_few();

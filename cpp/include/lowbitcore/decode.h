@@ -44,8 +44,8 @@ struct Projections {
   Norm q_norm, k_norm;  // of each head's columns; without data there is none
 };
 
-// q, k and v of a token. cos, sin: [1 or batch, cols of a head], a multiple of 64, of the type of
-// x.
+// q, k and v of a token, up to attention. cos, sin: [1 or batch, cols of a head], a multiple of 64,
+// of the type of x.
 void project_token(ConstMatrix x, const Projections& projections, ConstMatrix cos, ConstMatrix sin,
                    Matrix q, Matrix k, Matrix v, const Execution& exec = {});
 

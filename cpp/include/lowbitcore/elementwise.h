@@ -1,6 +1,6 @@
 // What the blocks of a LLaMA-like model and its adapters compute between their products, each in
-// one pass over memory: the root mean square norm, rotary positions and the gate of an MLP, forward
-// and backward, and dropout.
+// one pass over memory: the root mean square norm (RMSNorm), rotary positions (RoPE) and the gate
+// of an MLP (SwiGLU), forward and backward, and dropout.
 //
 // Matrices of a call are of one type and one shape, their columns a multiple of 32. Values are
 // computed in fp32 and rounded where transformers' modules round them, so that results differ from

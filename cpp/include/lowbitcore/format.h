@@ -9,7 +9,8 @@
 namespace lowbitcore {
 
 // in_features (K) and out_features (N) are multiples of 32; bits is 2, 3, 4 or 8; group_size is a
-// multiple of 32 along K, or -1 for the whole row. The last group may be shorter. All at most 2^30.
+// multiple of 32 along K, or -1 for the whole row. The last group may be shorter. All at most 2^30,
+// features on CUDA at most 2^22.
 struct QuantFormat {
   int bits = 4;
   std::int64_t group_size = 128;

@@ -27,9 +27,8 @@ struct FactorOptions {
 // factorisation: H = R R^T with R upper triangular, U = R^-1. Columns with H_ii = 0 are dead: they
 // never saw an input, and quantize as zero. Where the factorisation fails the damping is raised
 // tenfold (from 0 to 1e-4), at most three times; the return value is the percdamp that was used.
-// The Hessian is finite. Throws Error if
-// that does not help either. On the CPU alone, in doubles of its own and not in a host's
-// workspace: K^2 and 768 K of them, K rounded up to a multiple of 96.
+// Throws Error if that does not help either. The Hessian is finite. On the CPU alone, in doubles of
+// its own and not in a host's workspace: K^2 and 768 K of them, K rounded up to a multiple of 96.
 double gptq_factorize(View<const float> hessian, const FactorOptions& options, std::int32_t* order,
                       std::uint8_t* dead, View<float> u, const Execution& exec = {});
 

@@ -3,12 +3,19 @@
 // Activations are fp32, bf16 or fp16; inputs and outputs of one call share their type. Sums are
 // fp32 and rounded once; of few rows a group is summed before its scale comes to it, so that
 // activations beyond some 1e34 may overflow there alone. Results do not depend on the number of
-// threads. Scratch: ask for its size and bring it in Execution, or leave it to the library. It does
-// not grow with N*K, but for qgemm_grad_scales on CUDA: a sum in fp32 for each 32 inputs of an
-// output, N*K/8 bytes.
+// threads.
+//
+// Where 16-bit activations are multiplied in 16 bits, the dequantized weight is rounded to their
+// type, as a dense layer's is: of bf16 on AVX-512 BF16 and on AMX, in more than 16 to 24 rows and
+// in qgemm_nn, where bf16's subnormals count as zero, too; of both types on CUDA's tensor cores. In
+// all other products weights are not rounded, so that a row may come out differently among many.
+//
+// Scratch: ask for its size and bring it in Execution, or leave it to the library. It does not grow
+// with N*K, but for qgemm_grad_scales on CUDA: a sum in fp32 for each 32 inputs of an output, N*K/8
+// bytes, as often as the rows are split to keep the device busy.
 //
 // On CUDA a g_idx is trusted, since its values cannot be seen without waiting for the device: an
-// entry that is no group stops the kernel.
+// entry that is no group stops the kernel, and with it the process's CUDA context.
 #pragma once
 
 #include <lowbitcore/format.h>

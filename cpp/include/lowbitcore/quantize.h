@@ -1,4 +1,5 @@
-// Round-to-nearest quantization and its inverse.
+// Round-to-nearest quantization, its inverse, and a weight that trains through it
+// (quantization-aware training with a straight-through estimator).
 #pragma once
 
 #include <lowbitcore/format.h>

@@ -8,8 +8,9 @@
 
 namespace lowbitcore {
 
-// Results lie apart from what a call reads, unless a header says otherwise: products and
-// permutations refuse to write over their inputs, and for other operations it is the host's care.
+// Results lie apart from what a call reads, unless a header says otherwise. Products, gradients of
+// adapters and scales, and permutations refuse results that overlap their activations; of weights,
+// and in other operations, it is the host's care.
 
 // Anything that is not the caller's mistake: a matrix that is not positive definite, an instruction
 // set the CPU lacks, a device this build has no kernels for. Mistakes of the caller throw
@@ -90,7 +91,8 @@ struct Heads {
 };
 
 // What a host brings to a call. A workspace lies at a multiple of 64 bytes, also where a call needs
-// none.
+// none. The sizes that *_workspace_size functions tell hold for those very arguments, and for this
+// level of kernels, number of threads and current device: fewer rows may need more.
 //
 // On the CPU, zero threads means get_num_threads(), and no workspace means that the library keeps
 // one per calling thread, as large as that thread's largest call, for as long as the thread lives.

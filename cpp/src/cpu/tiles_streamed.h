@@ -10,7 +10,7 @@
 namespace lowbitcore {
 namespace {
 
-constexpr int64_t kMostRows = 448;            // of activations at once: 448 KB of a piece
+constexpr int64_t kMostRows = 448;            // of activations at once: 504 KB of a piece
 constexpr int64_t kMostSums = (3 << 18) / 4;  // that a thread holds: 768 KB
 
 // How the product of a large weight is cut.
