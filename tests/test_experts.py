@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Glm4MoeConfig,
     GptOssConfig,
     GraniteMoeConfig,
     JambaConfig,
@@ -20,6 +21,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 import lowbitcore as lbc
 from lowbitcore.blocks import quantized_linears
+from lowbitcore.blockwise import BlockwiseModel
 from lowbitcore.modeling import use_own_operations
 from lowbitcore.modeling.experts import Experts
 from test_cli import succeed
@@ -69,6 +71,59 @@ def test_files_have_the_names_that_others_look_for(tmp_path: Path) -> None:
     assert not any(".mlp." in name for name in names)
     lbc.save_dequantized(lbc.load(tmp_path / "out"), tmp_path / "dense")
     assert f"{experts}.w2.weight" in load_file(tmp_path / "dense" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_save_pretrained_writes_what_transformers_reads(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    expected = logits(model)
+    use_own_operations(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), expected)
+    torch.testing.assert_close(logits(lbc.load(tmp_path)), expected, rtol=1e-4, atol=1e-4)
+
+
+def glm(tmp_path: Path) -> Path:
+    """A checkpoint in 16 bits whose router is in float32, as transformers keeps it."""
+    config = Glm4MoeConfig(
+        **{**LLAMA_LIKE, "dtype": torch.bfloat16},
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    gate = model.model.layers[1].mlp.gate
+    gate.weight.data = torch.randn(gate.weight.shape)
+    # So near to one another that 16 bits would make many of them equal.
+    gate.e_score_correction_bias = 1 + 1e-3 * torch.randn(8)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_what_chooses_experts_keeps_its_type(tmp_path: Path) -> None:
+    path = glm(tmp_path / "in")
+    expected = AutoModelForCausalLM.from_pretrained(path).model.layers[1].mlp.gate.state_dict()
+    settings = lbc.QuantConfig(bits=8, group_size=32, method="rtn")
+    lbc.quantize_checkpoint(path, tmp_path / "out", None, settings, progress=False)
+    for model in (lbc.load(path), lbc.load(tmp_path / "out")):
+        assert model.dtype == torch.bfloat16
+        found = model.model.layers[1].mlp.gate.state_dict()
+        for name, tensor in expected.items():
+            assert tensor.dtype == found[name].dtype == torch.float32
+            assert torch.equal(found[name], tensor), name
+    blockwise = dict(BlockwiseModel.open(path).tensors())
+    assert blockwise["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path: Path) -> None:
+    """As transformers does by the number that it has in released models."""
+    path = glm(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    extra = {n.replace("layers.1.", "layers.46."): t.clone() for n, t in tensors.items()}
+    save_file(tensors | extra, path / "model.safetensors", metadata={"format": "pt"})
+    assert len(lbc.load(path).model.layers) == 2
 
 
 def test_who_can_load_experts(tmp_path: Path) -> None:

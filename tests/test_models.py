@@ -189,6 +189,96 @@ def test_other_integers_have_another_hash() -> None:
     assert provenance.packed_hash(model) == before
 
 
+def test_replaced_linears_have_another_hash() -> None:
+    model, other = quantized("llama"), quantized("llama", count=5)
+    before, mlp = provenance.packed_hash(model), model.model.layers[0].mlp
+    mlp.up_proj = other.model.layers[0].mlp.up_proj
+    after = provenance.packed_hash(model)
+    assert after != before
+    linear = mlp.up_proj
+    canonical = linear.canonical()
+    linear.set_canonical(canonical["qweight"] ^ 1, canonical["qzeros"], canonical["scales"])
+    assert provenance.packed_hash(model) not in (before, after)
+
+
+def test_a_save_that_fails_leaves_the_earlier_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = quantized("llama"), quantized("llama", count=5)
+    lbc.save(model, tmp_path)
+
+    half_scales, calls = gptq.half_scales, iter(range(100))
+
+    def full(scales: torch.Tensor, *, where: str) -> torch.Tensor:
+        if next(calls) == 20:  # 14 are checked before the first is written
+            raise OSError(28, "No space left on device")
+        return half_scales(scales, where=where)
+
+    monkeypatch.setattr(gptq, "half_scales", full)
+    with pytest.raises(OSError, match="No space left"):
+        lbc.save(other, tmp_path)
+    assert torch.equal(logits(lbc.load(tmp_path)), logits(model))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_models_of_one_config(tmp_path: Path) -> None:
+    """Each has its own integers, whatever their common config says of the other's."""
+    config = deepcopy(CONFIGS["llama"])
+    one, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    other.config = one.config
+    for model, bits in ((one, 4), (other, 2)):
+        settings = lbc.QuantConfig(bits=bits, group_size=32, method="rtn")
+        lbc.quantize_model(model, None, None, settings, progress=False)
+    assert provenance.packed_hash(one) != provenance.packed_hash(other)
+    with pytest.raises(ValueError, match="expected 2 bits and group_size 32 by model.config, got"):
+        lbc.save(one, tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+    lbc.save(other, tmp_path / "other")
+    assert torch.equal(logits(lbc.load(tmp_path / "other")), logits(other))
+
+
+def test_a_model_with_adapters_is_not_quantized() -> None:
+    model = lbc.prepare_lora(make_model("llama"), rank=2)
+    with pytest.raises(ValueError, match="expected one without adapters"):
+        lbc.quantize_model(model, None, windows(), lbc.QuantConfig(group_size=32), progress=False)
+
+
+def test_frozen_modules_stay_in_evaluation_mode() -> None:
+    model = make_model("llama").train()
+    model.model.layers[0].eval()
+    settings = lbc.QuantConfig(group_size=32, method="rtn")
+    lbc.quantize_model(model, None, None, settings, progress=False)
+    assert model.model.layers[1].training and not model.model.layers[0].mlp.training
+
+
+def test_a_bias_of_a_16_bit_linear_that_the_model_has_not(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.bias"
+    for value in (0.0, 1.0):
+        tensors[name] = torch.full((64,), value)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        if value:
+            with pytest.raises(ValueError, match=f"{name}: expected none, or zeros"):
+                lbc.load(tmp_path)
+        else:
+            lbc.load(tmp_path)
+
+
+def test_tensors_that_the_model_has_not(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Said, but for those that transformers passes over in silence."""
+    make_model("gpt2").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["transformer.h.0.attn.bias"] = torch.ones(4, 4)  # the mask of older files
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    lbc.load(tmp_path)
+    assert not [w for w in recwarn if "left out" in str(w.message)]
+    tensors |= {"score.weight": torch.ones(2, 64), "score.scale": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel has no place for it: score.* and 1 more"):
+        lbc.load(tmp_path)
+
+
 def test_a_bias_that_the_model_has_not(tmp_path: Path) -> None:
     lbc.save(quantized("llama"), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -425,6 +515,22 @@ def test_untied_embeddings_stay_apart(tmp_path: Path) -> None:
     lbc.save(quantized("llama"), tmp_path)
     loaded = lbc.load(tmp_path)
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_a_head_that_the_file_does_not_tie(quantize: bool, tmp_path: Path) -> None:
+    """Whatever its config says: transformers looks, too."""
+    make_model("llama").save_pretrained(tmp_path)
+    _edit(tmp_path, tie_word_embeddings=True)
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    torch.testing.assert_close(logits(lbc.load(tmp_path)), expected)
+    settings = lbc.QuantConfig(bits=8, group_size=32, method="rtn")
+    if quantize:
+        model = lbc.quantize_model(lbc.load(tmp_path), None, None, settings, progress=False)
+        lbc.save(model, tmp_path / "q")
+    else:
+        lbc.quantize_checkpoint(tmp_path, tmp_path / "q", None, settings, progress=False)
+    assert (logits(lbc.load(tmp_path / "q")) - expected).norm() < 0.03 * expected.norm()
 
 
 def test_sharded_save(tmp_path: Path) -> None:

@@ -173,12 +173,14 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode for as long as this lasts: nothing is dropped."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train(modes[model])  # what has come in the meantime, too
+        for module, training in modes.items():
+            module.training = training
 
 
 def plain_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,7 +16,14 @@ from lowbitcore.calibration import PausedForward
 from lowbitcore.heap import return_freed_memory
 from lowbitcore.model import chosen_dtype
 from lowbitcore.runtime import resolve_device
-from lowbitcore.skeleton import build_skeleton, check_depth, fill, find_name, tied_names
+from lowbitcore.skeleton import (
+    build_skeleton,
+    check_names,
+    fill,
+    find_name,
+    kept_dtype,
+    tied_names,
+)
 from lowbitcore.source import Source, open_source
 
 
@@ -34,7 +41,7 @@ class BlockwiseModel:
         self.model._apply(lambda item: item if item.is_meta else item.to(device))
         self.layout = find_blocks(self.model)
         self.names = list(plain_tensors(self.model))
-        check_depth(self.model, source)
+        check_names(self.model, source)
 
     @staticmethod
     def open(
@@ -94,8 +101,9 @@ class BlockwiseModel:
         ties, weights = tied_names(self.model), self.source.weights
         for name in (name for name in self.names if name.startswith(prefix)):
             value = weights.tensor(find_name(self.model, weights, ties.get(name, name)))
-            plain = value.to(self.dtype) if value.is_floating_point() else value
-            yield name.removeprefix(prefix), plain
+            if value.is_floating_point():
+                value = value.to(kept_dtype(self.model, name, self.dtype))
+            yield name.removeprefix(prefix), value
 
     def _path(self, module: nn.Module) -> str:
         """The start of the names of what is in a module."""

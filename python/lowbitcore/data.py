@@ -20,10 +20,10 @@ from lowbitcore.blocks import evaluating
 from lowbitcore.checks import check_integer, check_kind, check_length, check_path, check_unicode
 from lowbitcore.files import one_line
 
-# A sampled window starts here where the tokenizer has no bos: the low ids of a BPE vocabulary,
-# special tokens apart, are its bytes and most frequent pieces.
 _HUB_DOCUMENTS = 10_000
 _TRAINING = 1 << 31  # above the seeds that people use; torch looks at 32 bits of one
+# A sampled window starts below where the tokenizer has no bos: the low ids of a BPE vocabulary,
+# special tokens apart, are its bytes and most frequent pieces.
 _COMMON_TOKENS = 2000
 
 

@@ -33,11 +33,11 @@ from lowbitcore.formats import checkpoint, gptq, peft
 from lowbitcore.formats.checkpoint import Checkpoint, Entry
 from lowbitcore.formats.gptq import GptqConfig
 from lowbitcore.nn import QuantLinear
-from lowbitcore.provenance import base_hash
+from lowbitcore.provenance import base_hash, note_packed_hash
 from lowbitcore.runtime import resolve_device
 from lowbitcore.skeleton import (
     build_skeleton,
-    check_depth,
+    check_names,
     fill,
     resolve_name,
     saved_name,
@@ -71,7 +71,7 @@ def load(
     source = open_source(path)
     chosen = chosen_dtype(dtype, source.dtype)
     model = build_skeleton(source.config, chosen, source.weights)
-    check_depth(model, source)
+    check_names(model, source)
     if source.gptq is not None:
         _place_quantized(model, source, chosen, device)
     ties = tied_names(model)
@@ -82,6 +82,8 @@ def load(
         # Its presence must not make transformers look for a quantizer: a plain dict does not. The
         # state_dict has v2 zeros, whatever the file had.
         model.config.quantization_config = replace(source.gptq, checkpoint_format=gptq.V2).to_dict()
+        if base := source.gptq.meta.get("base_sha256"):
+            note_packed_hash(model, str(base))
     model.generation_config = load_generation_config(source)
     model.config.name_or_path = str(source.path)
     return cast(PreTrainedModel, model.to(device).eval())  # the packed linears, too
@@ -229,6 +231,13 @@ def _save(model: PreTrainedModel, out: Path, tokenizer: Any, max_shard_bytes: in
     if plain:
         raise ValueError(f"save: {out}: expected no 16-bit model there, got one: not overwritten")
     config = GptqConfig.from_dict(value, where="save: model.config.quantization_config")
+    for path, linear in linears.items():
+        if (linear.bits, linear.group_size) != (config.bits, config.group_size):
+            raise ValueError(
+                f"save: {path}: expected {config.bits} bits and group_size {config.group_size} by "
+                f"model.config, got {linear.bits} and {linear.group_size}: is its config another "
+                "model's, too?"
+            )
     any_zero = any(
         gptq.has_zero(linear.canonical()["qzeros"], bits=config.bits) for linear in linears.values()
     )
@@ -315,8 +324,13 @@ def write_model(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: expected a directory, got a file")
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").unlink(missing_ok=True)
-    checkpoint.write_shards(directory, entries, max_shard_bytes=max_shard_bytes)
+    checkpoint.write_shards(
+        directory,
+        entries,
+        max_shard_bytes=max_shard_bytes,
+        # Where the disk is full before, what is there stays a model.
+        before_replacing=lambda: (directory / "config.json").unlink(missing_ok=True),
+    )
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     if generation_config is not None:

@@ -39,7 +39,7 @@ class QuantLinear(nn.Module):
         lowbitcore.Error: something moved ``packed`` to another kind of device as it was.
     """
 
-    integers_replaced = False  # by load_state_dict: what was known of them holds no more
+    integers: object  # another one whenever they are replaced: what was known of them holds no more
     packed: Tensor
     g_idx: Tensor | None
     order: Tensor | None
@@ -73,6 +73,7 @@ class QuantLinear(nn.Module):
         # Zeros mean the same in every layout.
         self.register_buffer("packed", torch.zeros(size, dtype=torch.uint8, device=device))
         self._layout = self.packed.device.type
+        self.integers = object()
         self.register_buffer("g_idx", None)
         self.register_buffer("order", None)
         self.register_buffer("inverse", None)
@@ -131,6 +132,7 @@ class QuantLinear(nn.Module):
         if g_idx is not None:
             g_idx = self._nontrivial(g_idx)
         self._hold(qweight, qzeros, g_idx)
+        self.integers = object()
         trains = self.scales.requires_grad
         self.scales = nn.Parameter(scales.detach().float().clone(), requires_grad=trains)
         self.bias = (
@@ -410,7 +412,7 @@ class QuantLinear(nn.Module):
                     (found["qweight"], found["qzeros"]) if "qweight" in found else self._unpack()
                 )
                 self._hold(qweight, qzeros, g_idx)
-                self.integers_replaced = True
+                self.integers = object()
             for name in ("scales", "bias"):
                 if name in found:
                     self._load_parameter(name, found[name])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -32,24 +33,32 @@ def base_hash(canonical: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]])
 
 
 def packed_hash(model: PreTrainedModel) -> str | None:
-    """The base_hash of a model, computed once and kept in its config; None if nothing is packed."""
-    linears = quantized_linears(model)
+    """The base_hash of a model, computed once for the integers that it has; None if nothing is
+    packed."""
+    with without_adapters(model):
+        linears = quantized_linears(model)
     if not linears:
         return None
-    config = model.config.quantization_config
-    meta = config.setdefault("meta", {})
-    replaced = [linear for linear in linears.values() if linear.integers_replaced]
-    if "base_sha256" not in meta or replaced:
-        for linear in replaced:
-            linear.integers_replaced = False
-        with without_adapters(model):
-            named = quantized_linears(model)
-            meta["base_sha256"] = base_hash({name: x.canonical for name, x in named.items()})
-    return str(meta["base_sha256"])
+    integers = {path: linear.integers for path, linear in linears.items()}
+    known = _HASHES.get(model)
+    if known is None or known[0] != integers:
+        known = integers, base_hash({path: x.canonical for path, x in linears.items()})
+        _HASHES[model] = known
+    return known[1]
+
+
+def note_packed_hash(model: PreTrainedModel, base: str) -> None:
+    """Of a model that was read from a file which says so."""
+    integers = {path: linear.integers for path, linear in quantized_linears(model).items()}
+    _HASHES[model] = integers, base
+
+
+# Of which integers of each linear a model's hash is known.
+_HASHES: WeakKeyDictionary[PreTrainedModel, tuple[dict[str, object], str]] = WeakKeyDictionary()
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, shapes, dtypes and up to 4,096 values of each tensor of a state_dict."""
+    """SHA-256 over names, shapes, dtypes and some 4,096 values of each tensor of a state_dict."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lowbitcore.blocks import (
     BlockLayout,
+    adapted_linears,
     evaluating,
     find_blocks,
     quantizable,
@@ -82,6 +83,11 @@ def quantize_model(
         raise ValueError(f"quantize_model: model: expected a causal language model, got a {got}")
     if quantized_linears(model):
         raise ValueError("quantize_model: model: expected an unquantized one, got a quantized one")
+    if adapted_linears(model):
+        raise ValueError(
+            "quantize_model: model: expected one without adapters, got some (save_dequantized "
+            "merges them into its weights)"
+        )
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         got = ", ".join(sorted(map(str, devices)))

@@ -28,7 +28,7 @@ from lowbitcore.provenance import base_hash, config_digest
 from lowbitcore.quant_config import QuantConfig, package_version
 from lowbitcore.quantize import calibration_for, compute_dtype, each_block
 from lowbitcore.runtime import resolve_device
-from lowbitcore.skeleton import find_name, saved_name, tied_names
+from lowbitcore.skeleton import find_name, kept_dtype, saved_name, tied_names
 from lowbitcore.source import (
     Source,
     load_generation_config,
@@ -311,7 +311,9 @@ class _StreamingRun:
         weights = self._source.weights
         found = find_name(self._model, weights, name)
         info = weights.info(found)
-        dtype = self._source.dtype if info.dtype.is_floating_point else info.dtype
+        dtype = info.dtype
+        if dtype.is_floating_point:
+            dtype = kept_dtype(self._model, name, self._source.dtype)
         saved = saved_name(self._model, name)
         return Entry(saved, dtype, info.shape, lambda: weights.tensor(found).to(dtype))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
+from pathlib import Path
+from typing import Any
 
 import typer
 from tqdm import tqdm
@@ -44,6 +47,19 @@ def _end_progress() -> None:
         bar.close()
 
 
+def _note_warnings() -> None:
+    """Our own warnings on a line each, without the line of code that a programmer wants."""
+    others, here = warnings.showwarning, Path(__file__).parents[1]
+
+    def show(message: Any, category: Any, filename: str, *more: Any) -> None:
+        if here in Path(filename).parents:
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            others(message, category, filename, *more)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
 def main() -> None:
     """Run the command line: exit code 2 and one line on stderr for what is not a bug of ours."""
     from torch import OutOfMemoryError  # of a GPU
@@ -51,6 +67,7 @@ def main() -> None:
     from lowbitcore._C import Error
 
     known = (ValueError, OSError, MemoryError, OutOfMemoryError, FloatingPointError, Error)
+    _note_warnings()
     try:
         app()
     except known as error:

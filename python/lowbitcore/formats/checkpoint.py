@@ -297,6 +297,8 @@ def write_safetensors(
     path: str | os.PathLike[str],
     entries: Iterable[Entry],
     metadata: Mapping[str, str] | None = None,
+    *,
+    before_replacing: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes one safetensors file atomically, holding one tensor in memory at a time.
 
@@ -330,6 +332,8 @@ def write_safetensors(
                 )
             if tensor.numel():
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        before_replacing()
 
 
 def write_shards(
@@ -337,8 +341,11 @@ def write_shards(
     entries: Sequence[Entry],
     *,
     max_shard_bytes: int | None = None,
+    before_replacing: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Writes `model.safetensors`, or shards and their index; returns the file names.
+
+    `before_replacing` is called whenever a file is whole and may take an earlier one's place.
 
     Weight files of an earlier save that are not overwritten are removed, since a stale
     `model.safetensors` would win over a new index.
@@ -359,7 +366,7 @@ def write_shards(
         count = len(shards)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        write_safetensors(directory / name, shard)
+        write_safetensors(directory / name, shard, before_replacing=before_replacing)
     if len(shards) > 1:
         weight_map = {
             entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard

@@ -80,7 +80,7 @@ def rounded(item: LowRankTensors, dtype: torch.dtype) -> LowRankTensors:
 def settled(item: LowRankTensors) -> LowRankTensors:
     """The same adapter in float32, with matrices of such sizes as rates of learning are made for:
     what `rounded` moved into the scaling goes back into both, and makes them about equally long."""
-    a, b, scaling = item.a.float(), item.b.float(), item.scaling
+    a, b, scaling = item.a.detach().float(), item.b.detach().float(), item.scaling
     if item.a.dtype == torch.float8_e4m3fn and scaling > 0:
         octaves = math.frexp(scaling)[1] - 1
         if a.any() and b.any():

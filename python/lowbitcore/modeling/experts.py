@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -35,11 +36,33 @@ def use_own_experts(model: PreTrainedModel) -> None:
         if computes_as(type(module), MixtralExperts)
         and cast(Any, type(module))._apply_gate is _default_apply_gate
     ]
-    if not stacked or not names_in_files(model):
+    names = names_in_files(model)
+    if not stacked or not names:
         return
     for path, module in stacked:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, _apart(module).train(module.training))
+    # transformers writes whatever it does not know as it is called, and would not find it again.
+    model.save_pretrained = partial(_save_pretrained, model, names)
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    names: Mapping[str, str],
+    *args: Any,
+    state_dict: dict[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
+    tensors = model.state_dict() if state_dict is None else state_dict
+    renamed = {name_in_files(name, names): tensor for name, tensor in tensors.items()}
+    type(model).save_pretrained(model, *args, state_dict=renamed, **kwargs)
+
+
+def name_in_files(name: str, names: Mapping[str, str]) -> str:
+    """A tensor's name with what files call an expert's part in place of ours (`names_in_files`)."""
+    return re.sub(
+        r"(\.experts\.\d+\.)(\w+)", lambda found: found[1] + names.get(found[2], found[2]), name
+    )
 
 
 def names_in_files(model: nn.Module) -> Mapping[str, str]:
