@@ -25,20 +25,22 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_the_fastest_level_is_the_default() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "LOWBITCORE_ISA"}
+    code = "from lowbitcore import runtime; print(runtime.isa(), runtime.isa_reason(), sep='\\n')"
     done = subprocess.run(
-        [sys.executable, "-c", "from lowbitcore import runtime; print(runtime.isa())"],
+        [sys.executable, "-c", code],
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == runtime.available_isas()[-1]
+    assert done.stdout.splitlines() == [runtime.available_isas()[-1], "the fastest this CPU has"]
 
 
 @pytest.mark.parametrize("level", runtime.available_isas())
 def test_environment_forces_a_level(level: str) -> None:
-    done = run_python("from lowbitcore import runtime; print(runtime.isa())", LOWBITCORE_ISA=level)
-    assert done.stdout.strip() == level
+    code = "from lowbitcore import runtime; print(runtime.isa(), runtime.isa_reason(), sep='\\n')"
+    done = run_python(code, LOWBITCORE_ISA=level)
+    assert done.stdout.splitlines() == [level, "forced by LOWBITCORE_ISA"]
 
 
 def test_unknown_level_is_an_error_that_lists_the_known() -> None:
@@ -53,6 +55,8 @@ def test_force_isa_returns_the_previous_level() -> None:
     before = runtime.isa()
     assert runtime.force_isa("scalar") == before
     assert runtime.isa() == "scalar"
+    if len(runtime.available_isas()) > 1:
+        assert runtime.isa_reason() == "forced by the program"
     assert runtime.force_isa(before) == "scalar"
 
 

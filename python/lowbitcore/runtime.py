@@ -20,6 +20,7 @@ __all__ = [
     "force_isa",
     "free_memory",
     "isa",
+    "isa_reason",
     "num_threads",
     "resolve_device",
     "set_num_threads",
@@ -38,6 +39,14 @@ def isa() -> str:
         lowbitcore.Error: ``LOWBITCORE_ISA`` names a level that the build or the CPU lacks.
     """
     return _C.isa()
+
+
+def isa_reason() -> str:
+    """Why :func:`isa` is in use."""
+    if isa() == os.environ.get("LOWBITCORE_ISA"):
+        return "forced by LOWBITCORE_ISA"
+    fastest = isa() == available_isas()[-1]
+    return "the fastest this CPU has" if fastest else "forced by the program"
 
 
 def available_isas() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -316,13 +315,12 @@ def _describe_device() -> tuple[dict[str, Any], list[str]]:
 
     from lowbitcore import __version__, runtime
 
-    forced = os.environ.get("LOWBITCORE_ISA")
     devices, why_no_cuda = runtime.cuda_devices(), runtime.why_no_cuda()
     result = {
         "version": __version__,
         "isa": runtime.isa(),
         "available_isas": runtime.available_isas(),
-        "forced_isa": forced,
+        "isa_reason": runtime.isa_reason(),
         "threads": runtime.num_threads(),
         "cuda": runtime.cuda_status(),
         "cuda_devices": [device._asdict() for device in devices],
@@ -330,10 +328,9 @@ def _describe_device() -> tuple[dict[str, Any], list[str]]:
         "torch": torch.__version__,
         "cmake_dir": runtime.cmake_dir(),
     }
-    why = "forced by LOWBITCORE_ISA" if forced else "the fastest this CPU has"
     return result, [
         f"lowbitcore {__version__}, torch {torch.__version__}",
-        f"instruction set: {result['isa']} ({why}; available: "
+        f"instruction set: {result['isa']} ({result['isa_reason']}; available: "
         f"{', '.join(runtime.available_isas())})",
         f"threads: {result['threads']}",
         f"CUDA: {result['cuda']}",
