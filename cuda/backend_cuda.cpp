@@ -147,23 +147,23 @@ std::int64_t columns_of(Op op, const QuantFormat& f) {
 // How a product is computed. Depends on nothing but shapes and the device, so that workspaces fit.
 struct Plan {
   bool wgmma;
-  Tile tile;  // without wgmma
+  RowClass kind;  // without wgmma
   int splits;
 };
 
 Plan plan_of(Op op, const QuantFormat& f, std::int64_t m) {
   constexpr std::int64_t kStep = 64;
-  const Tile tile = choose_tile(m);
-  const bool wgmma = tile == Tile::many && supports_wgmma();
-  const std::int64_t rows = wgmma ? 128 : tile_rows(tile);
-  const std::int64_t columns = wgmma || tile == Tile::few ? 256 : 128;
+  const RowClass kind = row_class(m);
+  const bool wgmma = kind == RowClass::many && supports_wgmma();
+  const std::int64_t rows = wgmma ? 128 : block_rows(kind);
+  const std::int64_t columns = wgmma || kind == RowClass::few ? 256 : 128;
   const std::int64_t depth = op == Op::nt ? f.in_features : f.out_features;
   // Few rows leave room for a second block, and small partial results; more rows would move more
   // of these than the second block is worth.
-  const int blocks_each = !wgmma && tile == Tile::few ? 2 : 1;
+  const int blocks_each = !wgmma && kind == RowClass::few ? 2 : 1;
   const int splits = choose_splits(divide_up(m, rows) * divide_up(columns_of(op, f), columns),
                                    divide_up(depth, kStep), multiprocessors(), blocks_each);
-  return {wgmma, tile, splits};
+  return {wgmma, kind, splits};
 }
 
 int grad_scales_splits(const QuantFormat& f, std::int64_t m) {
@@ -224,7 +224,7 @@ void product(Op op, ConstMatrix in, const QuantWeight& w, const float* bias, Mat
     }
 #endif
     const auto launch = op == Op::nt ? launch_qgemm_nt<kBits> : launch_qgemm_nn<kBits>;
-    launch(in.dtype, plan.tile, args, plan.splits, stream);
+    launch(in.dtype, plan.kind, args, plan.splits, stream);
   });
   if (plan.splits > 1) launch_reduce_splits(args.partial, plan.splits, bias, out, stream);
 }

@@ -9,14 +9,14 @@ enum class Op { nt, nn };
 
 // The tensor-core tile by rows of the activations. A weight is read once for the rows of a block,
 // and idle rows cost tensor time, so that the smallest tile that holds all rows wins; beyond the
-// largest, blocks share it. Where the device has wgmma, that takes the products of Tile::many,
+// largest, blocks share it. Where the device has wgmma, that takes the products of RowClass::many,
 // which keep the tensor cores busy: an H100 does 800 TFLOP/s with it, 520 with mma.sync.
-constexpr Tile choose_tile(std::int64_t rows) {
-  return rows <= 16 ? Tile::few : rows <= 64 ? Tile::some : Tile::many;
+constexpr RowClass row_class(std::int64_t rows) {
+  return rows <= 16 ? RowClass::few : rows <= 64 ? RowClass::some : RowClass::many;
 }
 
-constexpr std::int64_t tile_rows(Tile tile) {
-  return tile == Tile::few ? 16 : tile == Tile::some ? 64 : 128;
+constexpr std::int64_t block_rows(RowClass kind) {
+  return kind == RowClass::few ? 16 : kind == RowClass::some ? 64 : 128;
 }
 
 // Parts into which the contraction is cut so that `blocks` output tiles fill the device:

@@ -140,20 +140,22 @@ __global__ void __launch_bounds__(kApplyThreads)
   }
 }
 
-// The sum of the squared errors of a strip of kLanes outputs: column after column in processing
-// order, output after output. One thread adds (the order is the result), the others load.
+// The sum of the squared errors of a strip of kStripOutputs outputs: column after column in
+// processing order, output after output. One thread adds (the order is the result), the others
+// load.
 constexpr int kLossThreads = 256, kLossColumns = 64;
 __global__ void __launch_bounds__(kLossThreads)
     sum_losses(const float* w, const std::int32_t* order, std::int64_t n_total, int k_total,
                double* loss) {
-  __shared__ float errors[kLossColumns][kLanes];
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kLanes;
-  const int outputs = static_cast<int>(n_total - first < kLanes ? n_total - first : kLanes);
+  __shared__ float errors[kLossColumns][kStripOutputs];
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kStripOutputs;
+  const int outputs =
+      static_cast<int>(n_total - first < kStripOutputs ? n_total - first : kStripOutputs);
   double sum = 0.0;
   for (int i0 = 0; i0 < k_total; i0 += kLossColumns) {
     const int columns = min(kLossColumns, k_total - i0);
-    for (int i = threadIdx.x; i < columns * kLanes; i += kLossThreads) {
-      const int column = i / kLanes, n = i % kLanes;
+    for (int i = threadIdx.x; i < columns * kStripOutputs; i += kLossThreads) {
+      const int column = i / kStripOutputs, n = i % kStripOutputs;
       if (n < outputs) errors[column][n] = w[order[i0 + column] * n_total + first + n];
     }
     __syncthreads();
@@ -208,8 +210,8 @@ void launch_gptq(const GptqProblem& p, void* workspace, cudaStream_t stream) {
         p.u, p.order, n, begin, end, w);
     check_launch("gptq: apply_errors");
   }
-  sum_losses<<<tiles_of(n, static_cast<int>(kLanes)), kLossThreads, 0, stream>>>(w, p.order, n, k,
-                                                                                 p.loss);
+  sum_losses<<<tiles_of(n, static_cast<int>(kStripOutputs)), kLossThreads, 0, stream>>>(
+      w, p.order, n, k, p.loss);
   check_launch("gptq: sum_losses");
 }
 

@@ -12,7 +12,7 @@ namespace lowbitcore::cuda {
 // aligned to 16 bytes ----
 
 // Rows of activations that a block of a tensor-core kernel works on: 16, 64 or 128.
-enum class Tile { few, some, many };
+enum class RowClass { few, some, many };
 
 // One product with a packed weight, forward or transposed. With more than one split of the
 // contraction, results go to `partial` and launch_reduce_splits adds them (and the bias).
@@ -43,9 +43,11 @@ struct GradScalesArgs {
 };
 
 template <int kBits>
-void launch_qgemm_nt(DType dtype, Tile tile, const GemmArgs& args, int splits, cudaStream_t stream);
+void launch_qgemm_nt(DType dtype, RowClass kind, const GemmArgs& args, int splits,
+                     cudaStream_t stream);
 template <int kBits>
-void launch_qgemm_nn(DType dtype, Tile tile, const GemmArgs& args, int splits, cudaStream_t stream);
+void launch_qgemm_nn(DType dtype, RowClass kind, const GemmArgs& args, int splits,
+                     cudaStream_t stream);
 template <int kBits>
 void launch_qgemm_grad_scales(DType dtype, const GradScalesArgs& args, int splits,
                               cudaStream_t stream);

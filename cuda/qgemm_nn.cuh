@@ -149,13 +149,13 @@ void launch_qgemm_nn_tile(const GemmArgs& args, int splits, cudaStream_t stream)
 }
 
 template <int kBits>
-void launch_qgemm_nn(DType dtype, Tile tile, const GemmArgs& args, int splits,
+void launch_qgemm_nn(DType dtype, RowClass kind, const GemmArgs& args, int splits,
                      cudaStream_t stream) {
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
-    if (tile == Tile::few) {
+    if (kind == RowClass::few) {
       launch_qgemm_nn_tile<T, kBits, 1, 1, 4, 3>(args, splits, stream);
-    } else if (tile == Tile::some) {
+    } else if (kind == RowClass::some) {
       launch_qgemm_nn_tile<T, kBits, 2, 2, 2, 3>(args, splits, stream);
     } else {
       launch_qgemm_nn_tile<T, kBits, 4, 2, 2, 3>(args, splits, stream);

@@ -210,15 +210,15 @@ void launch_qgemm_nt_tile(const GemmArgs& args, int splits, cudaStream_t stream)
 }
 
 template <int kBits>
-void launch_qgemm_nt(DType dtype, Tile tile, const GemmArgs& args, int splits,
+void launch_qgemm_nt(DType dtype, RowClass kind, const GemmArgs& args, int splits,
                      cudaStream_t stream) {
   with_half_type(dtype, [&](auto element) {
     using T = decltype(element);
-    if (tile == Tile::few) {
+    if (kind == RowClass::few) {
       // As many stages as leave room for two blocks: at 8 bits on sm_80, at 4 in the 100 KB of
       // sm_86.
       launch_qgemm_nt_tile<T, kBits, 1, 2, 1, 4, kBits >= 4 ? 3 : 4>(args, splits, stream);
-    } else if (tile == Tile::some) {
+    } else if (kind == RowClass::some) {
       launch_qgemm_nt_tile<T, kBits, 4, 1, 1, 4, 4>(args, splits, stream);
     } else {
       launch_qgemm_nt_tile<T, kBits, 8, 1, 1, 4, 3>(args, splits, stream);

@@ -34,7 +34,7 @@ struct GptqProblem {
   View<std::uint8_t> codes;
   View<float> scales;
   View<std::uint8_t> zeros;
-  double* loss;  // one entry per kLanes outputs, so that their sum has a fixed order
+  double* loss;  // one entry per kStripOutputs outputs, so that their sum has a fixed order
 };
 
 struct LowRankShape {
@@ -42,7 +42,7 @@ struct LowRankShape {
 };
 
 // Outputs are quantized in strips of this many, on every backend and level.
-constexpr std::int64_t kLanes = 64;
+constexpr std::int64_t kStripOutputs = 64;
 
 // Heads of attention have at most so many columns.
 constexpr std::int64_t kMostHeadCols = 256;

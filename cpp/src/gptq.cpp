@@ -34,7 +34,8 @@ struct Scratch {
   Scratch(const Backend& backend, const QuantFormat& format, int threads)
       : of_backend(room<char>(backend.gptq_workspace(format, threads))),
         columns(static_cast<std::size_t>(format.in_features)),
-        strips(static_cast<std::size_t>((format.out_features + kLanes - 1) / kLanes)) {}
+        strips(
+            static_cast<std::size_t>((format.out_features + kStripOutputs - 1) / kStripOutputs)) {}
 
   std::size_t bytes() const { return of_backend + room<float>(columns) + room<double>(strips); }
 };

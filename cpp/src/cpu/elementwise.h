@@ -206,32 +206,32 @@ inline uint64_t random_at(uint64_t seed, uint64_t place) {
 // Sixteen generators of 32 bits a row (Marsaglia's xorshift), which need no product: 16 bits of a
 // number decide on an element.
 struct RowDraws {
-  static constexpr int kLanes = 16;
-  alignas(64) uint32_t state[kLanes];
+  static constexpr int kStreams = 16;
+  alignas(64) uint32_t state[kStreams];
 
   RowDraws(uint64_t seed, int64_t row) {
-    for (int i = 0; i < kLanes; i += 2) {
-      const uint64_t number = random_at(seed, static_cast<uint64_t>((row * kLanes + i) / 2));
+    for (int i = 0; i < kStreams; i += 2) {
+      const uint64_t number = random_at(seed, static_cast<uint64_t>((row * kStreams + i) / 2));
       state[i] = static_cast<uint32_t>(number) | 1;  // of zeros would come zeros
       state[i + 1] = static_cast<uint32_t>(number >> 32) | 1;
     }
   }
   // What to multiply the next 32 elements by.
   void next(uint32_t dropped, float scale, float* factors) {
-    for (int i = 0; i < kLanes; ++i) {
+    for (int i = 0; i < kStreams; ++i) {
       uint32_t s = state[i];
       s ^= s << 13;
       s ^= s >> 17;
       s ^= s << 5;
       state[i] = s;
       factors[i] = (s & 0xffff) < dropped ? 0.0f : scale;
-      factors[kLanes + i] = (s >> 16) < dropped ? 0.0f : scale;
+      factors[kStreams + i] = (s >> 16) < dropped ? 0.0f : scale;
     }
   }
 };
 
 void dropout(ConstMatrix x, uint64_t seed, uint32_t dropped, Matrix y, const Resources& use) {
-  constexpr int64_t kStep = 2 * RowDraws::kLanes;
+  constexpr int64_t kStep = 2 * RowDraws::kStreams;
   const float scale = 65536.0f / static_cast<float>(65536 - dropped);
   with_dtype(x.dtype, [&](auto type) {
     constexpr DType dtype = decltype(type)::value;

@@ -36,12 +36,12 @@ inline Grid make_grid(const Vec& low, const Vec& high, const Vec& max_code, cons
   return grid;
 }
 
-// The grid of `count` rows. Row i is w + rows[i]*kLanes, or w + i*kLanes without `rows`; its
-// squared errors count importance[i] times, or once without.
+// The grid of `count` rows. Row i is w + rows[i]*kStripOutputs, or w + i*kStripOutputs without
+// `rows`; its squared errors count importance[i] times, or once without.
 inline Grid find_grid(const float* w, const int32_t* rows, const float* importance, int64_t count,
                       int bits, const GridOptions& options) {
   const auto row = [&](int64_t i) {
-    return Vec::load(w + (rows != nullptr ? rows[i] : i) * kLanes);
+    return Vec::load(w + (rows != nullptr ? rows[i] : i) * kStripOutputs);
   };
   const Vec zero = Vec::broadcast(0.0f);
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << bits) - 1));
@@ -117,32 +117,34 @@ void quantize_rtn(ConstMatrix weight, const QuantFormat& f, const GridOptions& o
   const int64_t group = group_columns(f);
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << f.bits) - 1));
   float* scratch = static_cast<float*>(use.workspace);
-  parallel_for(divide_up(f.out_features, kLanes), use.threads, [&](int64_t strip, int thread) {
-    const int64_t first = strip * kLanes, count = smaller(kLanes, f.out_features - first);
-    float* w = scratch + thread * group * kLanes;
-    for (int64_t g = 0; g < f.groups(); ++g) {
-      const int64_t k0 = g * group, columns = smaller(group, f.in_features - k0);
-      ConstMatrix part = weight;
-      part.data = row_pointer(weight, 0) + k0 * bytes_of(weight.dtype);
-      part.cols = columns;
-      load_columns(part, first, count, kLanes, w);
-      for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
-        const Grid grid = find_grid(w + lane, nullptr, nullptr, columns, f.bits, options);
-        store_grid(grid, g, first, lane, count, scales, zeros);
-        for (int64_t k = 0; k < columns; ++k) {
-          float* at = w + k * kLanes + lane;
-          quantize_lane(Vec::load(at), grid, max_code).store(at);
+  parallel_for(
+      divide_up(f.out_features, kStripOutputs), use.threads, [&](int64_t strip, int thread) {
+        const int64_t first = strip * kStripOutputs,
+                      count = smaller(kStripOutputs, f.out_features - first);
+        float* w = scratch + thread * group * kStripOutputs;
+        for (int64_t g = 0; g < f.groups(); ++g) {
+          const int64_t k0 = g * group, columns = smaller(group, f.in_features - k0);
+          ConstMatrix part = weight;
+          part.data = row_pointer(weight, 0) + k0 * bytes_of(weight.dtype);
+          part.cols = columns;
+          load_columns(part, first, count, kStripOutputs, w);
+          for (int64_t lane = 0; lane < kStripOutputs; lane += kWidth) {
+            const Grid grid = find_grid(w + lane, nullptr, nullptr, columns, f.bits, options);
+            store_grid(grid, g, first, lane, count, scales, zeros);
+            for (int64_t k = 0; k < columns; ++k) {
+              float* at = w + k * kStripOutputs + lane;
+              quantize_lane(Vec::load(at), grid, max_code).store(at);
+            }
+          }
+          for (int64_t k = 0; k < columns; ++k) {
+            store_codes(w + k * kStripOutputs, k0 + k, first, count, codes);
+          }
         }
-      }
-      for (int64_t k = 0; k < columns; ++k) {
-        store_codes(w + k * kLanes, k0 + k, first, count, codes);
-      }
-    }
-  });
+      });
 }
 
 size_t quantize_rtn_workspace(const QuantFormat& f, int threads) {
-  return static_cast<size_t>(threads * group_columns(f) * kLanes) * sizeof(float);
+  return static_cast<size_t>(threads * group_columns(f) * kStripOutputs) * sizeof(float);
 }
 
 // ---- GPTQ ----
@@ -155,19 +157,19 @@ constexpr int64_t kGptqBlock = 128;  // columns whose errors are applied to the 
 inline void apply_errors(const View<const float>& u, int64_t begin, int64_t end, int64_t from,
                          int64_t to, const float* error, const int32_t* order, float* w) {
   constexpr int kRowsAtOnce = 4, kVecs = 2;
-  for (int64_t lane = 0; lane < kLanes; lane += kVecs * kWidth) {
+  for (int64_t lane = 0; lane < kStripOutputs; lane += kVecs * kWidth) {
     int64_t i = from;
     for (; i + kRowsAtOnce <= to; i += kRowsAtOnce) {
       Vec acc[kRowsAtOnce][kVecs];
       for (int r = 0; r < kRowsAtOnce; ++r) {
         for (int v = 0; v < kVecs; ++v) {
-          acc[r][v] = Vec::load(w + order[i + r] * kLanes + lane + v * kWidth);
+          acc[r][v] = Vec::load(w + order[i + r] * kStripOutputs + lane + v * kWidth);
         }
       }
       for (int64_t j = begin; j < end; ++j) {
         Vec e[kVecs];
         for (int v = 0; v < kVecs; ++v) {
-          e[v] = Vec::load(error + (j - begin) * kLanes + lane + v * kWidth);
+          e[v] = Vec::load(error + (j - begin) * kStripOutputs + lane + v * kWidth);
         }
         for (int r = 0; r < kRowsAtOnce; ++r) {
           const Vec c = Vec::broadcast(u.data[j * u.stride + i + r]);
@@ -176,17 +178,17 @@ inline void apply_errors(const View<const float>& u, int64_t begin, int64_t end,
       }
       for (int r = 0; r < kRowsAtOnce; ++r) {
         for (int v = 0; v < kVecs; ++v) {
-          acc[r][v].store(w + order[i + r] * kLanes + lane + v * kWidth);
+          acc[r][v].store(w + order[i + r] * kStripOutputs + lane + v * kWidth);
         }
       }
     }
     for (; i < to; ++i) {
       for (int v = 0; v < kVecs; ++v) {
-        float* at = w + order[i] * kLanes + lane + v * kWidth;
+        float* at = w + order[i] * kStripOutputs + lane + v * kWidth;
         Vec acc = Vec::load(at);
         for (int64_t j = begin; j < end; ++j) {
           acc = fnmadd(Vec::broadcast(u.data[j * u.stride + i]),
-                       Vec::load(error + (j - begin) * kLanes + lane + v * kWidth), acc);
+                       Vec::load(error + (j - begin) * kStripOutputs + lane + v * kWidth), acc);
         }
         acc.store(at);
       }
@@ -194,7 +196,7 @@ inline void apply_errors(const View<const float>& u, int64_t begin, int64_t end,
   }
 }
 
-// The grids of a strip, kept as floats: [G][kLanes / kWidth][scale, zero][kWidth].
+// The grids of a strip, kept as floats: [G][kStripOutputs / kWidth][scale, zero][kWidth].
 inline Grid load_grid(const float* grids, int64_t at) {
   const float* p = grids + at * 2 * kWidth;
   return {Vec::load(p), Vec::load(p + kWidth)};
@@ -208,19 +210,20 @@ inline void keep_grid(const Grid& grid, float* grids, int64_t at) {
 inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* error, float* grids) {
   const QuantFormat& f = p.format;
   const int64_t k = f.in_features, group = group_columns(f);
-  const int64_t first = strip * kLanes, count = smaller(kLanes, f.out_features - first);
-  constexpr int kVecs = kLanes / kWidth;
+  const int64_t first = strip * kStripOutputs,
+                count = smaller(kStripOutputs, f.out_features - first);
+  constexpr int kVecs = kStripOutputs / kWidth;
   const Vec max_code = Vec::broadcast(static_cast<float>((1 << f.bits) - 1));
 
-  load_columns(p.weight, first, count, kLanes, w);
+  load_columns(p.weight, first, count, kStripOutputs, w);
   for (int64_t i = 0; i < k; ++i) {
-    if (p.dead[i]) std::memset(w + i * kLanes, 0, kLanes * sizeof(float));
+    if (p.dead[i]) std::memset(w + i * kStripOutputs, 0, kStripOutputs * sizeof(float));
   }
   if (p.options.static_groups) {
     for (int64_t g = 0; g < f.groups(); ++g) {
       const int64_t k0 = g * group;
       for (int v = 0; v < kVecs; ++v) {
-        const Grid grid = find_grid(w + k0 * kLanes + v * kWidth, nullptr, p.importance + k0,
+        const Grid grid = find_grid(w + k0 * kStripOutputs + v * kWidth, nullptr, p.importance + k0,
                                     smaller(group, k - k0), f.bits, p.options.grid);
         keep_grid(grid, grids, g * kVecs + v);
         store_grid(grid, g, first, v * kWidth, count, p.scales, p.zeros);
@@ -246,9 +249,9 @@ inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* err
           store_grid(grid, g, first, v * kWidth, count, p.scales, p.zeros);
         }
       }
-      float* column = w + p.order[i] * kLanes;
-      float* e = error + (i - begin) * kLanes;
-      alignas(64) float q[kLanes];
+      float* column = w + p.order[i] * kStripOutputs;
+      float* e = error + (i - begin) * kStripOutputs;
+      alignas(64) float q[kStripOutputs];
       const Vec diagonal = Vec::broadcast(p.u.data[i * p.u.stride + i]);
       for (int v = 0; v < kVecs; ++v) {
         const Grid grid = load_grid(grids, g * kVecs + v);
@@ -268,8 +271,10 @@ inline void gptq_strip(const GptqProblem& p, int64_t strip, float* w, float* err
 }
 
 // Floats of a strip: its weights and the errors of a block, and its grids.
-inline int64_t strip_floats(const QuantFormat& f) { return (f.in_features + kGptqBlock) * kLanes; }
-inline int64_t grid_floats(const QuantFormat& f) { return f.groups() * 2 * kLanes; }
+inline int64_t strip_floats(const QuantFormat& f) {
+  return (f.in_features + kGptqBlock) * kStripOutputs;
+}
+inline int64_t grid_floats(const QuantFormat& f) { return f.groups() * 2 * kStripOutputs; }
 
 size_t gptq_workspace(const QuantFormat& f, int threads) {
   return static_cast<size_t>(threads * (strip_floats(f) + grid_floats(f))) * sizeof(float);
@@ -278,10 +283,10 @@ size_t gptq_workspace(const QuantFormat& f, int threads) {
 void gptq(const GptqProblem& p, const Resources& use) {
   const int64_t floats = strip_floats(p.format);
   float* scratch = static_cast<float*>(use.workspace);
-  parallel_for(divide_up(p.format.out_features, kLanes), use.threads,
+  parallel_for(divide_up(p.format.out_features, kStripOutputs), use.threads,
                [&](int64_t strip, int thread) {
                  float* w = scratch + thread * floats;
-                 gptq_strip(p, strip, w, w + p.format.in_features * kLanes,
+                 gptq_strip(p, strip, w, w + p.format.in_features * kStripOutputs,
                             scratch + use.threads * floats + thread * grid_floats(p.format));
                });
 }

@@ -402,7 +402,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for models, chart and results.")] = Path(
         "lowbitcore-demo"
     ),
-    minutes: Annotated[float, typer.Option(help="What training the 2-bit model may take.")] = 4.0,
+    minutes: Annotated[float, typer.Option(help="What training the 2-bit model may take.")] = 5.0,
     calib: Annotated[
         str,
         typer.Option(
