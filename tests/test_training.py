@@ -635,6 +635,38 @@ def test_a_cache_with_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         lbc.TeacherCache.fill(tmp_path / "cache", make_model("llama"), lesson(), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("processes", "more", "message"),
+    [
+        (1, ["--lambda-ce", -1], "--lambda-ce: expected 0 or more, got -1"),
+        (1, ["--lambda-kl", "inf"], "--lambda-kl: expected 0 or more, got inf"),
+        (1, ["--lambda-kl", 0, "--lambda-ce", 0], "--lambda-kl: expected one lambda above 0"),
+        (2, ["--micro-batch", 4], "--batch: expected a multiple of 4 sequences on 2 processes"),
+    ],
+)
+def test_settings_are_checked_before_a_cache_is_filled(
+    processes: int, more: list[object], message: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    cache = place / "cache-of-none"
+    trained = command(place, "lrec", "bad", "--steps", 5, "--cache", cache)
+    assert message in fail(*trained, *more)
+    assert not cache.exists() and not (place / "bad").exists()
+
+
+def test_a_cache_that_holds_other_things(place: Path, tmp_path: Path) -> None:
+    """Nothing is said of what it would take."""
+    (tmp_path / "notes").write_text("x")
+    done = run(*command(place, "lrec", "bad", "--steps", 5, "--cache", tmp_path))
+    assert "expected an empty or new directory" in done.stderr and " MB" not in done.stderr
+    (tmp_path / "notes").unlink()
+    done = run(*command(place, "lrec", "cached", "--steps", 1, "--cache", tmp_path))
+    assert "teacher, 0.0 MB" in done.stderr
+    other = command(place, "lrec", "bad", "--steps", 5, "--seed", 9, "--cache", tmp_path)
+    done = run(*other)
+    assert "holds states of other data" in done.stderr and " MB" not in done.stderr
+
+
 # --- The commands ------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ from lowbitcore.evaluate import check_text, perplexity
 from lowbitcore.formats import peft, scales
 from lowbitcore.heap import keep_heap_small
 from lowbitcore.lora import prepare_lora
-from lowbitcore.lrec import LrecTrainer, TeacherCache, head_fingerprint
+from lowbitcore.lrec import LrecTrainer, TeacherCache, check_loss, head_fingerprint
 from lowbitcore.model import load
 from lowbitcore.peqa import prepare_peqa, thaw_scales
 from lowbitcore.progress import Bar, draw
@@ -124,6 +124,9 @@ class Teacher:
     kl: Literal["forward", "reverse"]
     cache: str | None
 
+    def __post_init__(self) -> None:
+        check_loss(self.lambda_kl, self.lambda_ce, self.kl)  # before a cache is filled
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -158,6 +161,7 @@ def train(
     schedule = recipe.schedule
     device = training_device(recipe.device)
     _check_minutes(recipe)
+    micro = _micro_batch(schedule)
     if schedule.checkpointing == "full":
         keep_heap_small()  # whoever asks for it is short of memory
     start = time.perf_counter()
@@ -183,7 +187,7 @@ def train(
     teacher = _teacher(recipe, source, model, examples, say)
 
     def trainer(steps: int) -> PackedTrainer:
-        arguments = _arguments(schedule, out, steps, device, evaluate=measure is not None)
+        arguments = _arguments(schedule, micro, out, steps, device, evaluate=measure is not None)
         return _trainer(recipe, model, arguments, examples, teacher, measure)
 
     steps: int | None = _planned_steps(schedule, examples) or planned.get("steps")
@@ -429,17 +433,14 @@ def _teacher(
             f"--teacher: {recipe.teacher.model}: its head is not that of {recipe.model}: expected "
             "the model that this was quantized from, or no --cache"
         )
-    size = TeacherCache.bytes_needed(teacher, examples)
-    say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")
     # The others find it filled, whenever that may be.
     patience = timedelta(weeks=4)
     with PartialState(cpu=model.device.type == "cpu", timeout=patience).main_process_first():
         return TeacherCache.fill(recipe.teacher.cache, teacher, examples)
 
 
-def _arguments(
-    schedule: Schedule, out: Path, steps: int, device: torch.device, *, evaluate: bool
-) -> TrainingArguments:
+def _micro_batch(schedule: Schedule) -> int:
+    """How many sequences a process takes at a time."""
     processes = _processes()
     micro = schedule.micro_batch or max(1, schedule.batch // processes)
     if schedule.batch % (micro * processes):
@@ -447,6 +448,13 @@ def _arguments(
             f"--batch: expected a multiple of {micro} sequences on {processes} processes, got "
             f"{schedule.batch}"
         )
+    return micro
+
+
+def _arguments(
+    schedule: Schedule, micro: int, out: Path, steps: int, device: torch.device, *, evaluate: bool
+) -> TrainingArguments:
+    processes = _processes()
     return TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
