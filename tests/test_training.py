@@ -830,6 +830,35 @@ def test_minutes(place: Path) -> None:
     assert result["steps"] > 3 and result["training_seconds"] > 0.5
 
 
+def test_minutes_go_on_where_a_run_was_killed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of ten seconds, by this clock, of which the second run has two left."""
+    clock = [0.0]
+    trained = [str(word) for word in command(place, "emef", "", "--minutes", 1)]
+    trained[2] = str(tmp_path / "out")
+    step = PackedTrainer.training_step
+
+    def slow(self: PackedTrainer, *arguments: Any, **more: Any) -> torch.Tensor:
+        clock[0] += 10
+        return step(self, *arguments, **more)
+
+    def interrupted(self: PackedTrainer, *arguments: Any, **more: Any) -> torch.Tensor:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return slow(self, *arguments, **more)
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(recipes, "_seconds_a_step", lambda *_: 1.0)
+    monkeypatch.setattr(recipes, "_SAVE_SECONDS", 0)
+    monkeypatch.setattr(PackedTrainer, "training_step", interrupted)
+    assert CliRunner().invoke(cli.app, trained).exit_code == 130
+    monkeypatch.setattr(PackedTrainer, "training_step", slow)
+    clock[0] += 1000  # nobody was training
+    _, result = succeed(*trained, "--resume")
+    assert result["steps"] == 6
+
+
 def history(directory: Path) -> list[tuple[int, float]]:
     state = json.loads((directory / "trainer_state.json").read_text())
     return [(item["step"], item["loss"]) for item in state["log_history"] if "loss" in item]

@@ -469,6 +469,7 @@ def _arguments(
         logging_steps=max(1, steps // 200),
         save_steps=max(1, steps // _CHECKPOINTS),
         save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,  # a Deadline's
         eval_strategy="steps" if evaluate else "no",
         eval_steps=max(1, steps // _EVALUATIONS) if evaluate else None,
         eval_on_start=evaluate,  # where it starts from, and whether the text will do

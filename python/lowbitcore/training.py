@@ -27,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
 from lowbitcore import adapters
 from lowbitcore.blocks import evaluating
@@ -423,16 +424,21 @@ def restore(model: PreTrainedModel, directory: Path) -> None:
         adapter.b.copy_(b)
 
 
-class Deadline(TrainerCallback):  # type: ignore[misc]
-    """Ends a training that has used up its minutes, after the step it is at."""
+class Deadline(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Ends a training that has used up its minutes, after the step it is at; where callbacks are
+    restored from a checkpoint, those of the runs before it count."""
 
-    def __init__(self, minutes: float) -> None:
-        self._end = time.monotonic() + 60 * minutes
+    def __init__(self, minutes: float, spent: float = 0.0) -> None:
+        self._minutes, self._begin = minutes, time.monotonic() - spent
+
+    def state(self) -> dict[str, Any]:
+        spent = time.monotonic() - self._begin
+        return {"args": {"minutes": self._minutes, "spent": spent}, "attributes": {}}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if time.monotonic() >= self._end:
+        if time.monotonic() - self._begin >= 60 * self._minutes:
             control.should_training_stop = True
 
 
