@@ -266,6 +266,26 @@ def test_kill_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert contents(tmp_path / "out") == kept
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt(), ValueError()])
+def test_a_run_that_failed_keeps_no_lock(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its exception is still at hand, as it is in a notebook."""
+    source = save_source("llama", tmp_path / "in")
+    killed_run(source, tmp_path / "out", 1, monkeypatch)
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    name = "_take_up" if isinstance(error, ValueError) else "_write_block"
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming._StreamingRun, name, fail)
+        with pytest.raises(type(error)) as caught:
+            run(source, tmp_path / "out", resume=True)
+    run(source, tmp_path / "out", resume=True)
+    assert caught.value is error
+
+
 def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_source("llama", tmp_path / "in")
 

@@ -32,7 +32,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import lowbitcore as lbc
-from lowbitcore import cli, head, lrec, recipes, training
+from lowbitcore import cli, head, lrec, recipes, run_directory, training
 from lowbitcore.blocks import quantized_linears
 from lowbitcore.data import IGNORED, Example, TrainingSet, calibration_windows, read_examples
 from lowbitcore.formats import peft
@@ -571,6 +571,51 @@ def test_a_run_without_a_checkpoint_may_begin_anew(place: Path) -> None:
     (place / "begun" / "training.json").write_text("{}")
     _, result = succeed(*command(place, "peqa", "begun", "--steps", 1))
     assert result["steps"] == 1
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_whose_record_was_not_written(
+    killed: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a full disk, or as it was killed: neither its lock nor what it had begun is in the way."""
+    trained = command(place, "peqa", "", "--steps", 1)
+    trained[2] = tmp_path
+
+    def full(*arguments: Any) -> None:
+        if killed:
+            (tmp_path / ".training.json.x.tmp").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.files, "write_json", full)
+        assert "No space left" in run(*trained).stderr
+        with pytest.raises(OSError, match="No space left") as caught:
+            run_directory.begin(tmp_path, {}, steps=1, identity={})
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".tmp"] == [".lock"]
+    _, result = succeed(*trained)
+    assert result["steps"] == 1 and caught.value.errno == 28
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_training_that_failed_keeps_no_lock(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its exception is still at hand."""
+    schedule = recipes.Schedule(str(place / "text.txt"), steps=1, length=32)
+    recipe = recipes.Recipe(str(place / "quantized"), schedule)
+
+    def train(resume: bool) -> None:
+        recipes.train(recipe, tmp_path / "out", resume=resume, say=lambda line: None)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "write_result", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            train(resume=False)
+    train(resume=True)
+    assert caught.value.errno == 28
 
 
 # --- The teacher's cache -----------------------------------------------------------------------

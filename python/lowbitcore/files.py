@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+_LEFTOVER = ".*.tmp"  # of atomic_path
+
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
@@ -19,8 +21,15 @@ def one_line(error: BaseException) -> str:
 
 def remove_leftovers(directory: Path) -> None:
     """What a run that was killed while it wrote left in a directory; of a living one, too."""
-    for leftover in directory.glob(".*.tmp"):
+    for leftover in directory.glob(_LEFTOVER):
         leftover.unlink()
+
+
+def strangers(directory: Path, *ours: str) -> list[str]:
+    """What lies in a directory, if there is one, but for these names and what a run that was killed
+    while it wrote may have left."""
+    found = directory.iterdir() if directory.exists() else ()
+    return sorted(path.name for path in found if not (path.name in ours or path.match(_LEFTOVER)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

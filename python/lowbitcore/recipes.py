@@ -7,6 +7,7 @@ plot and the Trainer's log, and no checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -199,53 +200,53 @@ def train(
     bar = Bar()
     run.add_callback(bar)
     run.add_callback(SaveEvery(_SAVE_SECONDS))
-    lock = run_directory.begin(out, settings, steps=steps, identity=found) if is_main() else None
     if schedule.minutes is not None:
         run.add_callback(Deadline(schedule.minutes))
-    say(
-        f"training {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters "
-        f"for {steps} steps of {schedule.batch} sequences, {len(examples)} of them at hand"
-    )
-    before = time.perf_counter()
-    begun = run_directory.newest_checkpoint(out) if resume else None
-    if begun is not None:
-        say(f"going on from {begun}")
-    try:
-        run.train(resume_from_checkpoint=begun)
-    except BaseException as error:
-        bar.close()
-        if lock is not None:
-            lock.close()
-            if isinstance(error, KeyboardInterrupt):
+    lock = run_directory.begin(out, settings, steps=steps, identity=found) if is_main() else None
+    with lock or contextlib.nullcontext():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(
+            f"training {trained:,} parameters for {steps} steps of {schedule.batch} sequences, "
+            f"{len(examples)} of them at hand"
+        )
+        before = time.perf_counter()
+        begun = run_directory.newest_checkpoint(out) if resume else None
+        if begun is not None:
+            say(f"going on from {begun}")
+        try:
+            run.train(resume_from_checkpoint=begun)
+        except BaseException as error:
+            bar.close()
+            if lock is not None and isinstance(error, KeyboardInterrupt):
                 say(f"stopped after step {run.state.global_step}: {_what_is_kept(out)}")
-        raise
-    training_seconds = time.perf_counter() - before
-    _leave_the_others()
-    if lock is None:
-        return None
-    model.eval()
-    dtype = torch.float32 if recipe.lora is None else peft.DTYPES[recipe.lora.bits]
-    if recipe.lora is not None:
-        adapters.round_adapter(model, dtype)
-    if adapters.trains_scales(model):
-        adapters.round_scales(model)
-    ppl = None if measure is None else measure(model, None)
-    draw(run.state.log_history, out / "training.png", windows=_EVALUATION_WINDOWS, final=ppl)
-    run.state.save_to_json(str(out / _STATE))
-    losses = [item["loss"] for item in run.state.log_history if "loss" in item]
-    result = {
-        "out": str(out),
-        "steps": run.state.global_step,
-        "tokens": int(run.state.num_input_tokens_seen),
-        "seconds": time.perf_counter() - start,
-        "training_seconds": training_seconds,
-        "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
-        "ppl": ppl,
-    }
-    run_directory.write_result(out, result)
-    adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
-    lock.close()
-    return _finish(recipe, out, result)
+            raise
+        training_seconds = time.perf_counter() - before
+        _leave_the_others()
+        if lock is None:
+            return None
+        model.eval()
+        dtype = torch.float32 if recipe.lora is None else peft.DTYPES[recipe.lora.bits]
+        if recipe.lora is not None:
+            adapters.round_adapter(model, dtype)
+        if adapters.trains_scales(model):
+            adapters.round_scales(model)
+        ppl = None if measure is None else measure(model, None)
+        draw(run.state.log_history, out / "training.png", windows=_EVALUATION_WINDOWS, final=ppl)
+        run.state.save_to_json(str(out / _STATE))
+        losses = [item["loss"] for item in run.state.log_history if "loss" in item]
+        result = {
+            "out": str(out),
+            "steps": run.state.global_step,
+            "tokens": int(run.state.num_input_tokens_seen),
+            "seconds": time.perf_counter() - start,
+            "training_seconds": training_seconds,
+            "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
+            "ppl": ppl,
+        }
+        run_directory.write_result(out, result)
+        # Last: it says that the training is finished.
+        adapters.save_adapter(model, out, dtype=dtype)
+        return _finish(recipe, out, result)
 
 
 def _what_is_kept(out: Path) -> str:

@@ -53,7 +53,7 @@ def open_run(out: Path, settings: dict[str, Any], *, resume: bool) -> dict[str, 
                     f"unfinished run, got {now.get(name)!r}"
                 )
         return found
-    strangers = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    strangers = files.strangers(out, _LOCK)
     if strangers:
         raise ValueError(f"{out}: expected an empty or new directory, got {strangers[0]!r} in it")
     return {}
@@ -73,8 +73,13 @@ def begin(out: Path, settings: dict[str, Any], *, steps: int, identity: dict[str
     """Begins, or goes on with, a run in `out`; the lock that keeps others out of it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = files.lock(out / _LOCK)
-    record = {"recipe": settings, "steps": steps, "identity": identity}
-    files.write_json(out / RECORD, record)
+    try:
+        files.remove_leftovers(out)
+        record = {"recipe": settings, "steps": steps, "identity": identity}
+        files.write_json(out / RECORD, record)
+    except BaseException:  # a full disk, Ctrl-C
+        lock.close()
+        raise
     return lock
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -68,12 +69,13 @@ def quantize_checkpoint(
         opened = opened._replace(dtype=torch.bfloat16)
     windows = calibration_for(config, calibration, lambda: load_tokenizer(source), opened.config)
     run = _StreamingRun(opened, Path(out), windows, config, device)
-    run.open(resume=resume)
-    try:
-        return run.quantize(progress=progress)
-    except ValueError:
-        run.forget_if_nothing_is_done()
-        raise
+    with contextlib.closing(run):
+        run.open(resume=resume)
+        try:
+            return run.quantize(progress=progress)
+        except ValueError:
+            run.forget_if_nothing_is_done()
+            raise
 
 
 def check_output(out: Path, *, resume: bool) -> None:
@@ -93,13 +95,11 @@ def check_output(out: Path, *, resume: bool) -> None:
                 f"(--resume), or delete {partial}"
             )
         return
-    strangers = (
-        [path.name for path in out.iterdir() if path.name != _PARTIAL] if out.exists() else []
-    )
+    strangers = files.strangers(out, _PARTIAL)
     if strangers:
         raise ValueError(
             f"quantize_checkpoint: {out}: expected an empty or new directory, "
-            f"got {sorted(strangers)[0]!r} in it"
+            f"got {strangers[0]!r} in it"
         )
 
 
@@ -123,6 +123,7 @@ class _StreamingRun:
         self._generation_config = load_generation_config(source)
         self._report = Report(tokens=windows.numel())
         self._done = 0
+        self._lock_file: IO[str] | None = None
 
     # Progress
 
@@ -147,14 +148,17 @@ class _StreamingRun:
     def forget_if_nothing_is_done(self) -> None:
         """So that a refused setting, put right, need not be taken for a resumed run's."""
         if self._done == 0:
-            self._lock_file.close()
             shutil.rmtree(self._partial)
             if not any(self._out.iterdir()):
                 self._out.rmdir()
 
     def _lock(self) -> None:
-        """Keeps other runs out of `out` for as long as this process lives."""
+        """Keeps other runs out of `out` until `close`."""
         self._lock_file = files.lock(self._partial / _LOCK)
+
+    def close(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def _take_up(self, state: dict[str, Any], where: Path) -> None:
         for name, value in self._binding().items():
