@@ -222,6 +222,13 @@ class _StreamingRun:
         if self._finished:
             shutil.rmtree(self._partial)
             return self._report
+        if self._done < len(self._layout.modules):
+            self._quantize_blocks(progress)
+        with self._report.timing("write"):
+            self._merge()
+        return self._report
+
+    def _quantize_blocks(self, progress: bool) -> None:
         calibration = None
         if self._config.method == "gptq":
             calibration = self._calibrate()
@@ -241,9 +248,6 @@ class _StreamingRun:
                     self._done = index + 1
                     self._save_progress()
             self._parts.drop(self._parts.block_names(index))
-        with self._report.timing("write"):
-            self._merge()
-        return self._report
 
     def _calibrate(self) -> Calibration:
         """Runs the embeddings and what else comes before the blocks, then lets go of it."""
