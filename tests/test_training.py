@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch.nn import functional
@@ -345,6 +346,37 @@ def test_accumulation_and_unequal_lengths(tmp_path: Path) -> None:
         trainer.train()
         runs.append(losses(trainer))
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[6, 6], [6, 4]])
+def test_a_data_set_with_masks_of_its_own(lengths: list[int], tmp_path: Path) -> None:
+    """They are taken as they are, of tensors as of lists."""
+    examples = [
+        {
+            "input_ids": list(range(1, length + 1)),
+            "attention_mask": [0] + [1] * (length - 1),
+            "labels": [IGNORED, *range(2, length + 1)],
+        }
+        for length in lengths
+    ]
+    batch = collate(examples)
+    wanted = [[0, 1, 1, 1, 1, 1], [0, 1, 1, 1, *([1, 1] if lengths[1] == 6 else [0, 0])]]
+    assert batch["attention_mask"].tolist() == wanted
+    tensors = Dataset.from_list(examples).with_format("torch")
+    again = collate([tensors[0], tensors[1]])
+    assert again.keys() == batch.keys()
+    assert all(torch.equal(again[name], batch[name]) for name in batch)
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    trainer = lbc.EmefTrainer(model, arguments(tmp_path, max_steps=1), tensors)
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == sum(lengths) - 2
+
+
+@pytest.mark.parametrize("value", [[0, 0, 0], torch.zeros(3, dtype=torch.int64), "w1 w2 w3", 3])
+def test_columns_that_nobody_knows(value: Any) -> None:
+    example = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "token_type_ids": value}
+    with pytest.raises(ValueError, match="collate: token_type_ids: expected none, or a tensor"):
+        collate([example, example])
 
 
 def test_evaluation_and_early_stop(tmp_path: Path) -> None:

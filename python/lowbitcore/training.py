@@ -464,24 +464,35 @@ class SaveEvery(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
 
-def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pads on the right to the longest of a batch; the mask is left out where nothing is padded."""
+def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Pads on the right to the longest of a batch; the mask is left out where nothing is padded and
+    the examples have none of their own.
+
+    What else they have needs a row for each token, as `teacher_hidden` has: ValueError for others.
+    """
     lengths = [len(example["input_ids"]) for example in examples]
     longest = max(lengths)
+    padding = {"input_ids": 0, "labels": IGNORED}
+    if min(lengths) < longest or any("attention_mask" in example for example in examples):
+        padding["attention_mask"] = 0
     batch = {
-        "input_ids": torch.zeros(len(examples), longest, dtype=torch.int64),
-        "labels": torch.full((len(examples), longest), IGNORED, dtype=torch.int64),
+        name: torch.full((len(examples), longest), value, dtype=torch.int64)
+        for name, value in padding.items()
     }
     for row, example in enumerate(examples):
+        given = {"attention_mask": 1, **example}
         for name, target in batch.items():
-            target[row, : lengths[row]] = torch.as_tensor(example[name])
-    if min(lengths) < longest:
-        positions = torch.arange(longest)
-        batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
+            target[row, : lengths[row]] = torch.as_tensor(given[name])
     for name in examples[0].keys() - batch.keys():
-        padded = [
-            nn.functional.pad(example[name], (0, 0, 0, longest - len(example[name])))
-            for example in examples
-        ]
-        batch[name] = torch.stack(padded)
+        batch[name] = torch.stack([_padded(name, example[name], longest) for example in examples])
     return batch
+
+
+def _padded(name: str, rows: Any, length: int) -> Tensor:
+    if not isinstance(rows, Tensor) or rows.dim() != 2:
+        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(
+            f"collate: {name}: expected none, or a tensor [tokens, features], got {got}: leave it "
+            "out of train_dataset"
+        )
+    return nn.functional.pad(rows, (0, 0, 0, length - len(rows)))
