@@ -280,6 +280,19 @@ def test_peqas_learning_rate_is_relative(tmp_path: Path) -> None:
         torch.testing.assert_close(moved, 0.01 * old.abs().median(), rtol=1e-3, atol=0)
 
 
+def test_scales_of_which_most_are_zero_learn(tmp_path: Path) -> None:
+    model = lbc.prepare_peqa(quantized("llama"))
+    linears = list(quantized_linears(model).values())
+    with torch.no_grad():
+        for linear in linears:
+            linear.scales[:, : linear.scales.shape[1] * 3 // 4] = 0
+        linears[-1].scales.zero_()
+    optimizer = lbc.PeqaTrainer(model, arguments(tmp_path), lesson()).create_optimizer()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    wanted = [1e-2 * float(x.scales[x.scales != 0].detach().abs().median()) for x in linears[:-1]]
+    assert rates == pytest.approx([*wanted, 0.0]) and min(wanted) > 0
+
+
 def test_optimizers_of_ones_own(tmp_path: Path) -> None:
     """Scales have rates of their own; everything else is the Trainer's business."""
     model = lbc.prepare_lora(quantized("llama"), rank=2, targets=None)

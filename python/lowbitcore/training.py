@@ -209,9 +209,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     logged as eval_ppl, with its logarithm as eval_loss, whenever `args` ask for an evaluation.
     Everything else is the Trainer's.
 
-    Scales learn at a relative rate: `scales_lr` (by default `args.learning_rate`) times the mean
-    size of a linear's. They differ tenfold between the linears of one model, and more between
-    models, and the optimizers in use move any parameter by about the rate in a step.
+    Scales learn at a relative rate: `scales_lr` (by default `args.learning_rate`) times the median
+    size of a linear's that are not 0. They differ tenfold between the linears of one model, and
+    more between models, and the optimizers in use move any parameter by about the rate in a step.
 
     Raises ValueError where nothing was prepared, and FloatingPointError at the first loss or
     gradient that is NaN or Inf; the checkpoints before it are kept. Under a gradient scaler (fp16)
@@ -370,7 +370,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         groups: list[dict[str, Any]] = [{"params": others}] if others else []  # its rate is logged
         for item in scaled:
             # Not the mean: groups of nothing but zeros may have large scales.
-            size = float(item.detach().abs().median())
+            sizes = item.detach().abs()
+            used = sizes[sizes > 0]
+            size = float(used.median()) if len(used) else 0.0
             groups.append({"params": [item], "lr": self._scales_lr * size})
         self.optimizer = kind(groups, **options)
         return self.optimizer
