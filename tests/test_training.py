@@ -441,6 +441,21 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_a_loss_that_is_not_a_number_in_a_part_of_a_step(tmp_path: Path) -> None:
+    """The last step of a pass over the data may have fewer of them."""
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    for examples, bad, message in (
+        (64, 7, "step 2: micro-batch 3 of 4: its loss is nan"),
+        (6, 6, "step 2: micro-batch 2 of 2: its loss is nan"),
+    ):
+        trainer = lbc.EmefTrainer(model, arguments(tmp_path, **cut), lesson(examples))
+        handle = model.model.norm.register_forward_hook(poison(model, bad))
+        with pytest.raises(FloatingPointError, match=message):
+            trainer.train()
+        handle.remove()
+
+
 def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
     model = lbc.prepare_lora(quantized("llama"), rank=4)
     # Not the first one: clipping makes NaN of all of them.

@@ -267,6 +267,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             )
         set_checkpointing(model, checkpointing)
         self._evaluation = evaluation
+        self._micro_batch = 0  # of a step's, the one that was run last
         self._scales_lr = args.learning_rate if scales_lr is None else scales_lr
         args.remove_unused_columns = False  # what a batch holds is for the loss to know
         args.include_num_input_tokens_seen = "no"  # counted here, padding left out
@@ -304,6 +305,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def language_model(self) -> PreTrainedModel:
         return cast(TrainedModel, self.model).model
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._micro_batch = 0
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -312,10 +317,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         everywhere = self.accelerator.gather(tokens.to(self.args.device))
         self.state.num_input_tokens_seen += int(everywhere.sum())
+        self._micro_batch += 1
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"training: step {self.state.global_step + 1}: its loss is {float(loss)}"
-            )
+            step, count = self.state.global_step + 1, self.current_gradient_accumulation_steps
+            part = f"micro-batch {self._micro_batch} of {count}: " if count > 1 else ""
+            raise FloatingPointError(f"training: step {step}: {part}its loss is {float(loss)}")
         # A gradient scaler sees to its gradients by itself.
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
             self._check_gradients()
