@@ -763,7 +763,8 @@ def test_a_cache_that_holds_other_things(place: Path, tmp_path: Path) -> None:
     """Nothing is said of what it would take."""
     (tmp_path / "notes").write_text("x")
     done = run(*command(place, "lrec", "bad", "--steps", 5, "--cache", tmp_path))
-    assert "expected an empty or new directory" in done.stderr and " MB" not in done.stderr
+    said = "expected an empty or new directory, got 'notes' in it"
+    assert said in done.stderr and " MB" not in done.stderr
     (tmp_path / "notes").unlink()
     done = run(*command(place, "lrec", "cached", "--steps", 1, "--cache", tmp_path))
     assert "teacher, 0.0 MB" in done.stderr

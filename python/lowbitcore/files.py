@@ -25,11 +25,16 @@ def remove_leftovers(directory: Path) -> None:
         leftover.unlink()
 
 
-def strangers(directory: Path, *ours: str) -> list[str]:
-    """What lies in a directory, if there is one, but for these names and what a run that was killed
-    while it wrote may have left."""
-    found = directory.iterdir() if directory.exists() else ()
-    return sorted(path.name for path in found if not (path.name in ours or path.match(_LEFTOVER)))
+def check_free(where: str, directory: Path, *ours: str) -> None:
+    """ValueError unless there is a directory, or room for one, with nothing in it but these names
+    and what a run that was killed while it wrote may have left."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{where}: expected a directory, got a file")
+    found = set(directory.iterdir()) if directory.exists() else set()
+    strangers = found - {directory / name for name in ours} - set(directory.glob(_LEFTOVER))
+    if strangers:
+        first = min(strangers).name
+        raise ValueError(f"{where}: expected an empty or new directory, got {first!r} in it")
 
 
 def read_json(path: Path) -> dict[str, Any]:

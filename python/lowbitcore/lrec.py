@@ -241,8 +241,7 @@ class TeacherCache:
         """Whether a directory was begun for this; ValueError where it is for something else."""
         record = path / _RECORD
         if not record.exists():
-            if any(path.glob("[!.]*")):
-                raise ValueError(f"TeacherCache: {path}: expected an empty or new directory")
+            files.check_free(f"TeacherCache: {path}", path, _LOCK)
             return False
         found = files.read_json(record)
         for name, value in binding.items():

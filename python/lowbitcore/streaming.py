@@ -80,8 +80,6 @@ def quantize_checkpoint(
 
 def check_output(out: Path, *, resume: bool) -> None:
     """ValueError unless a quantization can write to `out`, or go on there."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"quantize_checkpoint: {out}: expected a directory, got a file")
     partial = out / _PARTIAL
     if (out / "config.json").exists():
         if resume and partial.is_dir():  # killed before it had cleaned up
@@ -95,12 +93,7 @@ def check_output(out: Path, *, resume: bool) -> None:
                 f"(--resume), or delete {partial}"
             )
         return
-    strangers = files.strangers(out, _PARTIAL)
-    if strangers:
-        raise ValueError(
-            f"quantize_checkpoint: {out}: expected an empty or new directory, "
-            f"got {strangers[0]!r} in it"
-        )
+    files.check_free(f"quantize_checkpoint: {out}", out, _PARTIAL)
 
 
 class _StreamingRun:
