@@ -217,9 +217,11 @@ def test_resume_gives_the_same_corrections(tmp_path: Path, monkeypatch: pytest.M
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_kill_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [0, 4])
+def test_kill_while_merging(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, rank=rank)
     source = save_source("llama", tmp_path / "in")
-    run(source, tmp_path / "whole")
+    run(source, tmp_path / "whole", config)
     write_json = files.write_json
 
     def stop(path: Path, value: Any) -> None:
@@ -230,11 +232,12 @@ def test_kill_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_json", stop)
         with pytest.raises(Killed):
-            run(source, tmp_path / "out")
+            run(source, tmp_path / "out", config)
     assert (tmp_path / "out" / "model.safetensors").exists()
     with pytest.raises(ValueError, match="no config.json"):
         lbc.load(tmp_path / "out")
-    run(source, tmp_path / "out", resume=True)
+    monkeypatch.delattr(streaming._StreamingRun, "_load_block")  # no forward has anything to say
+    run(source, tmp_path / "out", config, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -264,6 +267,26 @@ def test_kill_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run(source, tmp_path / "out", resume=True)
     kept = {name: data for name, data in finished.items() if not name.startswith(".partial")}
     assert contents(tmp_path / "out") == kept
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt(), ValueError()])
+def test_a_run_that_failed_keeps_no_lock(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its exception is still at hand, as it is in a notebook."""
+    source = save_source("llama", tmp_path / "in")
+    killed_run(source, tmp_path / "out", 1, monkeypatch)
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    name = "_take_up" if isinstance(error, ValueError) else "_write_block"
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming._StreamingRun, name, fail)
+        with pytest.raises(type(error)) as caught:
+            run(source, tmp_path / "out", resume=True)
+    run(source, tmp_path / "out", resume=True)
+    assert caught.value is error
 
 
 def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch.nn import functional
@@ -32,7 +33,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import lowbitcore as lbc
-from lowbitcore import cli, head, lrec, recipes, training
+from lowbitcore import cli, head, lrec, recipes, run_directory, training
 from lowbitcore.blocks import quantized_linears
 from lowbitcore.data import IGNORED, Example, TrainingSet, calibration_windows, read_examples
 from lowbitcore.formats import peft
@@ -279,6 +280,19 @@ def test_peqas_learning_rate_is_relative(tmp_path: Path) -> None:
         torch.testing.assert_close(moved, 0.01 * old.abs().median(), rtol=1e-3, atol=0)
 
 
+def test_scales_of_which_most_are_zero_learn(tmp_path: Path) -> None:
+    model = lbc.prepare_peqa(quantized("llama"))
+    linears = list(quantized_linears(model).values())
+    with torch.no_grad():
+        for linear in linears:
+            linear.scales[:, : linear.scales.shape[1] * 3 // 4] = 0
+        linears[-1].scales.zero_()
+    optimizer = lbc.PeqaTrainer(model, arguments(tmp_path), lesson()).create_optimizer()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    wanted = [1e-2 * float(x.scales[x.scales != 0].detach().abs().median()) for x in linears[:-1]]
+    assert rates == pytest.approx([*wanted, 0.0]) and min(wanted) > 0
+
+
 def test_optimizers_of_ones_own(tmp_path: Path) -> None:
     """Scales have rates of their own; everything else is the Trainer's business."""
     model = lbc.prepare_lora(quantized("llama"), rank=2, targets=None)
@@ -347,6 +361,37 @@ def test_accumulation_and_unequal_lengths(tmp_path: Path) -> None:
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("lengths", [[6, 6], [6, 4]])
+def test_a_data_set_with_masks_of_its_own(lengths: list[int], tmp_path: Path) -> None:
+    """They are taken as they are, of tensors as of lists."""
+    examples = [
+        {
+            "input_ids": list(range(1, length + 1)),
+            "attention_mask": [0] + [1] * (length - 1),
+            "labels": [IGNORED, *range(2, length + 1)],
+        }
+        for length in lengths
+    ]
+    batch = collate(examples)
+    wanted = [[0, 1, 1, 1, 1, 1], [0, 1, 1, 1, *([1, 1] if lengths[1] == 6 else [0, 0])]]
+    assert batch["attention_mask"].tolist() == wanted
+    tensors = Dataset.from_list(examples).with_format("torch")
+    again = collate([tensors[0], tensors[1]])
+    assert again.keys() == batch.keys()
+    assert all(torch.equal(again[name], batch[name]) for name in batch)
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    trainer = lbc.EmefTrainer(model, arguments(tmp_path, max_steps=1), tensors)
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == sum(lengths) - 2
+
+
+@pytest.mark.parametrize("value", [[0, 0, 0], torch.zeros(3, dtype=torch.int64), "w1 w2 w3", 3])
+def test_columns_that_nobody_knows(value: Any) -> None:
+    example = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "token_type_ids": value}
+    with pytest.raises(ValueError, match="collate: token_type_ids: expected none, or a tensor"):
+        collate([example, example])
+
+
 def test_evaluation_and_early_stop(tmp_path: Path) -> None:
     model = lbc.prepare_lora(quantized("llama"), rank=4)
     values = iter([9.0, 8.0, 8.5, 8.6, 8.7, 8.8])
@@ -388,12 +433,27 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
         model, arguments(tmp_path, save_strategy="steps", save_steps=2), lesson()
     )
     model.model.norm.register_forward_hook(poison(model, 6))
-    with pytest.raises(FloatingPointError, match="step 6: its loss is nan"):
+    with pytest.raises(FloatingPointError, match="step 6, micro-batch 1 of 1: its loss is nan"):
         trainer.train()
     good = newest_checkpoint(tmp_path)
     assert good is not None and good.name == "checkpoint-4"
     lbc.load_adapter(quantized("llama"), good)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_loss_that_is_not_a_number_in_a_part_of_a_step(tmp_path: Path) -> None:
+    """The last step of a pass over the data may have fewer of them."""
+    model = lbc.prepare_lora(quantized("llama"), rank=4)
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    for examples, bad, message in (
+        (64, 7, "step 2, micro-batch 3 of 4: its loss is nan"),
+        (6, 6, "step 2, micro-batch 2 of 2: its loss is nan"),
+    ):
+        trainer = lbc.EmefTrainer(model, arguments(tmp_path, **cut), lesson(examples))
+        handle = model.model.norm.register_forward_hook(poison(model, bad))
+        with pytest.raises(FloatingPointError, match=message):
+            trainer.train()
+        handle.remove()
 
 
 def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
@@ -573,6 +633,51 @@ def test_a_run_without_a_checkpoint_may_begin_anew(place: Path) -> None:
     assert result["steps"] == 1
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_whose_record_was_not_written(
+    killed: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a full disk, or as it was killed: neither its lock nor what it had begun is in the way."""
+    trained = command(place, "peqa", "", "--steps", 1)
+    trained[2] = tmp_path
+
+    def full(*arguments: Any) -> None:
+        if killed:
+            (tmp_path / ".training.json.x.tmp").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.files, "write_json", full)
+        assert "No space left" in run(*trained).stderr
+        with pytest.raises(OSError, match="No space left") as caught:
+            run_directory.begin(tmp_path, {}, steps=1, identity={})
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".tmp"] == [".lock"]
+    _, result = succeed(*trained)
+    assert result["steps"] == 1 and caught.value.errno == 28
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_training_that_failed_keeps_no_lock(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its exception is still at hand."""
+    schedule = recipes.Schedule(str(place / "text.txt"), steps=1, length=32)
+    recipe = recipes.Recipe(str(place / "quantized"), schedule)
+
+    def train(resume: bool) -> None:
+        recipes.train(recipe, tmp_path / "out", resume=resume, say=lambda line: None)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "write_result", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            train(resume=False)
+    train(resume=True)
+    assert caught.value.errno == 28
+
+
 # --- The teacher's cache -----------------------------------------------------------------------
 
 
@@ -633,6 +738,39 @@ def test_a_cache_with_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(lrec.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"needs 0\.00 GB"):
         lbc.TeacherCache.fill(tmp_path / "cache", make_model("llama"), lesson(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "message"),
+    [
+        (1, ["--lambda-ce", -1], "--lambda-ce: expected 0 or more, got -1"),
+        (1, ["--lambda-kl", "inf"], "--lambda-kl: expected 0 or more, got inf"),
+        (1, ["--lambda-kl", 0, "--lambda-ce", 0], "--lambda-kl: expected one lambda above 0"),
+        (2, ["--micro-batch", 4], "--batch: expected a multiple of 4 sequences on 2 processes"),
+    ],
+)
+def test_settings_are_checked_before_a_cache_is_filled(
+    processes: int, more: list[object], message: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    cache = place / "cache-of-none"
+    trained = command(place, "lrec", "bad", "--steps", 5, "--cache", cache)
+    assert message in fail(*trained, *more)
+    assert not cache.exists() and not (place / "bad").exists()
+
+
+def test_a_cache_that_holds_other_things(place: Path, tmp_path: Path) -> None:
+    """Nothing is said of what it would take."""
+    (tmp_path / "notes").write_text("x")
+    done = run(*command(place, "lrec", "bad", "--steps", 5, "--cache", tmp_path))
+    said = "expected an empty or new directory, got 'notes' in it"
+    assert said in done.stderr and " MB" not in done.stderr
+    (tmp_path / "notes").unlink()
+    done = run(*command(place, "lrec", "cached", "--steps", 1, "--cache", tmp_path))
+    assert "teacher cache, 0.0 MB" in done.stderr
+    other = command(place, "lrec", "bad", "--steps", 5, "--seed", 9, "--cache", tmp_path)
+    done = run(*other)
+    assert "holds states of other data" in done.stderr and " MB" not in done.stderr
 
 
 # --- The commands ------------------------------------------------------------------------------
@@ -796,6 +934,35 @@ def test_minutes(place: Path) -> None:
     assert time.monotonic() - begin < 60
     # A step takes some 0.05 s; how many fit was estimated from one.
     assert result["steps"] > 3 and result["training_seconds"] > 0.5
+
+
+def test_minutes_go_on_where_a_run_was_killed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of ten seconds, by this clock, of which the second run has two left."""
+    clock = [0.0]
+    trained = [str(word) for word in command(place, "emef", "", "--minutes", 1)]
+    trained[2] = str(tmp_path / "out")
+    step = PackedTrainer.training_step
+
+    def slow(self: PackedTrainer, *arguments: Any, **more: Any) -> torch.Tensor:
+        clock[0] += 10
+        return step(self, *arguments, **more)
+
+    def interrupted(self: PackedTrainer, *arguments: Any, **more: Any) -> torch.Tensor:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return slow(self, *arguments, **more)
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(recipes, "_seconds_a_step", lambda *_: 1.0)
+    monkeypatch.setattr(recipes, "_SAVE_SECONDS", 0)
+    monkeypatch.setattr(PackedTrainer, "training_step", interrupted)
+    assert CliRunner().invoke(cli.app, trained).exit_code == 130
+    monkeypatch.setattr(PackedTrainer, "training_step", slow)
+    clock[0] += 1000  # nobody was training
+    _, result = succeed(*trained, "--resume")
+    assert result["steps"] == 6
 
 
 def history(directory: Path) -> list[tuple[int, float]]:

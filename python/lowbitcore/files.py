@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+_LEFTOVER = ".*.tmp"  # of atomic_path
+
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
@@ -19,8 +21,20 @@ def one_line(error: BaseException) -> str:
 
 def remove_leftovers(directory: Path) -> None:
     """What a run that was killed while it wrote left in a directory; of a living one, too."""
-    for leftover in directory.glob(".*.tmp"):
+    for leftover in directory.glob(_LEFTOVER):
         leftover.unlink()
+
+
+def check_free(where: str, directory: Path, *ours: str) -> None:
+    """ValueError unless there is a directory, or room for one, with nothing in it but these names
+    and what a run that was killed while it wrote may have left."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{where}: expected a directory, got a file")
+    found = set(directory.iterdir()) if directory.exists() else set()
+    strangers = found - {directory / name for name in ours} - set(directory.glob(_LEFTOVER))
+    if strangers:
+        first = min(strangers).name
+        raise ValueError(f"{where}: expected an empty or new directory, got {first!r} in it")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ formula is written the other way round, "reverse".
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,8 +57,8 @@ class LrecTrainer(PackedTrainer):
 
     `teacher` is the 16-bit model, which then runs beside the student, with this library's
     operations in the place of transformers', or a `TeacherCache` of the very `train_dataset`.
-    Raises ValueError for lambdas below 0 or both 0, and where a cached teacher's head is not the
-    student's.
+    Raises ValueError for lambdas below 0, infinite or both 0, and where a cached teacher's head is
+    not the student's.
     """
 
     def __init__(
@@ -72,13 +73,7 @@ class LrecTrainer(PackedTrainer):
         kl: Direction = "forward",
         **kwargs: Any,
     ) -> None:
-        for name, value in (("lambda_kl", lambda_kl), ("lambda_ce", lambda_ce)):
-            if not (isinstance(value, int | float) and value >= 0):
-                raise ValueError(f"LrecTrainer: {name}: expected 0 or more, got {value!r}")
-        if lambda_kl == lambda_ce == 0:
-            raise ValueError("LrecTrainer: lambda_kl: expected one lambda above 0, got 0 and 0")
-        if kl not in ("forward", "reverse"):
-            raise ValueError(f"LrecTrainer: kl: expected forward or reverse, got {kl!r}")
+        check_loss(lambda_kl, lambda_ce, kl)
         self._weights = (lambda_kl, lambda_ce, kl)
         self._teacher: PreTrainedModel | None = None
         if isinstance(teacher, TeacherCache):
@@ -102,6 +97,17 @@ class LrecTrainer(PackedTrainer):
 
     def _trained(self, model: PreTrainedModel) -> TrainedModel:
         return _DistilledModel(model, self._teacher, *self._weights)
+
+
+def check_loss(lambda_kl: float, lambda_ce: float, kl: Direction) -> None:
+    """ValueError for lambdas below 0, infinite or both 0, and for an unknown direction."""
+    for name, value in (("lambda_kl", lambda_kl), ("lambda_ce", lambda_ce)):
+        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise ValueError(f"LrecTrainer: {name}: expected 0 or more, got {value!r}")
+    if lambda_kl == lambda_ce == 0:
+        raise ValueError("LrecTrainer: lambda_kl: expected one lambda above 0, got 0 and 0")
+    if kl not in ("forward", "reverse"):
+        raise ValueError(f"LrecTrainer: kl: expected forward or reverse, got {kl!r}")
 
 
 class _DistilledModel(TrainedModel):
@@ -208,8 +214,9 @@ class TeacherCache:
             return cache  # as several processes may find it at once
         with files.lock(path / _LOCK):
             files.remove_leftovers(path)
+            needed = cls.bytes_needed(teacher, dataset)
             if not cls._begun(path, binding):
-                needed, free = cls.bytes_needed(teacher, dataset), shutil.disk_usage(path).free
+                free = shutil.disk_usage(path).free
                 if needed > free:
                     raise OSError(
                         f"TeacherCache: {path}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} are "
@@ -217,7 +224,8 @@ class TeacherCache:
                     )
                 files.write_json(path / _RECORD, binding)
             todo = missing()
-            with tqdm(total=len(todo), desc="teacher", unit="shard", disable=not progress) as bar:
+            what = f"teacher cache, {needed / 1e6:,.1f} MB"
+            with tqdm(total=len(todo), desc=what, unit="shard", disable=not progress) as bar:
                 for group in _passes(todo, dataset):
                     states = iter(
                         states_of([dataset[i]["input_ids"] for shard in group for i in shard])
@@ -233,8 +241,7 @@ class TeacherCache:
         """Whether a directory was begun for this; ValueError where it is for something else."""
         record = path / _RECORD
         if not record.exists():
-            if any(path.glob("[!.]*")):
-                raise ValueError(f"TeacherCache: {path}: expected an empty or new directory")
+            files.check_free(f"TeacherCache: {path}", path, _LOCK)
             return False
         found = files.read_json(record)
         for name, value in binding.items():

@@ -7,6 +7,7 @@ plot and the Trainer's log, and no checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -34,7 +35,7 @@ from lowbitcore.evaluate import check_text, perplexity
 from lowbitcore.formats import peft, scales
 from lowbitcore.heap import keep_heap_small
 from lowbitcore.lora import prepare_lora
-from lowbitcore.lrec import LrecTrainer, TeacherCache, head_fingerprint
+from lowbitcore.lrec import LrecTrainer, TeacherCache, check_loss, head_fingerprint
 from lowbitcore.model import load
 from lowbitcore.peqa import prepare_peqa, thaw_scales
 from lowbitcore.progress import Bar, draw
@@ -124,6 +125,9 @@ class Teacher:
     kl: Literal["forward", "reverse"]
     cache: str | None
 
+    def __post_init__(self) -> None:
+        check_loss(self.lambda_kl, self.lambda_ce, self.kl)  # before a cache is filled
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -158,6 +162,7 @@ def train(
     schedule = recipe.schedule
     device = training_device(recipe.device)
     _check_minutes(recipe)
+    micro = _micro_batch(schedule)
     if schedule.checkpointing == "full":
         keep_heap_small()  # whoever asks for it is short of memory
     start = time.perf_counter()
@@ -183,7 +188,7 @@ def train(
     teacher = _teacher(recipe, source, model, examples, say)
 
     def trainer(steps: int) -> PackedTrainer:
-        arguments = _arguments(schedule, out, steps, device, evaluate=measure is not None)
+        arguments = _arguments(schedule, micro, out, steps, device, evaluate=measure is not None)
         return _trainer(recipe, model, arguments, examples, teacher, measure)
 
     steps: int | None = _planned_steps(schedule, examples) or planned.get("steps")
@@ -195,53 +200,53 @@ def train(
     bar = Bar()
     run.add_callback(bar)
     run.add_callback(SaveEvery(_SAVE_SECONDS))
-    lock = run_directory.begin(out, settings, steps=steps, identity=found) if is_main() else None
     if schedule.minutes is not None:
         run.add_callback(Deadline(schedule.minutes))
-    say(
-        f"training {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters "
-        f"for {steps} steps of {schedule.batch} sequences, {len(examples)} of them at hand"
-    )
-    before = time.perf_counter()
-    begun = run_directory.newest_checkpoint(out) if resume else None
-    if begun is not None:
-        say(f"going on from {begun}")
-    try:
-        run.train(resume_from_checkpoint=begun)
-    except BaseException as error:
-        bar.close()
-        if lock is not None:
-            lock.close()
-            if isinstance(error, KeyboardInterrupt):
+    lock = run_directory.begin(out, settings, steps=steps, identity=found) if is_main() else None
+    with lock or contextlib.nullcontext():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(
+            f"training {trained:,} parameters for {steps} steps of {schedule.batch} sequences, "
+            f"{len(examples)} of them at hand"
+        )
+        before = time.perf_counter()
+        begun = run_directory.newest_checkpoint(out) if resume else None
+        if begun is not None:
+            say(f"going on from {begun}")
+        try:
+            run.train(resume_from_checkpoint=begun)
+        except BaseException as error:
+            bar.close()
+            if lock is not None and isinstance(error, KeyboardInterrupt):
                 say(f"stopped after step {run.state.global_step}: {_what_is_kept(out)}")
-        raise
-    training_seconds = time.perf_counter() - before
-    _leave_the_others()
-    if lock is None:
-        return None
-    model.eval()
-    dtype = torch.float32 if recipe.lora is None else peft.DTYPES[recipe.lora.bits]
-    if recipe.lora is not None:
-        adapters.round_adapter(model, dtype)
-    if adapters.trains_scales(model):
-        adapters.round_scales(model)
-    ppl = None if measure is None else measure(model, None)
-    draw(run.state.log_history, out / "training.png", windows=_EVALUATION_WINDOWS, final=ppl)
-    run.state.save_to_json(str(out / _STATE))
-    losses = [item["loss"] for item in run.state.log_history if "loss" in item]
-    result = {
-        "out": str(out),
-        "steps": run.state.global_step,
-        "tokens": int(run.state.num_input_tokens_seen),
-        "seconds": time.perf_counter() - start,
-        "training_seconds": training_seconds,
-        "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
-        "ppl": ppl,
-    }
-    run_directory.write_result(out, result)
-    adapters.save_adapter(model, out, dtype=dtype)  # last: it says that the training is finished
-    lock.close()
-    return _finish(recipe, out, result)
+            raise
+        training_seconds = time.perf_counter() - before
+        _leave_the_others()
+        if lock is None:
+            return None
+        model.eval()
+        dtype = torch.float32 if recipe.lora is None else peft.DTYPES[recipe.lora.bits]
+        if recipe.lora is not None:
+            adapters.round_adapter(model, dtype)
+        if adapters.trains_scales(model):
+            adapters.round_scales(model)
+        ppl = None if measure is None else measure(model, None)
+        draw(run.state.log_history, out / "training.png", windows=_EVALUATION_WINDOWS, final=ppl)
+        run.state.save_to_json(str(out / _STATE))
+        losses = [item["loss"] for item in run.state.log_history if "loss" in item]
+        result = {
+            "out": str(out),
+            "steps": run.state.global_step,
+            "tokens": int(run.state.num_input_tokens_seen),
+            "seconds": time.perf_counter() - start,
+            "training_seconds": training_seconds,
+            "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
+            "ppl": ppl,
+        }
+        run_directory.write_result(out, result)
+        # Last: it says that the training is finished.
+        adapters.save_adapter(model, out, dtype=dtype)
+        return _finish(recipe, out, result)
 
 
 def _what_is_kept(out: Path) -> str:
@@ -429,17 +434,14 @@ def _teacher(
             f"--teacher: {recipe.teacher.model}: its head is not that of {recipe.model}: expected "
             "the model that this was quantized from, or no --cache"
         )
-    size = TeacherCache.bytes_needed(teacher, examples)
-    say(f"teacher cache: {size / 1e6:,.1f} MB in {recipe.teacher.cache}")
     # The others find it filled, whenever that may be.
     patience = timedelta(weeks=4)
     with PartialState(cpu=model.device.type == "cpu", timeout=patience).main_process_first():
         return TeacherCache.fill(recipe.teacher.cache, teacher, examples)
 
 
-def _arguments(
-    schedule: Schedule, out: Path, steps: int, device: torch.device, *, evaluate: bool
-) -> TrainingArguments:
+def _micro_batch(schedule: Schedule) -> int:
+    """How many sequences a process takes at a time."""
     processes = _processes()
     micro = schedule.micro_batch or max(1, schedule.batch // processes)
     if schedule.batch % (micro * processes):
@@ -447,6 +449,13 @@ def _arguments(
             f"--batch: expected a multiple of {micro} sequences on {processes} processes, got "
             f"{schedule.batch}"
         )
+    return micro
+
+
+def _arguments(
+    schedule: Schedule, micro: int, out: Path, steps: int, device: torch.device, *, evaluate: bool
+) -> TrainingArguments:
+    processes = _processes()
     return TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -461,6 +470,7 @@ def _arguments(
         logging_steps=max(1, steps // 200),
         save_steps=max(1, steps // _CHECKPOINTS),
         save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,  # a Deadline's
         eval_strategy="steps" if evaluate else "no",
         eval_steps=max(1, steps // _EVALUATIONS) if evaluate else None,
         eval_on_start=evaluate,  # where it starts from, and whether the text will do

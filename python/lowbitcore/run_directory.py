@@ -31,8 +31,6 @@ def open_run(out: Path, settings: dict[str, Any], *, resume: bool) -> dict[str, 
     """The record of an unfinished run in `out`, with the same settings, to resume; empty where
     there is none. Raises ValueError where `out` holds anything that would be lost, and for a run
     with other settings."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: expected a directory, got a file")
     record = out / RECORD
     if not is_main():  # the first process may have begun already
         return files.read_json(record) if resume and record.exists() else {}
@@ -53,9 +51,7 @@ def open_run(out: Path, settings: dict[str, Any], *, resume: bool) -> dict[str, 
                     f"unfinished run, got {now.get(name)!r}"
                 )
         return found
-    strangers = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if strangers:
-        raise ValueError(f"{out}: expected an empty or new directory, got {strangers[0]!r} in it")
+    files.check_free(str(out), out, _LOCK)
     return {}
 
 
@@ -73,8 +69,13 @@ def begin(out: Path, settings: dict[str, Any], *, steps: int, identity: dict[str
     """Begins, or goes on with, a run in `out`; the lock that keeps others out of it."""
     out.mkdir(parents=True, exist_ok=True)
     lock = files.lock(out / _LOCK)
-    record = {"recipe": settings, "steps": steps, "identity": identity}
-    files.write_json(out / RECORD, record)
+    try:
+        files.remove_leftovers(out)
+        record = {"recipe": settings, "steps": steps, "identity": identity}
+        files.write_json(out / RECORD, record)
+    except BaseException:  # a full disk, Ctrl-C
+        lock.close()
+        raise
     return lock
 
 

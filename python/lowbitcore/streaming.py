@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -68,18 +69,17 @@ def quantize_checkpoint(
         opened = opened._replace(dtype=torch.bfloat16)
     windows = calibration_for(config, calibration, lambda: load_tokenizer(source), opened.config)
     run = _StreamingRun(opened, Path(out), windows, config, device)
-    run.open(resume=resume)
-    try:
-        return run.quantize(progress=progress)
-    except ValueError:
-        run.forget_if_nothing_is_done()
-        raise
+    with contextlib.closing(run):
+        run.open(resume=resume)
+        try:
+            return run.quantize(progress=progress)
+        except ValueError:
+            run.forget_if_nothing_is_done()
+            raise
 
 
 def check_output(out: Path, *, resume: bool) -> None:
     """ValueError unless a quantization can write to `out`, or go on there."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"quantize_checkpoint: {out}: expected a directory, got a file")
     partial = out / _PARTIAL
     if (out / "config.json").exists():
         if resume and partial.is_dir():  # killed before it had cleaned up
@@ -93,14 +93,7 @@ def check_output(out: Path, *, resume: bool) -> None:
                 f"(--resume), or delete {partial}"
             )
         return
-    strangers = (
-        [path.name for path in out.iterdir() if path.name != _PARTIAL] if out.exists() else []
-    )
-    if strangers:
-        raise ValueError(
-            f"quantize_checkpoint: {out}: expected an empty or new directory, "
-            f"got {sorted(strangers)[0]!r} in it"
-        )
+    files.check_free(f"quantize_checkpoint: {out}", out, _PARTIAL)
 
 
 class _StreamingRun:
@@ -123,6 +116,7 @@ class _StreamingRun:
         self._generation_config = load_generation_config(source)
         self._report = Report(tokens=windows.numel())
         self._done = 0
+        self._lock_file: IO[str] | None = None
 
     # Progress
 
@@ -147,14 +141,17 @@ class _StreamingRun:
     def forget_if_nothing_is_done(self) -> None:
         """So that a refused setting, put right, need not be taken for a resumed run's."""
         if self._done == 0:
-            self._lock_file.close()
             shutil.rmtree(self._partial)
             if not any(self._out.iterdir()):
                 self._out.rmdir()
 
     def _lock(self) -> None:
-        """Keeps other runs out of `out` for as long as this process lives."""
+        """Keeps other runs out of `out` until `close`."""
         self._lock_file = files.lock(self._partial / _LOCK)
+
+    def close(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.close()
 
     def _take_up(self, state: dict[str, Any], where: Path) -> None:
         for name, value in self._binding().items():
@@ -218,6 +215,13 @@ class _StreamingRun:
         if self._finished:
             shutil.rmtree(self._partial)
             return self._report
+        if self._done < len(self._layout.modules):
+            self._quantize_blocks(progress)
+        with self._report.timing("write"):
+            self._merge()
+        return self._report
+
+    def _quantize_blocks(self, progress: bool) -> None:
         calibration = None
         if self._config.method == "gptq":
             calibration = self._calibrate()
@@ -237,9 +241,6 @@ class _StreamingRun:
                     self._done = index + 1
                     self._save_progress()
             self._parts.drop(self._parts.block_names(index))
-        with self._report.timing("write"):
-            self._merge()
-        return self._report
 
     def _calibrate(self) -> Calibration:
         """Runs the embeddings and what else comes before the blocks, then lets go of it."""

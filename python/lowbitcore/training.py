@@ -27,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
 from lowbitcore import adapters
 from lowbitcore.blocks import evaluating
@@ -208,9 +209,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     logged as eval_ppl, with its logarithm as eval_loss, whenever `args` ask for an evaluation.
     Everything else is the Trainer's.
 
-    Scales learn at a relative rate: `scales_lr` (by default `args.learning_rate`) times the mean
-    size of a linear's. They differ tenfold between the linears of one model, and more between
-    models, and the optimizers in use move any parameter by about the rate in a step.
+    Scales learn at a relative rate: `scales_lr` (by default `args.learning_rate`) times the median
+    size of a linear's that are not 0. They differ tenfold between the linears of one model, and
+    more between models, and the optimizers in use move any parameter by about the rate in a step.
 
     Raises ValueError where nothing was prepared, and FloatingPointError at the first loss or
     gradient that is NaN or Inf; the checkpoints before it are kept. Under a gradient scaler (fp16)
@@ -266,6 +267,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             )
         set_checkpointing(model, checkpointing)
         self._evaluation = evaluation
+        self._micro_batch = 0  # of a step's, the one that was run last
         self._scales_lr = args.learning_rate if scales_lr is None else scales_lr
         args.remove_unused_columns = False  # what a batch holds is for the loss to know
         args.include_num_input_tokens_seen = "no"  # counted here, padding left out
@@ -303,6 +305,10 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def language_model(self) -> PreTrainedModel:
         return cast(TrainedModel, self.model).model
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._micro_batch = 0
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -311,9 +317,12 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         everywhere = self.accelerator.gather(tokens.to(self.args.device))
         self.state.num_input_tokens_seen += int(everywhere.sum())
+        self._micro_batch += 1
         if not torch.isfinite(loss):
+            step, count = self.state.global_step + 1, self.current_gradient_accumulation_steps
             raise FloatingPointError(
-                f"training: step {self.state.global_step + 1}: its loss is {float(loss)}"
+                f"training: step {step}, micro-batch {self._micro_batch} of {count}: its loss is "
+                f"{float(loss)}"
             )
         # A gradient scaler sees to its gradients by itself.
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
@@ -369,7 +378,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         groups: list[dict[str, Any]] = [{"params": others}] if others else []  # its rate is logged
         for item in scaled:
             # Not the mean: groups of nothing but zeros may have large scales.
-            size = float(item.detach().abs().median())
+            sizes = item.detach().abs()
+            used = sizes[sizes > 0]
+            size = float(used.median()) if len(used) else 0.0
             groups.append({"params": [item], "lr": self._scales_lr * size})
         self.optimizer = kind(groups, **options)
         return self.optimizer
@@ -423,16 +434,21 @@ def restore(model: PreTrainedModel, directory: Path) -> None:
         adapter.b.copy_(b)
 
 
-class Deadline(TrainerCallback):  # type: ignore[misc]
-    """Ends a training that has used up its minutes, after the step it is at."""
+class Deadline(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Ends a training that has used up its minutes, after the step it is at; where callbacks are
+    restored from a checkpoint, those of the runs before it count."""
 
-    def __init__(self, minutes: float) -> None:
-        self._end = time.monotonic() + 60 * minutes
+    def __init__(self, minutes: float, spent: float = 0.0) -> None:
+        self._minutes, self._begin = minutes, time.monotonic() - spent
+
+    def state(self) -> dict[str, Any]:
+        spent = time.monotonic() - self._begin
+        return {"args": {"minutes": self._minutes, "spent": spent}, "attributes": {}}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if time.monotonic() >= self._end:
+        if time.monotonic() - self._begin >= 60 * self._minutes:
             control.should_training_stop = True
 
 
@@ -458,24 +474,35 @@ class SaveEvery(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
 
-def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pads on the right to the longest of a batch; the mask is left out where nothing is padded."""
+def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Pads on the right to the longest of a batch; the mask is left out where nothing is padded and
+    the examples have none of their own.
+
+    What else they have needs a row for each token, as `teacher_hidden` has: ValueError for others.
+    """
     lengths = [len(example["input_ids"]) for example in examples]
     longest = max(lengths)
+    padding = {"input_ids": 0, "labels": IGNORED}
+    if min(lengths) < longest or any("attention_mask" in example for example in examples):
+        padding["attention_mask"] = 0
     batch = {
-        "input_ids": torch.zeros(len(examples), longest, dtype=torch.int64),
-        "labels": torch.full((len(examples), longest), IGNORED, dtype=torch.int64),
+        name: torch.full((len(examples), longest), value, dtype=torch.int64)
+        for name, value in padding.items()
     }
     for row, example in enumerate(examples):
+        given = {"attention_mask": 1, **example}
         for name, target in batch.items():
-            target[row, : lengths[row]] = torch.as_tensor(example[name])
-    if min(lengths) < longest:
-        positions = torch.arange(longest)
-        batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
+            target[row, : lengths[row]] = torch.as_tensor(given[name])
     for name in examples[0].keys() - batch.keys():
-        padded = [
-            nn.functional.pad(example[name], (0, 0, 0, longest - len(example[name])))
-            for example in examples
-        ]
-        batch[name] = torch.stack(padded)
+        batch[name] = torch.stack([_padded(name, example[name], longest) for example in examples])
     return batch
+
+
+def _padded(name: str, rows: Any, length: int) -> Tensor:
+    if not isinstance(rows, Tensor) or rows.dim() != 2:
+        got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(
+            f"collate: {name}: expected none, or a tensor [tokens, features], got {got}: leave it "
+            "out of train_dataset"
+        )
+    return nn.functional.pad(rows, (0, 0, 0, length - len(rows)))
