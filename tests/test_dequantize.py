@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lowbitcore as lbc
 from lowbitcore.blocks import quantized_linears
+from lowbitcore.formats import checkpoint
 from lowbitcore.nn import LoraLinear
 from test_adapters import excite, stretched
 from test_cli import fail, succeed
@@ -74,10 +75,6 @@ def test_its_type_and_tokenizer(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a quantized one, got a plain one"):
         lbc.save_dequantized(make_model("llama"), tmp_path / "plain")
-    (tmp_path / ".model.safetensors.x.tmp").write_text("what a kill left")
-    lbc.save_dequantized(quantized("llama"), tmp_path)
-    shutil.rmtree(tmp_path)
-    tmp_path.mkdir()
     (tmp_path / "mine.txt").write_text("text")
     with pytest.raises(ValueError, match=r"expected an empty or new directory, got 'mine\.txt'"):
         lbc.save_dequantized(quantized("llama"), tmp_path)
@@ -91,7 +88,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
         next(iter(quantized_linears(model).values())).scales.fill_(60000)
     with pytest.raises(ValueError, match=r"q_proj: expected weights that fit torch\.float16"):
         lbc.save_dequantized(model, tmp_path / "large")
-    assert not list((tmp_path / "large").iterdir())
+    assert not list((tmp_path / "large").glob("*.safetensors"))
+
+
+def test_what_an_interrupted_call_left_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, write = quantized("llama"), checkpoint.write_safetensors
+
+    def full(path: Path, *args: Any, **kwargs: Any) -> None:
+        if "00002" in path.name:
+            raise OSError(28, "No space left on device")
+        write(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        lbc.save_dequantized(model, tmp_path, max_shard_bytes=40_000)
+    monkeypatch.undo()
+    assert list(tmp_path.glob("model-00001-of-*.safetensors"))
+    (tmp_path / ".model-00002-of-00010.safetensors.12345678.tmp").write_text("of a kill")
+    lbc.save_dequantized(model, tmp_path)
+    torch.testing.assert_close(logits(theirs(tmp_path)), logits(model), rtol=1e-4, atol=1e-4)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 def test_the_command(tmp_path: Path) -> None:

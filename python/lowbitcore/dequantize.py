@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
@@ -28,6 +27,9 @@ from lowbitcore.model import check_saving, origin_tokenizer, write_model
 from lowbitcore.nn import LowRank, QuantLinear
 from lowbitcore.skeleton import build_skeleton, saved_name, tied_names
 
+# Beside files of a model that is not whole yet.
+_UNFINISHED = ".unfinished"
+
 
 def save_dequantized(
     model: PreTrainedModel,
@@ -43,20 +45,14 @@ def save_dequantized(
     adapter on the model is added to them: to have these apart, write the model before they are on
     it. One linear at a time is dense in memory. Without `tokenizer`, that of the directory the
     model was loaded from is copied, if it has one. Raises ValueError where nothing is quantized or
-    adapted, where the dtype cannot hold a weight, and for an `out` that holds anything.
+    adapted, where the dtype cannot hold a weight, and for an `out` that holds anything but what a
+    call that was interrupted has left.
     """
     check_saving("save_dequantized", model, out, tokenizer, max_shard_bytes)
     directory = Path(out)
-    if directory.is_dir():
-        names = sorted(path.name for path in directory.iterdir())
-        # But for what a kill has left of the first file.
-        strangers = [n for n in names if not re.fullmatch(r"\.model.*\.safetensors\..*\.tmp", n)]
-        if strangers:
-            raise ValueError(
-                f"save_dequantized: {out}: expected an empty or new directory, got "
-                f"{strangers[0]!r} in it"
-            )
-        files.remove_leftovers(directory)
+    unfinished = directory / _UNFINISHED
+    if not unfinished.exists():
+        files.check_free(f"save_dequantized: {out}", directory)
     stacks = adapter_stacks(model)
     with without_adapters(model):
         linears: dict[str, nn.Module] = dict(quantized_linears(model))
@@ -88,6 +84,9 @@ def save_dequantized(
             for name, tensor in plain_tensors(model).items()
             if name not in ties and name not in merged
         ]
+        directory.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        files.remove_leftovers(directory)
         write_model(
             directory,
             entries,
@@ -97,6 +96,7 @@ def save_dequantized(
             tokenizer=origin_tokenizer(model) if tokenizer is None else tokenizer,
             max_shard_bytes=max_shard_bytes,
         )
+        unfinished.unlink()
 
 
 @torch.no_grad()

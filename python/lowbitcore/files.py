@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-_LEFTOVER = ".*.tmp"  # of atomic_path
+_LEFTOVER = ".*.????????.tmp"  # of atomic_path
 
 
 def one_line(error: BaseException) -> str:
