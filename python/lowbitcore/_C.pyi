@@ -4,7 +4,15 @@ class Error(RuntimeError): ...
 
 _Norm = tuple[Tensor, float]
 _Linear = tuple[
-    Tensor, Tensor, Tensor | None, int, int, int, int, tuple[tuple[Tensor, Tensor, float], ...]
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    int,
+    int,
+    int,
+    int,
+    tuple[tuple[Tensor, Tensor, float], ...],
 ]
 
 def available_isas() -> list[str]: ...

@@ -301,11 +301,13 @@ class QuantLinear(nn.Module):
         self, adapters: tuple[tuple[Tensor, Tensor, float], ...]
     ) -> ops.AdaptedWeight | None:
         """What `ops.project_token` and `ops.finish_token` take; None where they do not serve: on
-        other devices, of permuted inputs, of scales that are computed (parametrizations)."""
+        other devices, of groups that no ``order`` makes trivial, of scales that are computed
+        (parametrizations)."""
         buffers: dict[str, Any] = self._buffers
         parameters: dict[str, Any] = self._parameters
+        order = buffers["order"]
         if (
-            buffers["g_idx"] is not None
+            (order is None and buffers["g_idx"] is not None)
             or self._layout != "cpu"
             or "scales" not in parameters
             or "bias" not in parameters
@@ -320,6 +322,7 @@ class QuantLinear(nn.Module):
             packed,
             scales,
             None if bias is None else bias.float().contiguous(),
+            order,
             self.bits,
             self.group_size,
             self.in_features,
