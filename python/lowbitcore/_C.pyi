@@ -70,6 +70,7 @@ def qgemm_nt(
     scales: Tensor,
     g_idx: Tensor | None,
     bias: Tensor | None,
+    order: Tensor | None,
     bits: int,
     group_size: int,
     in_features: int,

@@ -258,9 +258,9 @@ class QuantLinear(nn.Module):
         buffers: dict[str, Any] = self._buffers
         parameters: dict[str, Any] = self._parameters
         order = buffers["order"]
+        g_idx = buffers["g_idx"] if order is None else None
         if (
-            order is None
-            and buffers["g_idx"] is None
+            g_idx is None
             and self._layout == "cpu"
             and "scales" in parameters  # else it is computed from something (parametrizations)
             and "bias" in parameters
@@ -274,6 +274,7 @@ class QuantLinear(nn.Module):
                 parameters["scales"],
                 None,
                 bias,
+                order,
                 self.bits,
                 self.group_size,
                 self.in_features,
@@ -293,7 +294,7 @@ class QuantLinear(nn.Module):
             self.scales,
             bits=self.bits,
             group_size=self.group_size,
-            g_idx=buffers["g_idx"] if order is None else None,
+            g_idx=g_idx,
             bias=self.bias,
         )
 
