@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -145,7 +146,14 @@ def test_large_scores(isa: str) -> None:
 
 
 def weight(
-    seed: int, k: int, n: int, *, bits: int = 4, bias: bool = False, ranks: tuple[int, ...] = ()
+    seed: int,
+    k: int,
+    n: int,
+    *,
+    bits: int = 4,
+    bias: bool = False,
+    ranks: tuple[int, ...] = (),
+    permuted: bool = False,
 ) -> ops.AdaptedWeight:
     quantized = ops.quantize_rtn(0.1 * randn(seed, n, k), bits=bits, group_size=32)
     layer = QuantLinear.from_canonical(
@@ -154,6 +162,7 @@ def weight(
         quantized.scales,
         bits=bits,
         group_size=32,
+        g_idx=shuffled(ops.trivial_g_idx(k, 32, torch.device("cpu")), seed) if permuted else None,
         bias=randn(seed + 1, n).bfloat16() if bias else None,
     )
     adapters = tuple(
@@ -161,12 +170,18 @@ def weight(
         for i, r in enumerate(ranks, 2)
     )
     found = layer.adapted_weight(adapters)
-    assert found is not None
+    assert found is not None and (found.order is not None) == permuted
     return found
 
 
+def shuffled(g_idx: Tensor, seed: int) -> Tensor:
+    """A group's columns apart from one another, as act-order leaves them."""
+    return g_idx[torch.randperm(len(g_idx), generator=torch.Generator().manual_seed(seed))]
+
+
 def product(x: Tensor, w: ops.AdaptedWeight) -> Tensor:
-    y = ops.qgemm_nt(x, w.packed, w.scales, bits=w.bits, group_size=w.group_size, bias=w.bias)
+    ordered = x if w.order is None else x[..., w.order]
+    y = ops.qgemm_nt(ordered, w.packed, w.scales, bits=w.bits, group_size=w.group_size, bias=w.bias)
     for a, b, scaling in w.adapters:
         y = ops.add_low_rank(y, x, a, b, scaling=scaling)
     return y
@@ -190,12 +205,12 @@ class _Exporter:
 
 
 def test_arrays_live_as_long_as_the_call() -> None:
-    packed, scales, *form = weight(0, 64, 64)
+    packed, scales, bias, order, *form = weight(0, 64, 64, permuted=True)
     x, out = torch.ones(1, 64), [torch.empty(1, 64) for _ in range(3)]
     cos, sin = torch.ones(1, 64), torch.zeros(1, 64)
     found = []
     for wrap in (lambda tensor: tensor, _Exporter):
-        own = (packed, wrap(scales), *form)
+        own = (packed, wrap(scales), bias, wrap(order), *form)
         of_x = (wrap(torch.ones(1, 64)), EPS)
         _C.project_token(x, of_x, own, own, own, None, None, cos, sin, *out)
         found.append([item.clone() for item in out])
@@ -214,6 +229,7 @@ def test_arrays_live_as_long_as_the_call() -> None:
     bits=st.sampled_from(ref.BITS),
     bias=st.booleans(),
     ranks=st.sampled_from([(), (8,), (3, 16)]),
+    permuted=st.booleans(),
     normed=st.booleans(),
     seed=ref.seeds,
 )
@@ -228,13 +244,14 @@ def test_a_token_gets_what_the_operations_make_of_it(
     bits: int,
     bias: bool,
     ranks: tuple[int, ...],
+    permuted: bool,
     normed: bool,
     seed: int,
 ) -> None:
     """Bit by bit, both halves of a block."""
     own, others = heads
     x = randn(seed, batch, 1, size, dtype=dtype)
-    settings: dict[str, Any] = {"bits": bits, "bias": bias, "ranks": ranks}
+    settings: dict[str, Any] = {"bits": bits, "bias": bias, "ranks": ranks, "permuted": permuted}
     q_proj, k_proj, v_proj = (
         weight(seed + 10 * i, size, n * width, **settings)
         for i, n in enumerate((own, others, others), 1)
@@ -288,6 +305,10 @@ def project(x: Tensor, cos: Tensor, **changes: Any) -> Any:
     return ops.project_token(x, parts()[0]._replace(**changes), cos, cos)
 
 
+def in_order(order: Any) -> Any:
+    return project(ROW, TURN, q=parts()[0].q._replace(order=order))
+
+
 def finish(
     x: Tensor, q: Tensor, keys: Tensor, values: Tensor, scale: float = 1.0, **changes: Any
 ) -> Any:
@@ -295,7 +316,7 @@ def finish(
 
 
 ROW, TURN, HEAD = torch.ones(2, 1, 64), torch.ones(1, 1, 64), torch.ones(2, 1, 1, 64)
-SEVEN = tuple(parts()[0].q)[:7]
+EIGHT = tuple(parts()[0].q)[:8]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +334,12 @@ SEVEN = tuple(parts()[0].q)[:7]
             lambda: project(ROW, TURN, q=parts()[0].q._replace(packed=torch.ones(3))),
             "q_proj.packed",
         ),
-        (lambda: finish(ROW, HEAD, HEAD, HEAD, up=SEVEN), "up_proj: .*8 fields, got 7"),
+        (lambda: finish(ROW, HEAD, HEAD, HEAD, up=EIGHT), "up_proj: .*9 fields, got 8"),
+        (lambda: in_order(torch.arange(63).int()), "q_proj.order: .*64 elements"),
+        (lambda: in_order(torch.arange(64)), "q_proj.order: .*int32, got int64"),
+        (lambda: in_order(torch.arange(64).int() + 1), "order: .*from 0 to 63, got 64"),
+        (lambda: in_order(torch.arange(64).int() - 1), "order: .*from 0 to 63, got -1"),
+        (lambda: in_order([0]), "q_proj.order: .*a tensor, got list"),
         (lambda: project(ROW, TURN, k=parts()[0].k._replace(bits="4")), "k_proj: .*got str"),
         (lambda: project(ROW, TURN, k=parts()[0].k._replace(adapters=[])), "k_proj: .*got list"),
         (
@@ -372,7 +398,9 @@ CONFIGS = {
 }
 
 
-def quantized(name: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def quantized(
+    name: str, dtype: torch.dtype = torch.bfloat16, permuted: bool = False
+) -> PreTrainedModel:
     model = build_skeleton({**CONFIGS, "ernie": Ernie4_5Config(**SMALL)}[name], dtype)
     for i, (path, parameter) in enumerate(list(model.named_parameters())):
         parent, _, leaf = path.rpartition(".")
@@ -382,7 +410,17 @@ def quantized(name: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel
         made = nn.Parameter(value.to(dtype), requires_grad=False)
         setattr(model.get_submodule(parent), leaf, made)
     config = lbc.QuantConfig(group_size=32, method="rtn")
-    return lbc.quantize_model(model, None, None, config, progress=False).eval()
+    model = lbc.quantize_model(model, None, None, config, progress=False).eval()
+    if permuted:
+        with_g_idx(model, shuffled)
+    return model
+
+
+def with_g_idx(model: PreTrainedModel, change: Callable[[Tensor, int], Tensor]) -> None:
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    for i, layer in enumerate(layers):
+        found = layer.canonical()
+        layer.set_canonical(**{**found, "g_idx": change(found["g_idx"], i)})
 
 
 class Calls(list[str]):
@@ -424,13 +462,16 @@ CACHE = (
 IDS = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_says_the_same(name: str, dtype: torch.dtype, batch: int, calls: Calls) -> None:
+def test_a_model_says_the_same(
+    name: str, dtype: torch.dtype, batch: int, permuted: bool, calls: Calls
+) -> None:
     """In bfloat16 as nearly as its rounding lets two ways of computing agree: half as far from each
     other as either is from float32."""
-    model = quantized(name, dtype)
+    model = quantized(name, dtype, permuted)
     ids = IDS.repeat(batch, 1)
     ids[1:] = ids[1:].flip(1)
     found = steps(model, ids)
@@ -439,7 +480,8 @@ def test_a_model_says_the_same(name: str, dtype: torch.dtype, batch: int, calls:
     assert calls == ["project_token", "finish_token"] * blocks
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits[:, 6:]
-        exact = quantized(name, torch.float32)(input_ids=ids, use_cache=False).logits[:, 6:]
+        precise = quantized(name, torch.float32, permuted)
+        exact = precise(input_ids=ids, use_cache=False).logits[:, 6:]
     if dtype == torch.float32:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     else:
@@ -447,8 +489,11 @@ def test_a_model_says_the_same(name: str, dtype: torch.dtype, batch: int, calls:
             assert (ours - whole).norm() <= 0.5 * (whole - right).norm()
 
 
-def test_generated_text_is_the_same(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = quantized("llama", torch.float32)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_generated_text_is_the_same(
+    permuted: bool, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized("llama", torch.float32, permuted)
     settings: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
     found = model.generate(IDS, **settings)
     assert len(calls) == 2 * 2 * 15
@@ -457,9 +502,10 @@ def test_generated_text_is_the_same(calls: Calls, monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 2 * 2 * 15
 
 
+@pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("stacked", [1, 2])
-def test_adapters(stacked: int, calls: Calls) -> None:
-    model = quantized("llama", torch.float32)
+def test_adapters(stacked: int, permuted: bool, calls: Calls) -> None:
+    model = quantized("llama", torch.float32, permuted)
     for i in range(stacked):
         lbc.prepare_lora(model, rank=4, alpha=8.0, targets=None, dropout=0.1)
         for j, module in enumerate(model.modules()):
@@ -576,11 +622,8 @@ def dropping(model: PreTrainedModel) -> None:
 
 
 def moved(model: PreTrainedModel) -> None:
-    """A group's columns apart from one another, as act-order leaves them."""
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear):
-            g_idx = layer.canonical()["g_idx"].roll(7)
-            layer.set_canonical(**{**layer.canonical(), "g_idx": g_idx})
+    """Groups of other sizes, which no order of columns makes trivial."""
+    with_g_idx(model, lambda g_idx, _: g_idx.clamp(min=1))
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,9 @@ def test_groups_of_whole_size_are_packed_one_after_another() -> None:
     expected, bound = ref.expect_grad_scales(dy.view(-1, 96), x.detach().view(-1, 160), problem)
     ref.assert_close(layer.scales.grad, expected, bound)
     torch.testing.assert_close(layer.dequantize(), weight, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        plain = layer(x)
+    assert torch.equal(plain, layer(x))
 
 
 def test_a_trivial_g_idx_is_dropped() -> None:

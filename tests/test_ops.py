@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as ref
 from lowbitcore import ops
+from lowbitcore.ops.products import fused_qgemm_nt
 
 N, K, GROUP = 64, 96, 32
 LAYOUT = {"bits": 4, "group_size": GROUP}
@@ -321,6 +322,33 @@ def test_permute_columns_refuses() -> None:
             ops.permute_columns(x(), bad, inverse)
     with pytest.raises(ValueError, match="x: expected float32, bfloat16 or float16"):
         ops.permute_columns(x().double(), order, inverse)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "offset", "transposed"])
+@pytest.mark.parametrize("dtype", ref.DTYPES, ids=str)
+def test_a_product_in_order(isa: str, dtype: torch.dtype, layout: str) -> None:
+    order, inverse = an_order()
+    for rows in (0, 1, 7, 33):
+        given = x(rows, dtype, layout)
+        expected = ops.qgemm_nt(
+            ops.permute_columns(given, order, inverse), packed(), scales(), bias=bias(), **LAYOUT
+        )
+        found = fused_qgemm_nt(given, packed(), scales(), None, bias(), order, 4, GROUP, K, N)
+        assert torch.equal(found, expected)
+
+
+def test_a_product_in_order_refuses() -> None:
+    order, _ = an_order()
+    for bad, message in (
+        (order.long(), "order: expected int32"),
+        (order[:-1], f"order: expected {K} elements in one dimension, got {K - 1}"),
+        (order + 1, f"order: expected entries from 0 to {K - 1}, got {K}"),
+        (order - 1, f"order: expected entries from 0 to {K - 1}, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused_qgemm_nt(x(), packed(), scales(), None, None, bad, 4, GROUP, K, N)
+    with pytest.raises(ValueError, match=rf"x: expected shape \[5, {K}\], got \[5, 64\]"):
+        fused_qgemm_nt(x()[:, :64], packed(), scales(), None, None, order, 4, GROUP, K, N)
 
 
 # ---------------------------------------------------------------------------------------- gradients

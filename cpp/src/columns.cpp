@@ -1,10 +1,12 @@
 #include <lowbitcore/columns.h>
+#include <lowbitcore/qgemm.h>
 
 #include <algorithm>
 #include <string>
 
 #include "check.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace lowbitcore {
 
@@ -46,6 +48,18 @@ void permute_columns(ConstMatrix x, const std::int32_t* order, Matrix y, const E
   } else {
     permute<std::uint16_t>(x, order, y, threads);
   }
+}
+
+void qgemm_nt_in_order(ConstMatrix x, const std::int32_t* order, const QuantWeight& w,
+                       const float* bias, Matrix y, const Execution& exec) {
+  if (order == nullptr) return qgemm_nt(x, w, bias, y, exec);
+  const char* op = "qgemm_nt";
+  check::format(op, w.format);
+  check::shape(op, "x", x, x.rows, w.format.in_features);
+  check::row_count(op, "x", x.rows);
+  const Rows ordered(x.dtype, x.rows, x.cols);
+  permute_columns(x, order, ordered, exec);
+  qgemm_nt(ordered, w, bias, y, exec);
 }
 
 }  // namespace lowbitcore

@@ -1,30 +1,16 @@
+#include <lowbitcore/columns.h>
 #include <lowbitcore/decode.h>
 #include <lowbitcore/elementwise.h>
-#include <lowbitcore/qgemm.h>
 
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "call.h"
+#include "rows.h"
 
 namespace lowbitcore {
 
 namespace {
-
-// Scratch that outlives the calls made while it is in use, as a Call's does not.
-class Rows {
- public:
-  Rows(DType dtype, std::int64_t rows, std::int64_t cols)
-      : memory_(new char[static_cast<std::size_t>(rows * cols) * (dtype == DType::f32 ? 4 : 2)]),
-        matrix_{memory_.get(), dtype, rows, cols, cols} {}
-  operator const Matrix&() const { return matrix_; }
-  operator ConstMatrix() const { return matrix_; }
-
- private:
-  std::unique_ptr<char[]> memory_;
-  Matrix matrix_;
-};
 
 void check_attention(const char* op, const ConstMatrix& q, const ConstHeads& keys,
                      const ConstHeads& values, float scale, const Matrix& out) {
@@ -64,7 +50,7 @@ void check_product(const char* op, const char* name, const ConstMatrix& x, const
 void multiply(const char* op, ConstMatrix x, const AdaptedWeight& w, const Matrix& y,
               const Execution& exec) {
   if (w.adapter_count > 0) check::data(op, "adapters", w.adapters);
-  qgemm_nt(x, w.weight, w.bias, y, exec);
+  qgemm_nt_in_order(x, w.order, w.weight, w.bias, y, exec);
   for (std::size_t i = 0; i < w.adapter_count; ++i) {
     const std::int64_t rank = w.adapters[i].a.rows;
     check::row_count(op, "rank", rank);

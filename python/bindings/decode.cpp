@@ -1,6 +1,6 @@
-// A new token through a block. A linear comes as a tuple (packed, scales, bias or None, bits,
-// group_size, in_features, out_features, adapters), an adapter as (a, b, scaling), a norm as
-// (weight, eps); what they hold is looked at in each call, since any of it may be replaced.
+// A new token through a block. A linear comes as a tuple (packed, scales, bias or None, order
+// or None, bits, group_size, in_features, out_features, adapters), an adapter as (a, b, scaling), a
+// norm as (weight, eps); what they hold is looked at in each call, since any of it may be replaced.
 #include <lowbitcore/lowbitcore.h>
 #include <nanobind/nanobind.h>
 
@@ -39,13 +39,13 @@ class Parts {
   explicit Parts(const char* op) : op_(op) {}
 
   AdaptedWeight weight(const std::string& name, nb::handle linear) {
-    const nb::tuple given = fields(op_, name, linear, 8);
+    const nb::tuple given = fields(op_, name, linear, 9);
     const auto integer = [&](std::size_t i) {
       return field<std::int64_t>(op_, name, "integers for its format", given[i]);
     };
     AdaptedWeight w;
     QuantFormat& format = w.weight.format;
-    format = {static_cast<int>(integer(3)), integer(4), integer(5), integer(6)};
+    format = {static_cast<int>(integer(4)), integer(5), integer(6), integer(7)};
     check::format(op_, format);
     const std::string packed = name + ".packed";
     w.weight.packed = vector<std::uint8_t>(op_, packed.c_str(), array(packed, given[0]),
@@ -55,7 +55,12 @@ class Parts {
       const std::string bias = name + ".bias";
       w.bias = vector<float>(op_, bias.c_str(), array(bias, given[2]), format.out_features);
     }
-    const auto adapters = field<nb::tuple>(op_, name, "a tuple of adapters", given[7]);
+    if (!given[3].is_none()) {
+      const std::string order = name + ".order";
+      w.order =
+          vector<std::int32_t>(op_, order.c_str(), array(order, given[3]), format.in_features);
+    }
+    const auto adapters = field<nb::tuple>(op_, name, "a tuple of adapters", given[8]);
     if (adapters.size() > 0) {
       std::vector<LowRank>& found = adapters_.emplace_back();
       for (const nb::handle item : adapters) {

@@ -118,8 +118,9 @@ void py_dequantize(const Array& packed, const Array& scales, const OptionalArray
 }
 
 void py_qgemm_nt(const Array& x, const Array& packed, const Array& scales,
-                 const OptionalArray& g_idx, const OptionalArray& bias, int bits, i64 group_size,
-                 i64 in_features, i64 out_features, const Array& y, std::uintptr_t stream) {
+                 const OptionalArray& g_idx, const OptionalArray& bias, const OptionalArray& order,
+                 int bits, i64 group_size, i64 in_features, i64 out_features, const Array& y,
+                 std::uintptr_t stream) {
   const char* op = "qgemm_nt";
   const Execution exec = on_one_device(op, stream,
                                        {{"x", &x},
@@ -127,14 +128,16 @@ void py_qgemm_nt(const Array& x, const Array& packed, const Array& scales,
                                         {"scales", &scales},
                                         {"g_idx", present(g_idx)},
                                         {"bias", present(bias)},
+                                        {"order", present(order)},
                                         {"y", &y}});
   const QuantWeight w =
       weight(op, {bits, group_size, in_features, out_features}, packed, &scales, g_idx);
   const float* b = bias ? vector<float>(op, "bias", *bias, out_features) : nullptr;
+  const auto* columns = order ? vector<std::int32_t>(op, "order", *order, in_features) : nullptr;
   const ConstMatrix in = const_matrix(op, "x", x);
   const Matrix out = matrix(op, "y", y);
   nb::gil_scoped_release release;
-  qgemm_nt(in, w, b, out, exec);
+  qgemm_nt_in_order(in, columns, w, b, out, exec);
 }
 
 void py_qgemm_nn(const Array& dy, const Array& packed, const Array& scales,

@@ -4,7 +4,15 @@ class Error(RuntimeError): ...
 
 _Norm = tuple[Tensor, float]
 _Linear = tuple[
-    Tensor, Tensor, Tensor | None, int, int, int, int, tuple[tuple[Tensor, Tensor, float], ...]
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    int,
+    int,
+    int,
+    int,
+    tuple[tuple[Tensor, Tensor, float], ...],
 ]
 
 def available_isas() -> list[str]: ...
@@ -62,6 +70,7 @@ def qgemm_nt(
     scales: Tensor,
     g_idx: Tensor | None,
     bias: Tensor | None,
+    order: Tensor | None,
     bits: int,
     group_size: int,
     in_features: int,

@@ -260,9 +260,9 @@ class QuantLinear(nn.Module):
         buffers: dict[str, Any] = self._buffers
         parameters: dict[str, Any] = self._parameters
         order = buffers["order"]
+        g_idx = buffers["g_idx"] if order is None else None
         if (
-            order is None
-            and buffers["g_idx"] is None
+            g_idx is None
             and self._layout == "cpu"
             and "scales" in parameters  # else it is computed from something (parametrizations)
             and "bias" in parameters
@@ -276,6 +276,7 @@ class QuantLinear(nn.Module):
                 parameters["scales"],
                 None,
                 bias,
+                order,
                 self.bits,
                 self.group_size,
                 self.in_features,
@@ -295,7 +296,7 @@ class QuantLinear(nn.Module):
             self.scales,
             bits=self.bits,
             group_size=self.group_size,
-            g_idx=buffers["g_idx"] if order is None else None,
+            g_idx=g_idx,
             bias=self.bias,
         )
 
@@ -303,11 +304,13 @@ class QuantLinear(nn.Module):
         self, adapters: tuple[tuple[Tensor, Tensor, float], ...]
     ) -> ops.AdaptedWeight | None:
         """What `ops.project_token` and `ops.finish_token` take; None where they do not serve: on
-        other devices, of permuted inputs, of scales that are computed (parametrizations)."""
+        other devices, of groups that no ``order`` makes trivial, of scales that are computed
+        (parametrizations)."""
         buffers: dict[str, Any] = self._buffers
         parameters: dict[str, Any] = self._parameters
+        order = buffers["order"]
         if (
-            buffers["g_idx"] is not None
+            (order is None and buffers["g_idx"] is not None)
             or self._layout != "cpu"
             or "scales" not in parameters
             or "bias" not in parameters
@@ -322,6 +325,7 @@ class QuantLinear(nn.Module):
             packed,
             scales,
             None if bias is None else bias.float().contiguous(),
+            order,
             self.bits,
             self.group_size,
             self.in_features,

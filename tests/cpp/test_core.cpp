@@ -775,6 +775,59 @@ void unknown_kinds() {
   }
 }
 
+// Of a weight whose inputs are in another order, whose adapters' are not.
+void in_order(std::int64_t rows) {
+  const Layer layer = make_layer(4, 32, 64, 64, false);
+  const lbc::QuantWeight w = layer.weight();
+  std::vector<std::int32_t> order(64);
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(63 - i);
+  const auto size = static_cast<std::size_t>(rows * 64);
+  const auto x = normal(size, 41), bias = normal(64, 42), ones = std::vector<float>(64, 1.0f);
+  const auto a = normal(8 * 64, 43), b = normal(64 * 8, 44);
+  const auto matrix = [&](auto& data) {
+    return lbc::Matrix{const_cast<float*>(data.data()), lbc::DType::f32, rows, 64, 64};
+  };
+  std::vector<float> permuted(size), expected(size), found(size, NAN);
+  const auto multiply = [&](const std::vector<float>& from) {
+    lbc::permute_columns(matrix(from), order.data(), matrix(permuted));
+    lbc::qgemm_nt(matrix(permuted), w, bias.data(), matrix(expected));
+  };
+  multiply(x);
+  lbc::qgemm_nt_in_order(matrix(x), order.data(), w, bias.data(), matrix(found));
+  expect(found == expected, "qgemm_nt_in_order");
+  lbc::qgemm_nt(matrix(x), w, bias.data(), matrix(expected));
+  lbc::qgemm_nt_in_order(matrix(x), nullptr, w, bias.data(), matrix(found));
+  expect(found == expected, "qgemm_nt_in_order of columns as they are");
+
+  const lbc::LowRank adapter{view(a, 8, 64), view(b, 64, 8), 0.5f};
+  const lbc::ConstMatrix scale{ones.data(), lbc::DType::f32, 1, 64, 64};
+  const lbc::Norm norm{scale, 1e-5f};
+  const lbc::AdaptedWeight plain{w}, adapted{w, bias.data(), order.data(), &adapter, 1};
+  std::vector<float> normed(size), q(size), k(size), low(static_cast<std::size_t>(rows * 8));
+  lbc::rms_norm(matrix(x), scale, 1e-5f, matrix(normed));
+  multiply(normed);
+  lbc::add_low_rank(matrix(expected), matrix(normed), adapter, view(low, rows, 8),
+                    matrix(expected));
+  lbc::project_token(matrix(x), {norm, plain, plain, adapted, {}, {}}, scale, scale, matrix(q),
+                     matrix(k), matrix(found));
+  expect(found == expected, "project_token in order");
+  for (const std::int32_t bad : {-1, 64}) {
+    order[63] = bad;
+    expect_error(
+        [&] {
+          lbc::project_token(matrix(x), {norm, plain, plain, adapted, {}, {}}, scale, scale,
+                             matrix(q), matrix(k), matrix(found));
+        },
+        {"order", "0 to 63", std::to_string(bad)});
+  }
+  expect_error(
+      [&] {
+        lbc::qgemm_nt_in_order({x.data(), lbc::DType::f32, 1, 32, 32}, order.data(), w, nullptr,
+                               matrix(found));
+      },
+      {"qgemm_nt", "x", "64", "32"});
+}
+
 // What Python cannot hand over.
 void decode_errors() {
   std::vector<float> values(256);
@@ -833,6 +886,7 @@ int main(int argc, char** argv) {
   for (std::int64_t rows : {1, 31, 100, 600}) attention(rows);
   for (std::int64_t rows : {1, 4, 5, 70}) low_rank(rows);
   for (std::int64_t rows : {1, 3, 40}) dense(rows);
+  for (std::int64_t rows : {1, 20}) in_order(rows);
   losses_in_place();
   elementwise_in_place();
   products_apart();

@@ -3,6 +3,7 @@
 // plain weight, and permuting activations costs less than looking up a group for each integer.
 #pragma once
 
+#include <lowbitcore/format.h>
 #include <lowbitcore/types.h>
 
 namespace lowbitcore {
@@ -11,5 +12,10 @@ namespace lowbitcore {
 // and no memory. On the CPU.
 void permute_columns(ConstMatrix x, const std::int32_t* order, Matrix y,
                      const Execution& exec = {});
+
+// qgemm_nt of x in another order; of a null one, of x as it is. A workspace is for qgemm_nt; the
+// columns in their order are in memory that the call allocates.
+void qgemm_nt_in_order(ConstMatrix x, const std::int32_t* order, const QuantWeight& weight,
+                       const float* bias, Matrix y, const Execution& exec = {});
 
 }  // namespace lowbitcore

@@ -23,6 +23,9 @@ namespace lowbitcore {
 struct AdaptedWeight {
   QuantWeight weight;
   const float* bias = nullptr;  // [N]
+  // [K]: the weight's inputs are x's columns in that order, as permute_columns takes it; null: as
+  // they are. Adapters read x as it is.
+  const std::int32_t* order = nullptr;
   const LowRank* adapters = nullptr;
   std::size_t adapter_count = 0;
 };

@@ -11,15 +11,17 @@ from lowbitcore.ops.arguments import as_heads, as_rows, check_dims, empty, fail
 
 
 class AdaptedWeight(NamedTuple):
-    """``x W^T + bias + sum of scaling * B A x``, W packed, with a trivial ``g_idx``.
+    """``x[..., order] W^T + bias + sum of scaling * B A x``, W packed, with a trivial ``g_idx``.
 
-    packed: from :func:`prepack`. scales: float32 [G, N]. bias: float32 [N]. adapters: of each A
-    [r, K], B [N, r], float32 (arXiv 2106.09685).
+    packed: from :func:`prepack`. scales: float32 [G, N]. bias: float32 [N]. order: int32 [K], as
+    :func:`permute_columns` takes it; None: x as it is. adapters: of each A [r, K], B [N, r],
+    float32 (arXiv 2106.09685).
     """
 
     packed: Tensor
     scales: Tensor
     bias: Tensor | None
+    order: Tensor | None
     bits: int
     group_size: int
     in_features: int

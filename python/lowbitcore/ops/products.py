@@ -115,7 +115,7 @@ def _qgemm_nt(
             else:
                 torch.addmm(bias[span].to(x.dtype), rows, panel.mT, out=out[:, span])
         return y
-    return fused_qgemm_nt(x, packed, scales, g_idx, bias, bits, group_size, k, n)
+    return fused_qgemm_nt(x, packed, scales, g_idx, bias, None, bits, group_size, k, n)
 
 
 def fused_qgemm_nt(
@@ -124,6 +124,7 @@ def fused_qgemm_nt(
     scales: Tensor,
     g_idx: Tensor | None,
     bias: Tensor | None,
+    order: Tensor | None,
     bits: int,
     group_size: int,
     in_features: int,
@@ -131,7 +132,8 @@ def fused_qgemm_nt(
 ) -> Tensor:
     """`qgemm_nt` in the core, which alone checks the arguments: of tensors that are plain. A layer
     calls it at once, as it knows its sizes: finding them anew is a tenth and more of what all
-    linears of a decode step take."""
+    linears of a decode step take, and so is permuting x in a call of its own, by `order`, which the
+    CPU alone takes here."""
     y = empty(x, *x.shape[:-1], out_features)
     _C.qgemm_nt(
         as_rows(x),
@@ -139,6 +141,7 @@ def fused_qgemm_nt(
         as_rows(scales),
         g_idx,
         None if bias is None else contiguous(bias.float()),
+        order,
         bits,
         group_size,
         in_features,
