@@ -22,7 +22,6 @@ def read_gbytes_per_s() -> float:
     return 4 * CACHE_BYTES / min(device.seconds(values.sum) for _ in range(5)) / 1e9
 
 
-@functools.cache
 def peak_gflops(dtype: torch.dtype) -> float | None:
     """A loop on registers, of the level that is in use; None without a C++ compiler. On a GPU, a
     large dense product of torch.
@@ -30,14 +29,19 @@ def peak_gflops(dtype: torch.dtype) -> float | None:
     Activations that are not bf16 are multiplied in fp32 on every level.
     """
     if device.on_gpu():
-        a = torch.randn(8192, 8192, device=device.device(), dtype=dtype)
-        return 2 * 8192**3 / min(device.seconds(lambda: a @ a) for _ in range(5)) / 1e9
+        return _dense(dtype)
     from lowbitcore import runtime  # not before: the peers' interpreter may lack it
 
     level = runtime.isa()
     if dtype != torch.bfloat16 and level in ("amx", "avx512_bf16"):
         level = "avx512"
     return _loop(level, runtime.num_threads())
+
+
+@functools.cache
+def _dense(dtype: torch.dtype) -> float:
+    a = torch.randn(8192, 8192, device=device.device(), dtype=dtype)
+    return 2 * 8192**3 / min(device.seconds(lambda: a @ a) for _ in range(5)) / 1e9
 
 
 @functools.cache

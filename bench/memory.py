@@ -4,7 +4,8 @@
 
 LLaMA's shapes, groups of 128, LoRA of rank 8 on q_proj and v_proj, micro-batch 1 of 256 tokens,
 AdamW; forward, backward and optimizer step. Each size runs in a process of its own. Beside it the
-figures of INT2.1 (2306.08162), table 1, measured on a GPU.
+figures of INT2.1 (2306.08162), table 1, measured on a GPU. Below, what `plan` predicts of 7B at 4
+bits for larger micro-batches, which nothing here runs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ SHAPES = {  # hidden, intermediate, layers, heads
     "65B": (8192, 22016, 80, 64),
 }
 PAPER = {"7B:4": 4.93, "13B:4": 9.15, "30B:4": 20.15}
-GROUP_SIZE, RANK = 128, 8
+PREDICTED = (24, 48)  # micro-batches
+GROUP_SIZE, RANK, LENGTH = 128, 8, 256
 
 
 def random_linear(
@@ -99,7 +101,7 @@ def measure(size: str, bits: int, checkpointing: str) -> dict[str, float]:
         keep_heap_small()
     trained = TrainedModel(model).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(32000, (1, 256))
+    ids = torch.randint(32000, (1, LENGTH))
     start = time.perf_counter()
     loss = trained(input_ids=ids, labels=ids)["loss"]
     loss.backward()
@@ -108,6 +110,23 @@ def measure(size: str, bits: int, checkpointing: str) -> dict[str, float]:
     assert torch.isfinite(loss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"weights": weights, "peak": peak, "seconds": seconds}
+
+
+def predict(micro_batch: int, checkpointing: Any) -> float:
+    """Bytes of a step of 7B at its peak, by `plan`."""
+    from lowbitcore.plan import parse_memory, plan
+
+    return plan(
+        config_of("7B"),
+        method="emef",
+        bits=4,
+        group_size=GROUP_SIZE,
+        rank=RANK,
+        length=LENGTH,
+        micro_batch=micro_batch,
+        memory=parse_memory(None),
+        checkpointing=checkpointing,
+    ).peak_bytes
 
 
 def main() -> None:
@@ -134,6 +153,11 @@ def main() -> None:
             f"{name:>10}{found['weights'] / 1e9:>12.2f}{found['peak'] / 1e9:>10.2f}"
             f"{paper:>11}{found['seconds']:>8.0f}"
         )
+    print("\n7B:4, predicted by plan and not measured")
+    print(f"{'micro-batch':>12}{'peak GB':>10}")
+    for micro_batch in PREDICTED:
+        peak = predict(micro_batch, arguments.checkpointing)
+        print(f"{micro_batch:>12}{peak / 1e9:>10.2f}")
 
 
 if __name__ == "__main__":

@@ -30,16 +30,18 @@ def main() -> None:
     parser.add_argument("image", type=Path, help="the PNG to write")
     parser.add_argument("--shape", default="4096x4096", metavar="NxK")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--group-size", type=int, default=128)
     arguments = parser.parse_args()
     n, k = map(int, arguments.shape.split("x"))
     cases = [item["extra_info"] for item in json.loads(arguments.result.read_text())["benchmarks"]]
+    wanted = {"N": n, "K": k, "dtype": arguments.dtype, "group_size": arguments.group_size}
     cases = [
         item
         for item in cases
-        if (item.get("N"), item.get("K"), item["dtype"]) == (n, k, arguments.dtype) and "ms" in item
+        if item["op"] in TITLES and item.items() >= wanted.items() and "ms" in item
     ]
     if not cases:
-        parser.error(f"{arguments.result}: holds no timings of {n} x {k} in {arguments.dtype}")
+        parser.error(f"{arguments.result}: holds no timings with {wanted}")
     found = [op for op in TITLES if any(item["op"] == op for item in cases)]
     figure, panels = pyplot.subplots(
         1,
@@ -56,7 +58,7 @@ def main() -> None:
     panels[0][-1].legend(fontsize="small")
     first = cases[0]
     figure.suptitle(
-        f"{n} x {k}, {arguments.dtype}, groups of {first['group_size']}, {first['isa']}, "
+        f"{n} x {k}, {arguments.dtype}, groups of {arguments.group_size}, {first['isa']}, "
         f"{first['threads']} threads"
     )
     figure.savefig(arguments.image, dpi=150)

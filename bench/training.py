@@ -1,6 +1,7 @@
 """Training speed and memory beside what people do otherwise: tokens a second, the process's peak.
 
     python bench/training.py MODEL QMODEL [--rounds 3] [--steps 4]
+    python bench/training.py MODEL QMODEL --profile
 
 MODEL is a 16-bit directory, QMODEL the same model quantized. Each contender runs in a process of
 its own, in turn, `rounds` times; medians are printed. Batches of 2 x 512 random tokens, AdamW.
@@ -10,19 +11,24 @@ gradient checkpointing. LREC: LoRA of rank 8 on every linear; the naive loop run
 the dequantized student in PEFT, both in bfloat16, the student with gradient checkpointing, and
 takes losses of whole logits; ours has the teacher's hidden states from a cache, whose filling, once
 for all passes over the data, is not counted. Each is there without checkpointing, too.
+
+--profile tells where a step of ours goes, without checkpointing, in place of comparing. It takes
+longer than one that is not watched: what lies outside of operators, most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +47,17 @@ LREC = {
     "naive-none": "naive, none",
     "lrec-selective": "packed, selective",
     "lrec-none": "packed, none",
+}
+
+PROFILED = {"EMEF": "none", "LREC": "lrec-none"}
+# Of what torch records, by name.
+PARTS = {
+    "products of packed weights": r"lowbitcore::(qgemm|permute_columns)",
+    "heads and losses": r"_ChunkedLoss",
+    "attention": r"lowbitcore::attention|aten::_scaled_dot_product",
+    "between products": r"lowbitcore::(rms_norm|rotate|swiglu|dropout)",
+    "adapters": r"lowbitcore::add_low_rank|aten::(linear|matmul|addmm|mm)$",
+    "optimizer": r"Optimizer\.",
 }
 
 Loss = Callable[[torch.Tensor, int], torch.Tensor]  # of a batch and the step it belongs to
@@ -120,21 +137,55 @@ def prepare(contender: str, path: str, qpath: str, steps: int) -> tuple[Any, Los
     return model, lambda ids, step: model(input_ids=ids, labels=ids)["loss"]
 
 
-def measure(contender: str, path: str, qpath: str, steps: int) -> dict[str, float]:
-    """Medians over steps of one contender, in this process."""
+def train(contender: str, path: str, qpath: str, steps: int) -> Iterator[float]:
+    """Seconds of one step after another, one more than `steps`: the first warms up."""
     model, loss = prepare(contender, path, qpath, steps)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    seconds = []
     for step in range(steps + 1):
         ids = batch(model.config.vocab_size, step)
         start = time.perf_counter()
         loss(ids, step).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+        yield time.perf_counter() - start
+
+
+def measure(contender: str, path: str, qpath: str, steps: int) -> dict[str, float]:
+    """Medians over steps of one contender, in this process."""
+    seconds = list(train(contender, path, qpath, steps))[1:]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # The first step warms up.
-    return {"tokens_per_second": BATCH * LENGTH / statistics.median(seconds[1:]), "peak": peak}
+    return {"tokens_per_second": BATCH * LENGTH / statistics.median(seconds), "peak": peak}
+
+
+def part_of(event: Any) -> str | None:
+    """Of the outermost event that belongs to one: a product in the head is the head's."""
+    found = None
+    while event is not None:
+        names = (part for part, pattern in PARTS.items() if re.match(pattern, event.name))
+        found = next(names, found)
+        event = event.cpu_parent
+    return found
+
+
+def profile(contender: str, path: str, qpath: str, steps: int) -> dict[str, float]:
+    """Milliseconds of a step, by part."""
+    run = train(contender, path, qpath, steps)
+    next(run)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        total = 1e3 * sum(run)
+    found: Counter[str | None] = Counter()
+    for event in recorded.events():
+        found[part_of(event)] += event.self_cpu_time_total / 1e3
+    parts = {part: found[part] for part in PARTS}
+    parts["the rest"] = total - sum(parts.values())
+    return {part: ms / steps for part, ms in parts.items()}
+
+
+def print_profile(title: str, parts: dict[str, float]) -> None:
+    total = sum(parts.values())
+    print(f"{title:<28}{'ms':>10}{'share':>8}")
+    for part, ms in (*parts.items(), ("a step", total)):
+        print(f"{part:<28}{ms:>10.1f}{ms / total:>8.1%}")
 
 
 def main() -> None:
@@ -145,6 +196,7 @@ def main() -> None:
     parser.add_argument("qmodel")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument(
         "--only", choices=[*EMEF, *LREC], help="run one in this process, print JSON"
     )
@@ -152,6 +204,10 @@ def main() -> None:
     if arguments.only:
         found = measure(arguments.only, arguments.model, arguments.qmodel, arguments.steps)
         print(json.dumps(found))
+        return
+    if arguments.profile:
+        for title, name in PROFILED.items():
+            print_profile(title, profile(name, arguments.model, arguments.qmodel, arguments.steps))
         return
     results: dict[str, list[dict[str, float]]] = {name: [] for name in (*EMEF, *LREC)}
     for _ in range(arguments.rounds):

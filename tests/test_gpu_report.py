@@ -84,20 +84,22 @@ def test_products_are_listed() -> None:
             a_case(M=2048, path="dequantize", ratio_fused=0.8, ratio_dequant=1.01),
             a_case(),
             a_case(bits=2, M=4096, path="dequantize", ratio_fused=1.5),
-            a_case(op="qgemm_nn_permuted", ratio_dequant=0.5),
+            a_case(op="qgemm_nn_permuted_unequal", ratio_dequant=0.5),
+            a_case(op="qgemm_nt_permuted", ratio_dense=None, ratio_dequant=None, ratio_plain=0.96),
             a_case(op="qgemm_grad_scales", ratio_dequant=None, fraction_of_peak=None),
             a_case(op="decode_step", M=1, ratio_eager=3.25),
         ]
     )
     assert found.ok
-    assert found.outcome == "6 cases; the slower path was taken in 2"
+    assert found.outcome == "7 cases; the slower path was taken in 2"
     shape = "4096 x 11008"
     rows = rows_of(found.body)
-    numbers = ["0.2500", "2.50", "3.12", "0.61", "0.04"]
+    numbers = ["0.2500", "2.50", "3.12", "-", "0.61", "0.04"]
     assert [shape, "4", "16", *numbers, "fused", "3.12"] in rows
-    numbers = ["0.2500", "2.50", "1.01", "0.61", "0.04"]
+    numbers = ["0.2500", "2.50", "1.01", "-", "0.61", "0.04"]
     assert [shape, "4", "2048", *numbers, "dequantize", "0.80"] in rows
-    assert [shape, "4", "16", "0.2500", "2.50", "-", "0.61", "-", "fused", "-"] in rows
+    assert [shape, "4", "16", "0.2500", "2.50", "-", "-", "0.61", "-", "fused", "-"] in rows
+    assert [shape, "4", "16", "0.2500", "-", "-", "0.96", "0.61", "0.04", "fused", "-"] in rows
     slower = rows[rows.index(["", "N x K", "bits", "M", "taken", "other path, x"]) + 2 :][:2]
     assert slower == [
         ["Forward", shape, "4", "2048", "dequantize", "0.80"],
@@ -213,12 +215,12 @@ def test_peers(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
 @pytest.mark.full
 def test_bench_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report knows what the bench says."""
-    monkeypatch.setattr(parts, "TIMED", "M1- and N192 and bits4 and not fp32")
+    monkeypatch.setattr(parts, "TIMED", "M1- and N192 and bits4 and bf16")
     found = parts.bench()
     assert found.ok, found.body
     assert found.outcome.startswith("3 cases; ")
     rows = [row for row in rows_of(found.body) if row[0] == "192 x 576"]
-    assert [row[8] for row in rows] == ["fused"] * 3
+    assert [row[9] for row in rows] == ["fused"] * 3
 
 
 # ---- the command ----

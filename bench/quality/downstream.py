@@ -23,20 +23,22 @@ from lowbitcore.cli.app import load_model
 from lowbitcore.source import load_tokenizer
 
 CONTEXT, CONTINUATION, CHOICES = 64, 12, 4  # words, words, continuations
+PLACE = CONTEXT + CONTINUATION
 COLUMNS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 
 def questions(text: str, count: int, seed: int) -> list[dict[str, Any]]:
     """Of places that do not overlap, in an order by chance."""
     words = re.findall(r"\S+", text)
-    places = list(range(0, len(words) - CONTEXT - CONTINUATION, CONTEXT + CONTINUATION))
+    places = list(range(0, len(words) - PLACE + 1, PLACE))
     chance = random.Random(seed)
     chance.shuffle(places)
-    if len(places) < max(count, CHOICES):
-        raise SystemExit(f"--text: expected {count} places of {CONTEXT} words, got {len(places)}")
+    least = max(count, CHOICES)
+    if len(places) < least:
+        raise SystemExit(f"--text: expected {least} places of {PLACE} words, got {len(places)}")
 
     def continuation(place: int) -> str:
-        return " " + " ".join(words[place + CONTEXT : place + CONTEXT + CONTINUATION])
+        return " " + " ".join(words[place + CONTEXT : place + PLACE])
 
     found = []
     for place in places[:count]:
@@ -88,9 +90,12 @@ def main() -> None:
     if not (arguments.tasks or arguments.text):
         parser.error("expected --tasks or --text")
     # The harness is an extra of its own, and --help should do without.
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise SystemExit(f"{error}: expected lm-eval: pip install '.[downstream]'") from error
 
     model = load_model(arguments.model, "auto", "cpu", arguments.adapter)
     tokenizer = load_tokenizer(arguments.model)

@@ -27,7 +27,7 @@ SANITIZED = (
     " or test_prepack_and_back or test_results_repeat or test_layer_trains"
 )
 # Layers of LLaMA-7B, all widths and numbers of rows, and a decode step.
-TIMED = "not fp32 and (K4096 or K11008) or decode"
+TIMED = "g128 and bf16 and (K4096 or K11008) or decode"
 
 
 def every_part(peers_python: str) -> dict[str, Callable[[], Part]]:

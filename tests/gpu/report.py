@@ -13,8 +13,11 @@ OPS = {
     "qgemm_nt": "Forward",
     "qgemm_nn": "Transposed backward",
     "qgemm_grad_scales": "Gradient of scales",
-    "qgemm_nt_permuted": "Forward, with a g_idx",
-    "qgemm_nn_permuted": "Transposed backward, with a g_idx",
+    "qgemm_nt_permuted": "Forward, act-order",
+    "qgemm_nn_permuted": "Transposed backward, act-order",
+    "qgemm_grad_scales_permuted": "Gradient of scales, act-order",
+    "qgemm_nt_permuted_unequal": "Forward, with a g_idx",
+    "qgemm_nn_permuted_unequal": "Transposed backward, with a g_idx",
 }
 
 
@@ -128,15 +131,16 @@ def _products(items: list[dict[str, Any]]) -> str:
     return table(
         (
             *("N x K", "bits", "M", "ms", "x dense", "x dequantize-then-dense"),
-            *("of bandwidth", "of peak", "path", "other path, x"),
+            *("x in order", "of bandwidth", "of peak", "path", "other path, x"),
         ),
         (
             (
                 *_weight(item),
                 item["M"],
                 f"{item['ms']:.4f}",
-                _number(item["ratio_dense"]),
+                _number(item.get("ratio_dense")),
                 _number(item.get("ratio_dequant")),
+                _number(item.get("ratio_plain")),
                 _number(item["fraction_of_bandwidth"]),
                 _number(item.get("fraction_of_peak")),
                 item["path"],
