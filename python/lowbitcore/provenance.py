@@ -32,6 +32,10 @@ def base_hash(canonical: Mapping[str, Callable[[], Mapping[str, torch.Tensor]]])
     return digest.hexdigest()
 
 
+# Of which integers of each linear a model's hash is known.
+_HASHES: WeakKeyDictionary[PreTrainedModel, tuple[dict[str, object], str]] = WeakKeyDictionary()
+
+
 def packed_hash(model: PreTrainedModel) -> str | None:
     """The base_hash of a model, computed once for the integers that it has; None if nothing is
     packed."""
@@ -51,10 +55,6 @@ def note_packed_hash(model: PreTrainedModel, base: str) -> None:
     """Of a model that was read from a file which says so."""
     integers = {path: linear.integers for path, linear in quantized_linears(model).items()}
     _HASHES[model] = integers, base
-
-
-# Of which integers of each linear a model's hash is known.
-_HASHES: WeakKeyDictionary[PreTrainedModel, tuple[dict[str, object], str]] = WeakKeyDictionary()
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

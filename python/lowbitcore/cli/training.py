@@ -250,7 +250,10 @@ def lrec(
     length: Length = 512,
     batch: Batch = 2,
     micro_batch: MicroBatch = None,
-    lr: Rate = 3e-4,
+    lr: Annotated[
+        float,
+        typer.Option(help="Learning rate of AdamW, after warming up (try 1e-3 from a correction)."),
+    ] = 3e-4,
     seed: Seed = 0,
     eval_text: EvalText = None,
     resume: Resume = False,
