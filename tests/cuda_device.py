@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import ptxsim
-from lowbitcore import _C, ops
+from lowbitcore import _C, nn, ops
+from lowbitcore.ops import operators
 from ptxsim import toolkit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -96,13 +97,16 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _computing_with(core: Any) -> Iterator[None]:
-    """All of `lowbitcore.ops` calls this extension in the meantime."""
-    before = {caller: vars(caller)["_C"] for caller in CALLERS}
+    """All of `lowbitcore.ops` calls this extension in the meantime, and layers, which call the
+    installed one's products at once for plain tensors of the CPU, find none of these."""
+    before, is_plain = {caller: vars(caller)["_C"] for caller in CALLERS}, nn.is_plain
     for caller in CALLERS:
         vars(caller)["_C"] = core
+    nn.is_plain = operators.is_plain if core is _C else lambda *tensors: False
     try:
         yield
     finally:
+        nn.is_plain = is_plain
         for caller, extension in before.items():
             vars(caller)["_C"] = extension
 

@@ -215,7 +215,7 @@ def test_training(
 def test_arguments_of_a_gpu(tmp_path: Path) -> None:
     schedule = recipes.Schedule("text.txt", steps=1)
     for name in ("cpu", "cuda"):
-        found = recipes._arguments(schedule, tmp_path, 1, torch.device(name), evaluate=False)
+        found = recipes._arguments(schedule, 1, tmp_path, 1, torch.device(name), evaluate=False)
         assert found.use_cpu == (name == "cpu")
         assert found.ddp_backend is None
 

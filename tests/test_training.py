@@ -643,7 +643,7 @@ def test_a_run_whose_record_was_not_written(
 
     def full(*arguments: Any) -> None:
         if killed:
-            (tmp_path / ".training.json.x.tmp").write_text("{")
+            (tmp_path / ".training.json.k2n4_abc.tmp").write_text("{")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -718,7 +718,7 @@ def test_a_cache_knows_its_teachers_config(tmp_path: Path) -> None:
 
 def test_a_cache_whose_filling_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it leaves is taken away; while it runs, others are kept out."""
-    leftover = tmp_path / ".cache.json.x.tmp"
+    leftover = tmp_path / ".cache.json.k2n4_abc.tmp"
     leftover.write_text("{")
     teacher, data = make_model("llama"), lesson(4)
     entry = lrec._entry
