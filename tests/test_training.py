@@ -392,6 +392,14 @@ def test_columns_that_nobody_knows(value: Any) -> None:
         collate([example, example])
 
 
+@pytest.mark.parametrize("missing", ["input_ids", "labels"])
+def test_columns_that_are_needed(missing: str) -> None:
+    whole = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    part = {name: value for name, value in whole.items() if name != missing}
+    with pytest.raises(ValueError, match=f"collate: {missing}: expected them in each example"):
+        collate([whole, part])
+
+
 def test_evaluation_and_early_stop(tmp_path: Path) -> None:
     model = lbc.prepare_lora(quantized("llama"), rank=4)
     values = iter([9.0, 8.0, 8.5, 8.6, 8.7, 8.8])

@@ -480,6 +480,9 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
     What else they have needs a row for each token, as `teacher_hidden` has: ValueError for others.
     """
+    for name in ("input_ids", "labels"):
+        if any(name not in example for example in examples):
+            raise ValueError(f"collate: {name}: expected them in each example of train_dataset")
     lengths = [len(example["input_ids"]) for example in examples]
     longest = max(lengths)
     padding = {"input_ids": 0, "labels": IGNORED}
