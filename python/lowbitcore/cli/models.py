@@ -412,7 +412,7 @@ def demo(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Quantize a real model to 4, 3 and 2 bits, and repair it (10 minutes)."""
+    """Quantize a real model to 4, 3 and 2 bits, and repair it (10 to 20 minutes)."""
     from lowbitcore.demo import run
 
     if not (minutes > 0 and minutes < float("inf")):
