@@ -152,13 +152,11 @@ def read_quant_linear(
     `dtype`."""
     where = f"{place(weights)}: {stem}"
     tensors: dict[str, torch.Tensor] = {}
-    for name in (*gptq.SUFFIXES, "bias"):
+    for name in (*gptq.SUFFIXES, *(["bias"] if bias else [])):
         if f"{stem}.{name}" in weights:
             tensors[name] = weights.tensor(f"{stem}.{name}").to(device)
-        elif name != "g_idx" and (bias or name != "bias"):
+        elif name != "g_idx":
             raise ValueError(f"{where}.{name}: missing")
-    if not bias and tensors.pop("bias", torch.zeros(1)).any():  # zeros are usual there
-        raise ValueError(f"{where}.bias: expected none, or zeros, by config.json, got others")
     if bias:
         tensors["bias"] = tensors["bias"].to(dtype)
     try:

@@ -172,7 +172,7 @@ def check_names(model: nn.Module, source: Source) -> None:
         for name in [*plain_tensors(model), *tied_names(model)]
         for known in _known_names(model, name)
     }
-    # A packed linear's tensors are those of its own, whose names are checked where they are read.
+    # A packed linear's own tensors are checked where they are read.
     packed = {n.removesuffix(".qweight") for n in weights.names() if n.endswith(".qweight")}
     ignored = {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
     ignored |= set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
@@ -180,7 +180,7 @@ def check_names(model: nn.Module, source: Source) -> None:
         name
         for name in weights.names()
         if name not in known
-        and name.rpartition(".")[0] not in packed
+        and (name.endswith(".bias") or name.rpartition(".")[0] not in packed)
         and not any(re.search(pattern, name) for pattern in ignored)
     ]
     block = re.compile(rf"(?:^|\.){re.escape(layout.prefix.rpartition('.')[2])}\.(\d+)\.")
