@@ -10,8 +10,8 @@
 namespace lowbitcore {
 namespace {
 
-constexpr int64_t kMostRows = 448;            // of activations at once: 504 KB of a piece
-constexpr int64_t kMostSums = (3 << 18) / 4;  // that a thread holds: 768 KB
+constexpr int64_t kMostActivations = 1 << 17;  // words of a piece: 512 KB
+constexpr int64_t kMostSums = (3 << 18) / 4;   // that a thread holds: 768 KB
 
 // How the product of a large weight is cut.
 struct Blocks {
@@ -22,7 +22,8 @@ struct Blocks {
   Blocks(int64_t m, int64_t depth, int64_t outputs, int64_t most_together, int threads) {
     const int64_t all = outputs / kPanel;
     steps = piece_steps(depth);
-    rows = round_up(divide_up(m, divide_up(m, kMostRows)), kStrip);
+    const int64_t most_rows = kMostActivations / (steps * kStepWords) * kStrip;
+    rows = round_up(divide_up(m, divide_up(m, most_rows)), kStrip);
     const int64_t most = larger(kMostSums / (rows * kPanel), 1);
     panels = divide_up(all, round_up(divide_up(all, most), threads));
     together = smaller(panels, most_together);
