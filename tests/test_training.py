@@ -767,6 +767,15 @@ def test_settings_are_checked_before_a_cache_is_filled(
     assert not cache.exists() and not (place / "bad").exists()
 
 
+def test_where_nothing_can_be_written_is_said_first(place: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    trained = command(place, "lrec", "text.txt/out", "--steps", 1, "--cache", cache)
+    assert re.search(r"text\.txt/out: cannot be written: .*: Not a directory", fail(*trained))
+    assert not cache.exists()
+    beside = command(place, "lrec", "bad", "--steps", 1, "--cache", place / "text.txt" / "cache")
+    assert re.search(r"text\.txt/cache: cannot be written: ", fail(*beside))
+
+
 def test_a_cache_that_holds_other_things(place: Path, tmp_path: Path) -> None:
     """Nothing is said of what it would take."""
     (tmp_path / "notes").write_text("x")

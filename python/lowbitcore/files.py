@@ -26,8 +26,8 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def check_free(where: str, directory: Path, *ours: str) -> None:
-    """ValueError unless there is a directory, or room for one, with nothing in it but these names
-    and what a run that was killed while it wrote may have left."""
+    """ValueError unless there is a directory, or room for one, that can be written and has nothing
+    in it but these names and what a run that was killed while it wrote may have left."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{where}: expected a directory, got a file")
     found = set(directory.iterdir()) if directory.exists() else set()
@@ -35,6 +35,11 @@ def check_free(where: str, directory: Path, *ours: str) -> None:
     if strangers:
         first = min(strangers).name
         raise ValueError(f"{where}: expected an empty or new directory, got {first!r} in it")
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be written: {place}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

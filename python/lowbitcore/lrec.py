@@ -183,8 +183,8 @@ class TeacherCache:
         library's operations in the place of transformers'; a BlockwiseModel with one of its blocks
         in memory at a time, to the same states.
 
-        Raises ValueError where the directory holds another teacher's or other data's states, and
-        OSError where the disk has no room for them.
+        Raises ValueError where the directory holds another teacher's or other data's states or
+        cannot be written, and OSError where the disk has no room for them.
         """
         if isinstance(teacher, BlockwiseModel):
             states_of: Callable[[list[Tensor]], Iterable[Tensor]] = teacher.last_hidden_states
@@ -195,7 +195,6 @@ class TeacherCache:
             states_of = partial(_last_hidden_states, teacher.eval())
             tensors = iter(teacher.state_dict().items())
         path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
         binding = {
             "config": config_digest(teacher.config),
             "teacher": fingerprint(tensors),
@@ -212,6 +211,7 @@ class TeacherCache:
 
         if cls._begun(path, binding) and not missing():
             return cache  # as several processes may find it at once
+        path.mkdir(parents=True, exist_ok=True)
         with files.lock(path / _LOCK):
             files.remove_leftovers(path)
             needed = cls.bytes_needed(teacher, dataset)
