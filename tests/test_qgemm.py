@@ -171,6 +171,18 @@ def test_few_rows_of_bf16(
 
 
 @each_width
+def test_a_number_too_small_beside_another(isa: str, bits: int) -> None:
+    """Where the large one meets a weight of 0, the small one is all there is."""
+    problem = ref.random_problem(4, bits=bits, group_size=64, out_features=32, in_features=64)
+    problem.codes[:, 0] = problem.zeros[0]
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    x[0, 0], x[0, 1] = 2.0**100, 2.0**-100
+    y = torch.ldexp(Packed(problem).nt(x).float(), torch.tensor(100.0)).bfloat16()
+    x[0, 0], x[0, 1] = 0.0, 1.0
+    ref.assert_close(y, *ref.expect_nt(x, problem.w_hat, None))
+
+
+@each_width
 def test_a_zero_of_either_sign(isa: str, bits: int) -> None:
     problem = ref.random_problem(3, bits=bits, group_size=64, out_features=32, in_features=128)
     problem.codes[:] = 2**bits - 1
@@ -196,7 +208,7 @@ def test_many_rows(isa: str, bits: int, rows: int) -> None:
 @each_width
 @pytest.mark.parametrize(
     ("rows", "n", "k"),
-    [(1100, 64, 2080), (545, 2080, 64), (300, 288, 1760), (480, 288, 1760), (480, 1760, 288)],
+    [(1100, 64, 2080), (545, 2080, 64), (300, 288, 1760), (610, 288, 1760), (610, 1760, 288)],
 )
 def test_many_rows_of_a_long_reduction(isa: str, bits: int, rows: int, n: int, k: int) -> None:
     """More than a cache's worth of activations, cut along their rows and along the reduction, and

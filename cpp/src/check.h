@@ -43,10 +43,8 @@ void same_dtype(const char* op, const char* argument, DType got, const char* oth
 void apart(const char* op, const char* argument, const ConstMatrix& result, const char* other,
            const ConstMatrix& input);
 
-inline void apart(const char* op, const char* argument, const View<float>& result,
-                  const char* other, const ConstMatrix& input) {
-  const ConstMatrix matrix = {result.data, DType::f32, result.rows, result.cols, result.stride};
-  apart(op, argument, matrix, other, input);
+inline ConstMatrix as_matrix(const View<const float>& view) {
+  return {view.data, DType::f32, view.rows, view.cols, view.stride};
 }
 
 // A number of rows, or a rank, of which sizes can be computed.

@@ -1,6 +1,7 @@
 #include <lowbitcore/low_rank.h>
 
 #include <string>
+#include <utility>
 
 #include "call.h"
 
@@ -69,6 +70,14 @@ void add_low_rank_backward(ConstMatrix dy, ConstMatrix x, View<const float> low,
   if (grads.db.data != nullptr) {
     check::shape(op, "low", low, shape.rows, shape.rank);
     check::shape(op, "db", grads.db, shape.out_features, shape.rank);
+  }
+  for (const auto& [name, grad] : {std::pair("da", grads.da), std::pair("db", grads.db)}) {
+    if (grad.data == nullptr) continue;
+    check::apart(op, name, check::as_matrix(grad), "dy", dy);
+    if (grads.da.data != nullptr) check::apart(op, name, check::as_matrix(grad), "x", x);
+    if (grads.db.data != nullptr) {
+      check::apart(op, name, check::as_matrix(grad), "low", check::as_matrix(low));
+    }
   }
   const Backend& backend = backend_with(op, exec, &Backend::add_low_rank_backward);
   const int threads = resolve_threads(exec);

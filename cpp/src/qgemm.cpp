@@ -57,8 +57,8 @@ void qgemm_grad_scales(ConstMatrix dy, ConstMatrix x, const QuantWeight& w, View
   check::shape(op, "x", x, dy.rows, w.format.in_features);
   check::same_dtype(op, "x", x.dtype, "dy", dy.dtype);
   check::shape(op, "ds", ds, w.format.groups(), w.format.out_features);
-  check::apart(op, "ds", ds, "dy", dy);
-  check::apart(op, "ds", ds, "x", x);
+  check::apart(op, "ds", check::as_matrix(ds), "dy", dy);
+  check::apart(op, "ds", check::as_matrix(ds), "x", x);
   const Backend& backend = backend_of(exec);
   const int threads = resolve_threads(exec);
   const Call call(op, exec, threads,

@@ -675,6 +675,13 @@ void products_apart() {
                                    {at(32 + 64), view(da, 2, 64), {}});
       },
       {"add_low_rank_backward", "dx", "apart from that of x"});
+  const lbc::View<float> inside{y.data() + 32, 2, 64, 64};
+  expect_error(
+      [&] {
+        lbc::add_low_rank_backward(at(0), {y.data(), lbc::DType::f32, 3, 64, 64},
+                                   view(std::as_const(low), 3, 2), adapter, {{}, inside, {}});
+      },
+      {"add_low_rank_backward", "da", "apart from that of x"});
   const lbc::Matrix dy{y.data(), lbc::DType::f32, 3, 64, 64};
   for (const auto& [of_dy, of_x, name] :
        {std::tuple{at(0), dy, "dy"}, std::tuple{dy, at(0), "x"}}) {

@@ -7,8 +7,9 @@
 //
 // Where 16-bit activations are multiplied in 16 bits, the dequantized weight is rounded to their
 // type, as a dense layer's is: of bf16 on AVX-512 BF16 and on AMX, in more than 16 to 24 rows and
-// in qgemm_nn, where bf16's subnormals count as zero, too; of both types on CUDA's tensor cores. In
-// all other products weights are not rounded, so that a row may come out differently among many.
+// in qgemm_nn; of both types on CUDA's tensor cores. In all other products weights are not rounded,
+// so that a row may come out differently among many. bf16's subnormals may count as zero on these
+// two levels, in any number of rows and for the gradient of scales, too.
 //
 // Scratch: ask for its size and bring it in Execution, or leave it to the library. It does not grow
 // with N*K, but for qgemm_grad_scales on CUDA: a sum in fp32 for each 32 inputs of an output, N*K/8

@@ -64,6 +64,7 @@ bool pack_digits(const uint16_t* row, int64_t first, int64_t last, int64_t g, in
   const int exponent = largest == 0 ? 127 : largest >> 7;
   if (exponent < kSmallest || exponent == kNotFinite) return false;
   const Vec up = Vec::broadcast(power_of_two(254 + 29 - exponent));
+  const Vec unit = Vec::broadcast(power_of_two(exponent - 29));
   // Digits of 128 and more become those less 256, and the next one is one more.
   const VecI carry = VecI::broadcast(0x00808080), ones = VecI::broadcast(0x01010101);
   VecI missed = VecI::broadcast(0), used = missed;
@@ -71,9 +72,9 @@ bool pack_digits(const uint16_t* row, int64_t first, int64_t last, int64_t g, in
   for (int64_t t = first; t < last; ++t) {
     uint32_t fixed[kTileK];
     for (int i = 0; i < kTileK; i += kWidth) {
-      const Vec x = Vec::load_bf16(row + t * kTileK + i) * up;
-      const VecI integer = nearest(x);
-      missed = missed | as_int(x - to_float(integer));
+      const Vec x = Vec::load_bf16(row + t * kTileK + i);
+      const VecI integer = nearest(x * up);
+      missed = missed | as_int(x - to_float(integer) * unit);  // of x: x * up may come to nothing
       used = used | integer;
       ((integer + carry) ^ carry).store(fixed + i);
     }

@@ -267,17 +267,18 @@ struct TilesAttentionForward {
   const Heads& out;
   const View<float>& lse;
 
+  int64_t together;  // heads of queries that attend to the same keys and values
+
   int64_t rows = in.q.rows, cols = in.q.cols, panels = cols / kPanel;
   int64_t strips = divide_up(rows, kStrip), words = strip_words(cols);
 
-  // A head of k and v, with all that attend to it.
-  void operator()(int64_t b, int64_t kv_head, void* memory) const {
+  void operator()(int64_t b, int64_t heads, void* memory) const {
+    const int64_t first = heads * together, kv_head = first * in.k.heads / in.q.heads;
     auto* keys = static_cast<uint32_t*>(memory);
     uint32_t* values = keys + strips * words;
     put_strips(HeadRows(in.k, b, kv_head), 0, strips, put_left, keys);
     put_strips(HeadRows(in.v, b, kv_head), 0, strips, put_transposed_left, values);
-    const int64_t group = in.q.heads / in.k.heads;
-    for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    for (int64_t h = first; h < first + together; ++h) {
       for (int64_t i = 0; i < strips; ++i) queries(b, h, i, keys, values, values + strips * words);
     }
   }
@@ -326,7 +327,11 @@ struct TilesAttentionForward {
 
 void tiles_attention(const AttentionInputs& in, Heads out, View<float> lse, const Resources& use) {
   const size_t scratch = tiles_attention_workspace(in.q.rows, in.q.cols, 1);
-  for_each_head(in.k, scratch, use, TilesAttentionForward{in, out, lse});
+  // Keys and values are packed once for all queries that attend to them, unless threads would wait.
+  const int64_t shares = in.k.batch * in.k.heads;
+  const bool even = divide_up(shares, use.threads) * use.threads * 10 <= shares * 11;
+  const int64_t together = even ? in.q.heads / in.k.heads : 1;
+  for_each_head(even ? in.k : in.q, scratch, use, TilesAttentionForward{in, out, lse, together});
 }
 
 // ---- backward ----

@@ -147,9 +147,9 @@ inline size_t tiles_workspace(int64_t m, int64_t depth, int64_t outputs, int64_t
   if (Resident::serves(depth, outputs)) {
     return static_cast<size_t>(threads * Resident(depth, outputs, threads).words()) * 4;
   }
-  const Blocks blocks(m, depth, outputs, together, threads);
-  return static_cast<size_t>(blocks.activation_words(depth) +
-                             threads * (blocks.piece_words() + blocks.sums())) *
+  const Streamed streamed(m, depth, outputs, together, threads);
+  return static_cast<size_t>(streamed.activation_words(depth) +
+                             threads * (streamed.piece_words() + streamed.sums())) *
          4;
 }
 

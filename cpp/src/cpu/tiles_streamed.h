@@ -14,12 +14,12 @@ constexpr int64_t kMostActivations = 1 << 17;  // words of a piece: 512 KB
 constexpr int64_t kMostSums = (3 << 18) / 4;   // that a thread holds: 768 KB
 
 // How the product of a large weight is cut.
-struct Blocks {
+struct Streamed {
   int64_t rows, panels;  // of a thread's sums
   int64_t steps;         // of a piece
   int64_t together;      // panels that are dequantised at once
 
-  Blocks(int64_t m, int64_t depth, int64_t outputs, int64_t most_together, int threads) {
+  Streamed(int64_t m, int64_t depth, int64_t outputs, int64_t most_together, int threads) {
     const int64_t all = outputs / kPanel;
     steps = piece_steps(depth);
     const int64_t most_rows = kMostActivations / (steps * kStepWords) * kStrip;
@@ -49,44 +49,44 @@ LOWBITCORE_INLINE void prefetch_outputs(const Matrix& out, int64_t first, int64_
 template <typename Product>
 void multiply_streamed(const ConstMatrix& x, int64_t outputs, int64_t most_together,
                        const Resources& use, const Product& product) {
-  const Blocks blocks(x.rows, x.cols, outputs, most_together, use.threads);
+  const Streamed streamed(x.rows, x.cols, outputs, most_together, use.threads);
   auto* packed = static_cast<uint32_t*>(use.workspace);
-  uint32_t* weights = packed + blocks.activation_words(x.cols);
-  auto* results = reinterpret_cast<float*>(weights + use.threads * blocks.piece_words());
+  uint32_t* weights = packed + streamed.activation_words(x.cols);
+  auto* results = reinterpret_cast<float*>(weights + use.threads * streamed.piece_words());
   const int64_t all_steps = x.cols / kTileK, all_panels = outputs / kPanel;
-  for (int64_t row0 = 0; row0 < x.rows; row0 += blocks.rows) {
-    const int64_t rows = smaller(blocks.rows, x.rows - row0), strips = divide_up(rows, kStrip);
+  for (int64_t row0 = 0; row0 < x.rows; row0 += streamed.rows) {
+    const int64_t rows = smaller(streamed.rows, x.rows - row0), strips = divide_up(rows, kStrip);
     // A strip's activations from a piece's first step on.
     const auto strip_of = [&](int64_t step, int64_t strip) {
-      const int64_t steps = smaller(blocks.steps, all_steps - step);
+      const int64_t steps = smaller(streamed.steps, all_steps - step);
       return packed + (step * strips + strip * steps) * kStepWords;
     };
     parallel_for(strips, use.threads, [&](int64_t strip, int) {
       const int64_t row = strip * kStrip;
-      for (int64_t step = 0; step < all_steps; step += blocks.steps) {
+      for (int64_t step = 0; step < all_steps; step += streamed.steps) {
         product.pack(x, row0 + row, smaller(kStrip, rows - row), step,
-                     smaller(blocks.steps, all_steps - step), strip_of(step, strip));
+                     smaller(streamed.steps, all_steps - step), strip_of(step, strip));
       }
     });
-    parallel_for(divide_up(all_panels, blocks.panels), use.threads, [&](int64_t i, int thread) {
+    parallel_for(divide_up(all_panels, streamed.panels), use.threads, [&](int64_t i, int thread) {
       const TileScope scope;
-      const int64_t panel0 = i * blocks.panels;
-      const int64_t panels = smaller(blocks.panels, all_panels - panel0);
-      uint32_t* w = weights + thread * blocks.piece_words();
-      float* c = results + thread * blocks.sums();
+      const int64_t panel0 = i * streamed.panels;
+      const int64_t panels = smaller(streamed.panels, all_panels - panel0);
+      uint32_t* w = weights + thread * streamed.piece_words();
+      float* c = results + thread * streamed.sums();
       const auto sums_of = [&](int64_t panel, int64_t strip) {
         return c + panel * sums_of_all(strips) + sums_at(strip);
       };
-      for (int64_t step = 0; step < all_steps; step += blocks.steps) {
-        const int64_t steps = smaller(blocks.steps, all_steps - step), end = step + steps;
+      for (int64_t step = 0; step < all_steps; step += streamed.steps) {
+        const int64_t steps = smaller(streamed.steps, all_steps - step), end = step + steps;
         // The next piece of activations comes from beyond the second level: each product asks for
         // a part of it.
         Ahead activations = {reinterpret_cast<const char*>(strip_of(end == all_steps ? 0 : end, 0)),
                              divide_up(kStepWords / kLineWords, panels)};
         const int64_t sum_lines =
             divide_up(2 * kTileWords / kLineWords, steps);  // of a half, a step
-        for (int64_t first = 0; first < panels; first += blocks.together) {
-          const int64_t together = smaller(blocks.together, panels - first);
+        for (int64_t first = 0; first < panels; first += streamed.together) {
+          const int64_t together = smaller(streamed.together, panels - first);
           product.fill(panel0 + first, together, step, steps, w);
           for (int64_t p = first; p < first + together; ++p) {
             const uint32_t* piece = w + (p - first) * kPieceWords;
