@@ -13,8 +13,8 @@ namespace lowbitcore {
 void permute_columns(ConstMatrix x, const std::int32_t* order, Matrix y,
                      const Execution& exec = {});
 
-// qgemm_nt of x in another order, on the CPU; of a null one, of x as it is, anywhere. A workspace is
-// for qgemm_nt; the columns in their order are in memory that the call allocates.
+// qgemm_nt of x in another order, on the CPU; of a null one, of x as it is, anywhere. A workspace
+// is for qgemm_nt; the columns in their order are in memory that the call allocates.
 void qgemm_nt_in_order(ConstMatrix x, const std::int32_t* order, const QuantWeight& weight,
                        const float* bias, Matrix y, const Execution& exec = {});
 
