@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from commands import REPAIR, TUNE_EPOCHS, Bench
+from commands import REPAIR, TUNE_EPOCHS, Bench, group_name
 
 RANK = 8
 STACK_RANK = 16
@@ -44,7 +44,12 @@ def peqa(bench: Bench, arguments: argparse.Namespace) -> None:
             gptq = bench.quantize("gptq", bits, group_size, train)
             tuned = bench.train("peqa", rtn, f"peqa-{rtn.name}", *schedule)
             ppls = bench.ppl(rtn, held), bench.ppl(gptq, held), bench.ppl(rtn, held, tuned)
-            rows.append((f"{bits} bits, group {'row' if group_size == -1 else group_size}", *ppls))
+            rows.append((f"{bits} bits, group {group_name(group_size)}", *ppls))
+    for bits in (4, 3):  # from integers that are as good as they get
+        best = bench.quantize("gptq", bits, 64, train, tune_epochs=TUNE_EPOCHS)
+        tuned = bench.train("peqa", best, f"peqa-{best.name}", *schedule)
+        ppls = math.nan, bench.ppl(best, held), bench.ppl(best, held, tuned)
+        rows.append((f"{bits} bits, tuned blocks", *ppls))
     lora = ["--rank", 4, "--alpha", 4, "--dropout", 0, "--lr", 3e-3]  # the best of 3e-4, 1e-3, 3e-3
     tuned = bench.train("emef", bench.model, "lora-dense", *schedule, *lora)
     lora_ppl = bench.ppl(bench.model, held, tuned)
