@@ -114,6 +114,9 @@ def test_dropout_is_of_training_alone() -> None:
     assert torch.equal(logits(model.eval()), logits(model.eval()))
     model.train()
     assert not torch.equal(logits(model), logits(model))
+    for name, parameter in model.named_parameters():  # as of one that others are put upon
+        parameter.requires_grad_("adapters" not in name)
+    assert torch.equal(logits(model), logits(model.eval()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

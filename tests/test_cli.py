@@ -394,6 +394,22 @@ def test_readme_example(workplace: Path, tmp_path: Path) -> None:
     assert (tmp_path / "model-3bit" / "tokenizer.json").exists()
 
 
+def test_a_path_is_no_option(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whatever name: other commands have an option --out, and this one has --bits."""
+    monkeypatch.chdir(tmp_path)
+    command = quantization(workplace, "x")
+    for name in ("out", "bits"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").write_text("x")
+        for given in (name, f"./{name}"):
+            message = fail(*command[:2], given, *command[3:])
+            assert (
+                message == f"error: {name}: expected an empty or new directory, got 'notes' in it"
+            )
+
+
 def test_unknown_option_is_a_usage_error() -> None:
     done = run("eval", "--frobnicate")
     assert done.returncode == 2

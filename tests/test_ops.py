@@ -307,6 +307,11 @@ def test_permute_columns(dtype: torch.dtype, layout: str) -> None:
         assert torch.equal(given.grad, given.index_select(-1, inverse))
     batched = x(6, dtype).view(2, 3, K)
     assert torch.equal(ops.permute_columns(batched, order, inverse), batched[..., order])
+    for columns in (1, 2, 3, 5, 31):  # that fill no words
+        order = torch.randperm(columns, dtype=torch.int32)
+        given = torch.randn(3, columns).to(dtype)
+        y = ops.permute_columns(given, order, order.argsort().int())
+        assert torch.equal(y, given[:, order])
 
 
 def test_permute_columns_refuses() -> None:

@@ -33,7 +33,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import lowbitcore as lbc
-from lowbitcore import cli, head, lrec, recipes, run_directory, training
+from lowbitcore import adapters, cli, head, lrec, recipes, run_directory, training
 from lowbitcore.blocks import quantized_linears
 from lowbitcore.data import IGNORED, Example, TrainingSet, calibration_windows, read_examples
 from lowbitcore.formats import peft
@@ -754,7 +754,11 @@ def test_a_cache_with_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (1, ["--lambda-ce", -1], "--lambda-ce: expected 0 or more, got -1"),
         (1, ["--lambda-kl", "inf"], "--lambda-kl: expected 0 or more, got inf"),
         (1, ["--lambda-kl", 0, "--lambda-ce", 0], "--lambda-kl: expected one lambda above 0"),
-        (2, ["--micro-batch", 4], "--batch: expected a multiple of 4 sequences on 2 processes"),
+        (
+            2,
+            ["--micro-batch", 4],
+            "--batch: expected a multiple of 8 sequences, 4 on each of 2",
+        ),
     ],
 )
 def test_settings_are_checked_before_a_cache_is_filled(
@@ -883,22 +887,34 @@ def test_lrec_with_scales(place: Path) -> None:
     succeed("eval", place / "quantized", *text, *joint)
 
 
-def test_a_kill_between_scales_and_adapter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scales of a pair are written first, and are no finished training."""
-    trained = command(place, "lrec", "pair", "--steps", 4, "--scales-lr", 0.02)
+@pytest.mark.parametrize("words", [6000, 300])
+def test_a_kill_between_scales_and_adapter(
+    words: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scales of a pair are written first, and are no finished training. To resume it takes no
+    step more, in the middle of a pass over the data, too."""
+    (tmp_path / "text.txt").write_text(text_of(words))
+    options = ["--data", tmp_path / "text.txt", "--steps", 4, "--scales-lr", 0.02]
+    _, whole = succeed(*command(place, "lrec", f"whole-{words}", *options))
+    out = f"pair-{words}"
+    trained = command(place, "lrec", out, *options)
     write = peft.write
 
-    def killed(out: Path, *arguments: Any, **more: Any) -> None:
-        if out == place / "pair":
+    def killed(directory: Path, *arguments: Any, **more: Any) -> None:
+        if directory == place / out:
             raise KeyboardInterrupt
-        write(out, *arguments, **more)
+        write(directory, *arguments, **more)
 
     monkeypatch.setattr(peft, "write", killed)
     assert CliRunner().invoke(cli.app, [str(word) for word in trained]).exit_code != 0
-    assert (place / "pair" / "scales.safetensors").exists()
+    assert (place / out / "scales.safetensors").exists()
     monkeypatch.setattr(peft, "write", write)
     _, result = succeed(*trained, "--resume")
-    assert result["steps"] == 4
+    for name in ("steps", "tokens", "loss"):
+        assert result[name] == whole[name]
+    for name in ("scales.safetensors", "adapter_model.safetensors"):
+        ours, theirs = (load_file(place / x / name) for x in (out, f"whole-{words}"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert "holds a finished training" in fail(*trained)
 
 
@@ -1393,7 +1409,9 @@ def test_tokens_are_counted_without_padding(place: Path) -> None:
     assert found == {whole.tokens}
 
 
-def test_training_without_its_correction_is_noted(place: Path, tmp_path: Path) -> None:
+def test_training_without_its_correction_is_noted(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calibration = ("--calib", place / "text.txt", "--samples", 4, "--length", 64)
     form = ("--bits", 2, "--group-size", 32, "--rank", 4)
     succeed("quantize", place / "model", tmp_path / "q", *form, *calibration)
@@ -1414,6 +1432,15 @@ def test_training_without_its_correction_is_noted(place: Path, tmp_path: Path) -
     teacher = ("--teacher", place / "model")
     assert not noted("lrec", tmp_path / "q", tmp_path / "on", *data, *teacher)
     assert not noted("eval", tmp_path / "q", "--adapter", tmp_path / "on", *text)
+    # Of a hub id it lies in what was fetched.
+    monkeypatch.setattr("lowbitcore.source._download", lambda name: tmp_path / "q")
+    said: list[str] = []
+    adapters.note_correction(lbc.load("somebody/q"), said.append)
+    assert len(said) == 1 and note in said[0]
+    described, _ = succeed("info", "somebody/q")
+    assert f"to be used with its correction: --adapter {correction[1]}" in described
+    lora = cli.training._lrec_adapter("somebody/q", None, None, None, None, 0.0, 16, stacked=False)
+    assert lora.start == str(correction[1])
 
 
 @pytest.mark.parametrize(

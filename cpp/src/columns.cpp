@@ -2,6 +2,7 @@
 #include <lowbitcore/qgemm.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "check.h"
@@ -15,13 +16,37 @@ namespace {
 // Rows that a thread takes at a time.
 constexpr std::int64_t kRows = 8;
 
+// Two rows, which may be the same one, in words that a store takes whole: storing each element is
+// what takes the time.
+template <typename Element>
+void permute_two(const Element* const (&from)[2], Element* const (&to)[2], std::int64_t cols,
+                 const std::int32_t* order) {
+  constexpr int kElements = 8 / sizeof(Element), kBits = 8 * sizeof(Element);
+  std::int64_t k = 0;
+  for (; k + kElements <= cols; k += kElements) {
+    for (int r = 0; r < 2; ++r) {
+      std::uint64_t word = 0;
+      for (int i = 0; i < kElements; ++i) {
+        word |= static_cast<std::uint64_t>(from[r][order[k + i]]) << (i * kBits);
+      }
+      std::memcpy(to[r] + k, &word, sizeof(word));
+    }
+  }
+  for (; k < cols; ++k) {
+    for (int r = 0; r < 2; ++r) to[r][k] = from[r][order[k]];
+  }
+}
+
 template <typename Element>
 void permute(const ConstMatrix& x, const std::int32_t* order, const Matrix& y, int threads) {
   parallel_for((x.rows + kRows - 1) / kRows, threads, [&](std::int64_t i, int) {
-    for (std::int64_t r = i * kRows; r < std::min(x.rows, (i + 1) * kRows); ++r) {
-      const Element* from = static_cast<const Element*>(x.data) + r * x.stride;
-      Element* to = static_cast<Element*>(y.data) + r * y.stride;
-      for (std::int64_t k = 0; k < x.cols; ++k) to[k] = from[order[k]];
+    const std::int64_t end = std::min(x.rows, (i + 1) * kRows);
+    for (std::int64_t r = i * kRows; r < end; r += 2) {
+      const std::int64_t next = std::min(r + 1, end - 1);
+      const auto* from = static_cast<const Element*>(x.data);
+      auto* to = static_cast<Element*>(y.data);
+      permute_two<Element>({from + r * x.stride, from + next * x.stride},
+                           {to + r * y.stride, to + next * y.stride}, x.cols, order);
     }
   });
 }

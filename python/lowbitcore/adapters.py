@@ -221,11 +221,10 @@ def load_adapters(model: PreTrainedModel, paths: Sequence[str]) -> None:
         load_adapter(model, path)
 
 
-def note_correction(
-    model: PreTrainedModel, path: str | os.PathLike[str], say: Callable[[str], None]
-) -> None:
-    """Says so where the integers of a model, loaded from `path`, were fitted along with a
-    correction, and none of its adapters is that or started from it."""
+def note_correction(model: PreTrainedModel, say: Callable[[str], None]) -> None:
+    """Says so where the integers of a model, as loaded, were fitted along with a correction, and
+    none of its adapters is that or started from it."""
+    path = model.config.name_or_path  # on this disk: of a hub id that of its snapshot
     directory = peft.find_correction(path)
     if directory is None:
         return

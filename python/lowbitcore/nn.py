@@ -512,7 +512,8 @@ class LowRank(nn.Module):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y [..., N] plus what the adapter makes of x [..., K]."""
-        x = self.dropout(x)
+        if self.a.requires_grad:  # what is frozen counts as it is
+            x = self.dropout(x)
         slow = dense.is_slow(x)
         if slow and ops.serves(x, y):
             return ops.add_low_rank(y, x, self.a.float(), self.b.float(), scaling=self.scaling)

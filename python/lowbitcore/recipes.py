@@ -23,6 +23,7 @@ from accelerate import PartialState
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -51,6 +52,7 @@ from lowbitcore.training import (
     PeqaTrainer,
     SaveEvery,
     collate,
+    restore,
 )
 
 _STATE = "trainer_state.json"
@@ -211,10 +213,16 @@ def train(
         )
         before = time.perf_counter()
         begun = run_directory.newest_checkpoint(out) if resume else None
+        state = TrainerState()
         if begun is not None:
             say(f"going on from {begun}")
+            state = TrainerState.load_from_json(str(begun / _STATE))
         try:
-            run.train(resume_from_checkpoint=begun)
+            if begun is not None and state.global_step >= steps:  # the Trainer would take one more
+                restore(model, begun)
+                run.state = state
+            else:
+                run.train(resume_from_checkpoint=begun)
         except BaseException as error:
             bar.close()
             if lock is not None and isinstance(error, KeyboardInterrupt):
@@ -234,10 +242,12 @@ def train(
         draw(run.state.log_history, out / "training.png", windows=_EVALUATION_WINDOWS, final=ppl)
         run.state.save_to_json(str(out / _STATE))
         losses = [item["loss"] for item in run.state.log_history if "loss" in item]
+        tokens = int(run.state.num_input_tokens_seen)
         result = {
             "out": str(out),
             "steps": run.state.global_step,
-            "tokens": int(run.state.num_input_tokens_seen),
+            "tokens": tokens,
+            "tokens_per_second": (tokens - state.num_input_tokens_seen) / training_seconds,
             "seconds": time.perf_counter() - start,
             "training_seconds": training_seconds,
             "loss": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
@@ -395,7 +405,7 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, say: Callable[[str], None])
             targets=recipe.lora.targets,
             dropout=recipe.lora.dropout,
         )
-    adapters.note_correction(model, recipe.model, say)
+    adapters.note_correction(model, say)
     if recipe.scales_lr is not None:
         thaw_scales(model)
 
@@ -446,8 +456,8 @@ def _micro_batch(schedule: Schedule) -> int:
     micro = schedule.micro_batch or max(1, schedule.batch // processes)
     if schedule.batch % (micro * processes):
         raise ValueError(
-            f"--batch: expected a multiple of {micro} sequences on {processes} processes, got "
-            f"{schedule.batch}"
+            f"--batch: expected a multiple of {micro * processes} sequences, {micro} on each of "
+            f"{processes} processes, got {schedule.batch}"
         )
     return micro
 

@@ -23,19 +23,23 @@ _INTERRUPTED = 130  # what typer exits with after Ctrl-C
 
 
 def _options() -> set[str]:
-    """Of all commands."""
-    group = typer.main.get_group(app)
-    return {name for item in group.commands.values() for x in item.params for name in x.opts}
+    """Of the command that was typed."""
+    commands = typer.main.get_group(app).commands
+    typed = [commands[word] for word in sys.argv[1:] if word in commands][:1]
+    return {name for command in typed for x in command.params for name in x.opts}
 
 
 def _for_the_command_line(message: str) -> str:
     """`function: argument: ...` on one line, the two replaced by the option, or the function left
     out: it means nothing to who typed a command (unless a file of theirs is called so)."""
     message = " ".join(message.split())
+    if message.startswith("--"):
+        return message
     function, _, rest = message.partition(": ")
     argument, _, what = rest.partition(": ")
     option = _OPTIONS.get(argument, f"--{argument.replace('_', '-')}")
-    if option in _options():
+    is_path = argument in {str(Path(word)) for word in sys.argv[1:]}
+    if option in _options() and not is_path:
         return f"{option}: {what}"
     typed = any(function in word for word in sys.argv[1:])
     return rest if function in lowbitcore.__all__ and not typed else message

@@ -92,7 +92,7 @@ def load_model(
     names = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
     loaded = load(model, dtype=names[dtype], device=device)
     load_adapters(loaded, adapter or [])
-    note_correction(loaded, model, lambda line: print(line, file=sys.stderr))
+    note_correction(loaded, lambda line: print(line, file=sys.stderr))
     loaded.eval()
     return loaded
 

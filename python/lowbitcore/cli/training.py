@@ -130,7 +130,7 @@ def peqa(
 ) -> None:
     """Train the scales of a packed model (PEQA).
 
-    OUT gets scales.safetensors, which any command takes as --adapter OUT.
+    OUT gets scales.safetensors, for --adapter OUT of other commands.
     """
     from lowbitcore.recipes import Recipe
 
@@ -371,8 +371,9 @@ def _lrec_adapter(
     """LREC's adapter: on every linear with alpha = rank, unless it is said otherwise."""
     from lowbitcore.formats import peft
     from lowbitcore.recipes import Lora
+    from lowbitcore.source import open_source
 
-    directory = peft.find_correction(model)
+    directory = peft.find_correction(open_source(model).path)
     if start == "closed-form" and stacked:
         # The correction would count twice: in what lies below, and in what starts from it.
         raise ValueError("--start: expected zeros where --adapter is given, got closed-form")
@@ -405,9 +406,10 @@ def _train(recipe: Recipe, out: Path, resume: bool, as_json: bool) -> None:
     if result is None:
         return
     ppl = "" if result["ppl"] is None else f", perplexity {result['ppl']:.3f}"
-    speed = result["tokens"] / result["training_seconds"]
+    loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     line = (
-        f"{out}: {result['tokens']:,} tokens in {result['steps']} steps, {speed:,.0f} tokens a "
-        f"second, loss {result['loss']:.4f}{ppl}; {megabytes(result['adapter_bytes'])}"
+        f"{out}: {result['tokens']:,} tokens in {result['steps']} steps, "
+        f"{result['tokens_per_second']:,.0f} tokens a second{loss}{ppl}; "
+        f"{megabytes(result['adapter_bytes'])}"
     )
     emit(as_json, result, [line])
