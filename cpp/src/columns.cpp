@@ -16,8 +16,8 @@ namespace {
 // Rows that a thread takes at a time.
 constexpr std::int64_t kRows = 8;
 
-// Two rows, which may be the same one, in words that a store takes whole: storing each element is
-// what takes the time.
+// Two rows, which may be the same one, in little-endian words that a store takes whole: storing
+// each element is what takes the time.
 template <typename Element>
 void permute_two(const Element* const (&from)[2], Element* const (&to)[2], std::int64_t cols,
                  const std::int32_t* order) {

@@ -18,7 +18,7 @@ def prepare_peqa(model: PreTrainedModel) -> PreTrainedModel:
     packed.
     """
     check_kind("prepare_peqa: model", model, PreTrainedModel)
-    packed = _packed("prepare_peqa", model)
+    packed = _linears_of(model, "prepare_peqa")
     model.requires_grad_(False)
     _thaw(model, packed)
     return model
@@ -31,14 +31,14 @@ def thaw_scales(model: PreTrainedModel) -> PreTrainedModel:
     ValueError where nothing is packed.
     """
     check_kind("thaw_scales: model", model, PreTrainedModel)
-    packed = _packed("thaw_scales", model)
+    packed = _linears_of(model, "thaw_scales")
     for adapter in newest_adapters(model).values():
         adapter.with_scales |= adapter.a.requires_grad
     _thaw(model, packed)
     return model
 
 
-def _packed(where: str, model: PreTrainedModel) -> list[QuantLinear]:
+def _linears_of(model: PreTrainedModel, where: str) -> list[QuantLinear]:
     linears = quantized_linears(model)
     if not linears:
         raise ValueError(f"{where}: model: expected a quantized one, got no packed linear")

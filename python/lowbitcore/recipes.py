@@ -196,7 +196,7 @@ def train(
     steps: int | None = _planned_steps(schedule, examples) or planned.get("steps")
     if steps is None:
         seconds = 60 * cast(float, schedule.minutes)
-        steps = max(1, int(seconds / _seconds_a_step(trainer(1), schedule, examples)))
+        steps = max(1, int(seconds / _seconds_a_step(trainer(1), schedule, micro, examples)))
     run = trainer(steps)
     run.remove_callback(PrinterCallback)
     bar = Bar()
@@ -531,10 +531,11 @@ def _leave_the_others() -> None:
     PartialState().destroy_process_group()
 
 
-def _seconds_a_step(trainer: PackedTrainer, schedule: Schedule, examples: TrainingSet) -> float:
+def _seconds_a_step(
+    trainer: PackedTrainer, schedule: Schedule, micro: int, examples: TrainingSet
+) -> float:
     """What a step takes, from two micro-batches of which the first one warms up."""
     model = trainer.model
-    micro = schedule.micro_batch or schedule.batch
     batch = collate([trainer.train_dataset[i % len(examples)] for i in range(micro)])
     batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
     model.train()
@@ -545,4 +546,4 @@ def _seconds_a_step(trainer: PackedTrainer, schedule: Schedule, examples: Traini
         synchronize()
         seconds = time.perf_counter() - start
     model.zero_grad()
-    return seconds * schedule.batch / micro
+    return seconds * schedule.batch / (micro * _processes())

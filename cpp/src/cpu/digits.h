@@ -64,7 +64,7 @@ bool pack_digits(const uint16_t* row, int64_t first, int64_t last, int64_t g, in
   const int exponent = largest == 0 ? 127 : largest >> 7;
   if (exponent < kSmallest || exponent == kNotFinite) return false;
   const Vec up = Vec::broadcast(power_of_two(254 + 29 - exponent));
-  const Vec unit = Vec::broadcast(power_of_two(exponent - 29));
+  const float unit = power_of_two(exponent - 29);
   // Digits of 128 and more become those less 256, and the next one is one more.
   const VecI carry = VecI::broadcast(0x00808080), ones = VecI::broadcast(0x01010101);
   VecI missed = VecI::broadcast(0), used = missed;
@@ -74,7 +74,8 @@ bool pack_digits(const uint16_t* row, int64_t first, int64_t last, int64_t g, in
     for (int i = 0; i < kTileK; i += kWidth) {
       const Vec x = Vec::load_bf16(row + t * kTileK + i);
       const VecI integer = nearest(x * up);
-      missed = missed | as_int(x - to_float(integer) * unit);  // of x: x * up may come to nothing
+      // Not x * up, which may come to nothing.
+      missed = missed | as_int(x - to_float(integer) * Vec::broadcast(unit));
       used = used | integer;
       ((integer + carry) ^ carry).store(fixed + i);
     }
@@ -89,7 +90,7 @@ bool pack_digits(const uint16_t* row, int64_t first, int64_t last, int64_t g, in
   int32_t* sums = out.sums_of(g, r);
   for (int p = 0; p < kDigits; ++p) sums[p] = 0;
   for (int i = 0; i < kWidth; ++i) sums[i % kDigits] += static_cast<int32_t>(lane[i]);
-  out.unit(g, r) = power_of_two(exponent - 29);
+  out.unit(g, r) = unit;
   const int32_t lowest = (any_bits(used) & 0xff) == 0 ? 1 : 0;
   out.lowest[g] = r == 0 || lowest < out.lowest[g] ? lowest : out.lowest[g];
   return true;

@@ -124,7 +124,7 @@ class Experts(nn.ModuleList):
         tokens = order // top_k_index.shape[-1]
         output, start = torch.zeros_like(hidden_states), 0
         for expert, count in zip(self, self._counts(choices), strict=False):
-            if count or _is_watched(expert):
+            if count or _linears_are_watched(expert):
                 span = slice(start, start + count)
                 y = expert(hidden_states[tokens[span]]) * weights[order[span]]
                 output.index_add_(0, tokens[span], y.to(output.dtype))
@@ -139,7 +139,7 @@ class Experts(nn.ModuleList):
         return cast("list[int]", choices.bincount(minlength=len(self)).tolist())
 
 
-def _is_watched(expert: nn.Module) -> bool:
+def _linears_are_watched(expert: nn.Module) -> bool:
     """Whether something waits at its linears: it is told of no tokens, too."""
     # Asked for most experts of a token: children() takes three times as long.
     return any(cast(nn.Module, item)._forward_pre_hooks for item in expert._modules.values())
