@@ -267,8 +267,9 @@ def lrec(
     OUT gets an adapter in PEFT's format that brings the model's output near its teacher's, and with
     --scales-lr the scales that belong to it.
     """
-    from lowbitcore.recipes import Recipe, Teacher
+    from lowbitcore.recipes import Recipe, Teacher, training_device
 
+    training_device(device)  # said before a model is fetched
     recipe = Recipe(
         model,
         _schedule(context),
