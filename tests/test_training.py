@@ -1246,6 +1246,7 @@ def test_presets_are_defaults(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_option_arrives(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(recipes, "train", lambda *ours, **rest: given.append((*ours, rest)))
+    monkeypatch.setattr(recipes, "training_device", torch.device)  # there may be no GPU
 
     def recipe_of(method: str, **options: Any) -> Any:
         arguments: list[Any] = [method, place / "quantized", place / "out"]
