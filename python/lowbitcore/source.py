@@ -58,8 +58,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         gguf_file = _open_gguf(local)
         config = _causal_config(gguf_file.config, local)
         return Source(local, config, gguf_file.dtype, None, gguf_file)
-    if not local.exists():
-        local = _download(str(path))
+    local = local_path(path)
     if not local.is_dir():
         raise ValueError(f"{path}: expected a model directory, a .gguf file or a hub id")
     gptq_config = _gptq_config(_read_json_config(local), local)
@@ -73,6 +72,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if gptq_config is not None and not any(n.endswith(".qweight") for n in weights.names()):
         raise ValueError(f"{local}: quantization_config says gptq, but there is no qweight")
     return Source(local, config, _main_dtype(config, weights), gptq_config, weights)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Where a model lies on this disk: what a hub id names is fetched."""
+    local = Path(path)
+    return local if local.exists() or _is_gguf(local) else _download(str(path))
 
 
 def _is_gguf(path: Path) -> bool:

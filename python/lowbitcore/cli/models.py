@@ -384,10 +384,10 @@ def _describe_adapters(
     path: str, summary: Summary, adapters: list[str], result: dict[str, Any]
 ) -> Iterator[str]:
     from lowbitcore.formats import peft
-    from lowbitcore.source import open_source
+    from lowbitcore.source import local_path
     from lowbitcore.summary import adapter_bytes
 
-    correction = peft.find_correction(open_source(path).path)
+    correction = peft.find_correction(local_path(path))
     if correction is not None and not adapters:
         yield f"to be used with its correction: --adapter {correction}"
     total = summary.quantized_bytes

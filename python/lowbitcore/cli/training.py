@@ -372,9 +372,9 @@ def _lrec_adapter(
     """LREC's adapter: on every linear with alpha = rank, unless it is said otherwise."""
     from lowbitcore.formats import peft
     from lowbitcore.recipes import Lora
-    from lowbitcore.source import open_source
+    from lowbitcore.source import local_path
 
-    directory = peft.find_correction(open_source(model).path)
+    directory = peft.find_correction(local_path(model))
     if start == "closed-form" and stacked:
         # The correction would count twice: in what lies below, and in what starts from it.
         raise ValueError("--start: expected zeros where --adapter is given, got closed-form")
